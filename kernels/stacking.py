@@ -1,0 +1,47 @@
+"""How one-replica calls become stacked ones: the vmap rule that every operator of this package shares.
+
+A stacked operator takes tensors [R, ...] and treats each replica alone. Vmapping it over N is
+therefore the same operator over N * R replicas, and that one rule (`fold_vmap`) serves all of them.
+The one-replica function a network calls is the stacked operator at R = 1; under
+`torch.func.vmap` over R replicas it becomes a single stacked call, with autograd outside vmap.
+"""
+
+import torch
+
+
+def fold_vmap(operator):
+    """Give the custom operator its vmap rule: fold the mapped dimension into the replicas.
+
+    Every tensor argument and result of `operator` must lead with the replica dimension. An
+    argument that vmap does not map is shared: it becomes an expanded view with replica stride 0.
+    """
+
+    def rule(info, in_dims, *arguments):
+        folded = [
+            _fold(argument, in_dim, info.batch_size) if isinstance(argument, torch.Tensor) else argument
+            for argument, in_dim in zip(arguments, in_dims, strict=True)
+        ]
+        results = operator(*folded)
+        if isinstance(results, torch.Tensor):
+            return results.unflatten(0, (info.batch_size, -1)), 0
+        unfolded = tuple(result.unflatten(0, (info.batch_size, -1)) for result in results)
+        return unfolded, (0,) * len(unfolded)
+
+    operator.register_vmap(rule)
+    return operator
+
+
+def _fold(tensor, in_dim, batch_size):
+    if in_dim is None:
+        tensor = tensor.expand(batch_size, *tensor.shape)
+    else:
+        tensor = tensor.movedim(in_dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def dense_replicas(tensor):
+    """The tensor itself if each replica is contiguous (any replica stride), else a contiguous copy.
+
+    A view of one [R, P] parameter buffer passes as it is; kernels take its replica stride.
+    """
+    return tensor if tensor[0].is_contiguous() else tensor.contiguous()
