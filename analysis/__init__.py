@@ -1,0 +1,1 @@
+"""Reads stores: labels, boundaries, dimensions, zooms and reports."""

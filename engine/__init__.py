@@ -1,0 +1,1 @@
+"""The engine: grid -> plan -> stack -> trainer -> store."""

@@ -1,0 +1,44 @@
+"""The commands' common outside: arguments from dataclasses, and one clear line for a user's fault."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from simple_parsing import ArgumentParser, DashVariant
+
+
+def parser(description: str) -> ArgumentParser:
+    """An argument parser that takes --some-name and --some_name and no abbreviations.
+
+    Comments beside a dataclass's fields become the help text.
+    """
+    return ArgumentParser(
+        description=description,
+        add_option_string_dash_variants=DashVariant.UNDERSCORE_AND_DASH,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def parse(kind: type, description: str, default: Any = None, arguments: list[str] | None = None) -> Any:
+    """Read one dataclass from the command line (or from `arguments`).
+
+    Unknown or malformed arguments end the program with exit code 2, as argparse does.
+    """
+    reader = parser(description)
+    reader.add_arguments(kind, dest="value", default=default)
+    return reader.parse_args(arguments).value
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what a user or the machine's disk did wrong into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", highlight=False, markup=False)
+        sys.exit(2)
