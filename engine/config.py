@@ -187,9 +187,9 @@ def check(config: SweepConfig) -> None:
     expect("optimizer", config.optimizer, OPTIMIZERS)
     expect("trace", config.trace, ("on", "off"))
     expect("nonlinearity", config.nonlinearity, NONLINEARITIES)
-    if config.rows_per_launch != "auto":
-        if not config.rows_per_launch.isdecimal() or int(config.rows_per_launch) < 1:
-            raise ValueError(f"rows_per_launch is {config.rows_per_launch!r}, expected auto or a whole number >= 1")
+    rows = config.rows_per_launch
+    if rows != "auto" and (not rows.isdecimal() or int(rows) < 1):
+        raise ValueError(f"rows_per_launch is {rows!r}, expected auto or a whole number >= 1")
     dtype = np.float64 if config.precision == "fp64" else np.float32
     for axis in (grid.y, grid.x):
         if config.network not in HYPER_PARAMETERS[axis.name].networks:

@@ -10,7 +10,6 @@ kill sees the old chunk or the new one.
 import fcntl
 import json
 import os
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -99,6 +98,11 @@ class Store:
         """Status codes [row, col] (engine.outcome)."""
         return self.read("status")
 
+    @property
+    def figures(self) -> Path:
+        """The folder inside the store that pictures of it are drawn into."""
+        return self.path / "figures"
+
     def children(self) -> list[Path]:
         """Paths of the zooms stored inside this store."""
         return sorted(p for p in (self.path / "zoom").glob("*") if (p / "zarr.json").is_file())
@@ -156,6 +160,9 @@ def create_store(path: str | Path, config: SweepConfig, steps: int, rows_per_chu
             # an all-fill chunk is a result like any other
             config={"write_empty_chunks": True},
         )
+    # sub-groups, so that what is kept inside the store is part of its hierarchy
+    for name in ("figures", "zoom", "noise"):
+        group.create_group(name)
     for folder, _, files in os.walk(building):
         for file in files:
             fsync(Path(folder) / file)
@@ -174,12 +181,12 @@ class Writer(Store):
             ValueError: not a store of ours, or another process is writing it.
         """
         super().__init__(path)
-        self.lock = None
+        self.handle = os.open(self.path, os.O_RDONLY)
         if lock:
-            self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                os.close(self.handle)
                 raise ValueError(
                     f"another process is writing {self.path}; wait for it, or give --store another path"
                 ) from None
@@ -192,7 +199,8 @@ class Writer(Store):
         """
         count = len(block["status"])
         chunk = self.group["status"].chunks[0]
-        assert start % chunk == 0 and count <= chunk, (start, count, chunk)
+        assert start % chunk == 0, (start, chunk)
+        assert count <= chunk, (count, chunk)
         for name in sorted(block, key=lambda name: name == "status"):
             array = self.group[name]
             array[start : start + count] = block[name]
@@ -202,9 +210,8 @@ class Writer(Store):
             fsync(folder)
 
     def close(self) -> None:
-        """Give up the lock."""
-        if self.lock is not None:
-            self.lock.close()
+        """Give up the lock, as the end of the process does."""
+        os.close(self.handle)
 
 
 def check_same_configuration(path: Path, stored: SweepConfig, asked: SweepConfig) -> None:
@@ -216,12 +223,6 @@ def check_same_configuration(path: Path, stored: SweepConfig, asked: SweepConfig
                 f"{path} holds a sweep with {field.name}={was!r}, got {now!r}; "
                 "give the same configuration to resume it, or --store another path"
             )
-
-
-def delete_store(path: Path) -> None:
-    """Remove a store of ours. Raises ValueError for anything else."""
-    Store(path)
-    shutil.rmtree(path)
 
 
 def fsync(path: Path) -> None:
