@@ -2,9 +2,26 @@
 
 R replica, B batch, T time, D width (H K), H query heads, G key/value heads, K head dim,
 C channels of the fused projection ((H + 2 G) K, ordered q, k, v).
+
+Rotary and norm cost a few operations on tiles that are loaded anyway, so every kernel redoes them
+and nothing but the output and the logsumexp is kept. A program owns one (replica, batch row, kv
+head, block of times) and loops over the query heads of its group, so no sum crosses programs and
+no atomics are needed. Where all keys fit one block (T <= 128 in bf16) a single backward kernel
+yields dq, dk and dv; longer contexts take one kernel for dq and one for dk and dv. Halves of the head dimension
+are separate tiles: rotary then needs no shuffle, and the two halves of q k^T are two dots.
 """
 
+import math
+
 import torch
+import triton
+import triton.language as tl
+
+from kernels.stacking import dot_precision, fold_vmap
+
+DTYPES = (torch.bfloat16, torch.float32)
+MAX_TIME = 2048
+MAX_HEAD_DIM = 128
 
 
 def qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
@@ -15,9 +32,19 @@ def qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps
     the root); softmax scale 1 / sqrt(K); query heads share kv heads in groups of H / G.
 
     qkv_BTC: [B, T, (H + 2 G) K]; cos_TK2, sin_TK2: float32 [T, K / 2]. Returns [B, T, H K] in the
-    dtype of qkv.
+    dtype of qkv. On a GPU: bfloat16 or float32 (float32 products as
+    `torch.get_float32_matmul_precision` says), T <= 2048, even K <= 128; ValueError otherwise.
     """
-    return qkv_attention_reference(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
+    _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads)
+    if qkv_BTC.device.type == "cpu":
+        return qkv_attention_reference(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
+    return qkv_attention_triton(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
+
+
+def qkv_attention_triton(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
+    """`qkv_attention` on the Triton kernels whatever the device."""
+    o_RBTD, _ = _attention(qkv_BTC[None], cos_TK2[None], sin_TK2[None], heads, kv_heads, qk_norm, eps)
+    return o_RBTD[0]
 
 
 def qkv_attention_reference(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
@@ -47,3 +74,431 @@ def _rotate_reference(x_BTHK, cos_TK2, sin_TK2):
     x1, x2 = x_BTHK.chunk(2, dim=-1)
     cos, sin = cos_TK2[:, None], sin_TK2[:, None]
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads):
+    T, C = qkv_BTC.shape[-2:]
+    K = C // (heads + 2 * kv_heads)
+    if heads % kv_heads or C != K * (heads + 2 * kv_heads) or K % 2:
+        raise ValueError(
+            f"attention got {C} qkv channels for {heads} heads and {kv_heads} kv heads, expected "
+            "(heads + 2 kv_heads) * an even head dim, with heads a multiple of kv_heads"
+        )
+    if cos_TK2.shape != (T, K // 2) or sin_TK2.shape != (T, K // 2):
+        raise ValueError(
+            f"attention got rotary tables {tuple(cos_TK2.shape)} and {tuple(sin_TK2.shape)}, "
+            f"expected ({T}, {K // 2}): cut them to the context and half the head dim"
+        )
+    if qkv_BTC.device.type == "cpu":
+        return
+    if qkv_BTC.dtype not in DTYPES or T > MAX_TIME or K > MAX_HEAD_DIM:
+        raise ValueError(
+            f"attention got {qkv_BTC.dtype}, context {T}, head dim {K}; the GPU kernels take bfloat16 "
+            f"or float32, context <= {MAX_TIME}, head dim <= {MAX_HEAD_DIM}: use one of these"
+        )
+
+
+@torch.library.custom_op("fractal::attention", mutates_args=())
+def _attention(
+    qkv_RBTC: torch.Tensor,
+    cos_RTK2: torch.Tensor,
+    sin_RTK2: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    qk_norm: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    R, B, T, C = qkv_RBTC.shape
+    K = C // (heads + 2 * kv_heads)
+    o_RBTD = qkv_RBTC.new_empty(R, B, T, heads * K)
+    logsumexp_RBHT = qkv_RBTC.new_empty(R, B, heads, T, dtype=torch.float32)
+    tiles = _forward_tiles(T, K, qkv_RBTC.dtype)
+    grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
+    _forward_kernel[grid](
+        qkv_RBTC.contiguous(),
+        *_tables(cos_RTK2, sin_RTK2),
+        o_RBTD,
+        logsumexp_RBHT,
+        eps,
+        **_shape(B, T, K, heads, kv_heads, qk_norm),
+        **tiles,
+    )
+    return o_RBTD, logsumexp_RBHT
+
+
+@torch.library.custom_op("fractal::attention_backward", mutates_args=())
+def _attention_backward(
+    do_RBTD: torch.Tensor,
+    qkv_RBTC: torch.Tensor,
+    cos_RTK2: torch.Tensor,
+    sin_RTK2: torch.Tensor,
+    o_RBTD: torch.Tensor,
+    logsumexp_RBHT: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    qk_norm: bool,
+    eps: float,
+) -> torch.Tensor:
+    R, B, T, C = qkv_RBTC.shape
+    K = C // (heads + 2 * kv_heads)
+    dqkv_RBTC = torch.empty_like(qkv_RBTC, memory_format=torch.contiguous_format)
+    delta_RBHT = torch.empty_like(logsumexp_RBHT)
+    qkv_RBTC, do_RBTD = qkv_RBTC.contiguous(), do_RBTD.contiguous()
+    tables = _tables(cos_RTK2, sin_RTK2)
+    shape = _shape(B, T, K, heads, kv_heads, qk_norm)
+    tiles = _backward_tiles(T, K, qkv_RBTC.dtype)
+    one_block = tiles["BLOCK_K"] >= T
+    if not one_block:
+        grid = (R * B * heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
+        _backward_queries_kernel[grid](
+            qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, delta_RBHT, dqkv_RBTC, eps, **shape, **tiles
+        )
+    grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_K"]),)
+    _backward_keys_kernel[grid](
+        qkv_RBTC, *tables, do_RBTD, logsumexp_RBHT, delta_RBHT, dqkv_RBTC, eps, ONE_BLOCK=one_block, **shape, **tiles
+    )
+    return dqkv_RBTC
+
+
+def _save(ctx, inputs, output):
+    qkv_RBTC, cos_RTK2, sin_RTK2, *ctx.settings = inputs
+    ctx.save_for_backward(qkv_RBTC, cos_RTK2, sin_RTK2, *output)
+
+
+def _differentiate(ctx, do_RBTD, _):
+    return _attention_backward(do_RBTD, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+fold_vmap(_attention)
+
+
+def _tables(cos_RTK2, sin_RTK2):
+    assert cos_RTK2[0].is_contiguous() and sin_RTK2[0].is_contiguous()
+    return cos_RTK2, sin_RTK2, cos_RTK2.stride(0), sin_RTK2.stride(0)
+
+
+def _shape(B, T, K, heads, kv_heads, qk_norm):
+    return {"B": B, "T": T, "K": K, "H": heads, "G": kv_heads, "QK_NORM": qk_norm, "SCALE": 1 / math.sqrt(K)}
+
+
+def _forward_tiles(T, K, dtype):
+    """Tile sizes from one replica's shape and dtype alone; BLOCK_K >= T means one block of keys."""
+    wide = dtype == torch.bfloat16
+    time = max(16, triton.next_power_of_2(T))
+    return {
+        "BLOCK_Q": min(time, 128 if wide else 32),
+        "BLOCK_K": min(time, 128 if wide and T <= 128 else 64 if wide else 32),
+        **_head_tiles(K),
+        "PRECISION": dot_precision(),
+        "num_warps": 8 if wide and T > 64 else 4,
+        "num_stages": 1,
+    }
+
+
+def _backward_tiles(T, K, dtype):
+    wide = dtype == torch.bfloat16
+    time = max(16, triton.next_power_of_2(T))
+    return {
+        "BLOCK_Q": min(time, 64 if wide else 32),
+        "BLOCK_K": min(time, 128 if wide and T <= 128 else 64 if wide else 32),
+        **_head_tiles(K),
+        "PRECISION": dot_precision(),
+        "num_warps": 8 if wide and T > 64 else 4,
+        "num_stages": 1,
+    }
+
+
+def _head_tiles(K):
+    return {"HALF": max(16, triton.next_power_of_2(K // 2)), "FULL": max(16, triton.next_power_of_2(K))}
+
+
+@triton.jit
+def _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF, QK_NORM):
+    """Both halves of q or k [times, HALF] after rotary and norm, float32, and the norm's 1 / rms."""
+    half = tl.arange(0, HALF)
+    inside = (time < T)[:, None] & (half < K // 2)[None, :]
+    x_at = x_ptr + time[:, None] * ROW + half[None, :]
+    table_at = time[:, None] * (K // 2) + half[None, :]
+    x1 = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x_at + K // 2, mask=inside, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + table_at, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + table_at, mask=inside, other=0.0)
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    inverse_rms = tl.full([time.shape[0]], 1.0, tl.float32)
+    if QK_NORM:
+        inverse_rms = 1.0 / tl.sqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / K + eps)
+        y1 = y1 * inverse_rms[:, None]
+        y2 = y2 * inverse_rms[:, None]
+    return y1, y2, inverse_rms
+
+
+@triton.jit
+def _store_unrotated(dy1, dy2, x_ptr, dx_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF, QK_NORM):
+    """Take the gradient of the rotated, normed halves back through norm and rotary, and store it."""
+    if QK_NORM:
+        y1, y2, inverse_rms = _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF, QK_NORM)
+        along = ((tl.sum(dy1 * y1, 1) + tl.sum(dy2 * y2, 1)) / K)[:, None]
+        dy1 = inverse_rms[:, None] * (dy1 - y1 * along)
+        dy2 = inverse_rms[:, None] * (dy2 - y2 * along)
+    half = tl.arange(0, HALF)
+    inside = (time < T)[:, None] & (half < K // 2)[None, :]
+    table_at = time[:, None] * (K // 2) + half[None, :]
+    cos = tl.load(cos_ptr + table_at, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + table_at, mask=inside, other=0.0)
+    dx_at = dx_ptr + time[:, None] * ROW + half[None, :]
+    tl.store(dx_at, dy1 * cos + dy2 * sin, mask=inside)
+    tl.store(dx_at + K // 2, dy2 * cos - dy1 * sin, mask=inside)
+
+
+@triton.jit
+def _load_rows(x_ptr, time, T, K, ROW, FULL):
+    column = tl.arange(0, FULL)
+    inside = (time < T)[:, None] & (column < K)[None, :]
+    return tl.load(x_ptr + time[:, None] * ROW + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(x, x_ptr, time, T, K, ROW, FULL):
+    column = tl.arange(0, FULL)
+    inside = (time < T)[:, None] & (column < K)[None, :]
+    tl.store(x_ptr + time[:, None] * ROW + column[None, :], x, mask=inside)
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    cos_stride,
+    sin_stride,
+    o_ptr,
+    logsumexp_ptr,
+    eps,
+    B: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (replica, batch row, kv head, query block): online softmax over the key blocks."""
+    C: tl.constexpr = (H + 2 * G) * K
+    GROUP: tl.constexpr = H // G
+    LOG2E: tl.constexpr = 1.4426950408889634
+    ONE_BLOCK: tl.constexpr = BLOCK_K >= T
+    blocks = tl.cdiv(T, BLOCK_Q)
+    # Last blocks first: they see the most keys and should not start last.
+    block = blocks - 1 - tl.program_id(0) % blocks
+    kv_head = tl.program_id(0) // blocks % G
+    row = (tl.program_id(0) // (blocks * G)).to(tl.int64)  # (replica, batch row)
+    cos_ptr += row // B * cos_stride
+    sin_ptr += row // B * sin_stride
+    qkv_ptr += row * T * C
+    k_ptr = qkv_ptr + (H + kv_head) * K
+    v_ptr = qkv_ptr + (H + G + kv_head) * K
+    o_ptr += row * T * H * K
+    logsumexp_ptr += row * H * T
+
+    q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    k_time = tl.arange(0, BLOCK_K)
+    if ONE_BLOCK:
+        k1, k2, _ = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+        v = _load_rows(v_ptr, k_time, T, K, C, FULL)
+    seen = T if ONE_BLOCK else min(T, (block + 1) * BLOCK_Q)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        q1, q2, _ = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+        q1 = q1.to(qkv_ptr.dtype.element_ty)
+        q2 = q2.to(qkv_ptr.dtype.element_ty)
+        largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        o = tl.zeros([BLOCK_Q, FULL], tl.float32)
+        for start in range(0, seen, BLOCK_K):
+            k_time = start + tl.arange(0, BLOCK_K)
+            if not ONE_BLOCK:
+                k1, k2, _ = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+                v = _load_rows(v_ptr, k_time, T, K, C, FULL)
+            s = tl.dot(q1, tl.trans(k1.to(q1.dtype)), input_precision=PRECISION)
+            s = tl.dot(q2, tl.trans(k2.to(q1.dtype)), s, input_precision=PRECISION)
+            s = tl.where(k_time[None, :] <= q_time[:, None], s, float("-inf"))
+            previous = largest
+            largest = tl.maximum(previous, tl.max(s, 1) * (SCALE * LOG2E))
+            p = tl.exp2(s * (SCALE * LOG2E) - largest[:, None])
+            shrink = tl.exp2(previous - largest)
+            total = total * shrink + tl.sum(p, 1)
+            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+        _store_rows((o / total[:, None]).to(v.dtype), o_ptr + head * K, q_time, T, K, H * K, FULL)
+        tl.store(logsumexp_ptr + head * T + q_time, largest + tl.log2(total), mask=q_time < T)  # base 2
+
+
+@triton.jit
+def _backward_keys_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    cos_stride,
+    sin_stride,
+    do_ptr,
+    logsumexp_ptr,
+    delta_ptr,
+    dqkv_ptr,
+    eps,
+    B: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (replica, batch row, kv head, key block): dk and dv, summed over query heads and times.
+
+    Scores are held transposed, [keys, queries], so that p and ds feed the dots for dv and dk from
+    registers. With ONE_BLOCK all keys of a query are here, and dq and delta are complete too.
+    """
+    C: tl.constexpr = (H + 2 * G) * K
+    GROUP: tl.constexpr = H // G
+    LOG2E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(T, BLOCK_K)
+    block = tl.program_id(0) % blocks
+    kv_head = tl.program_id(0) // blocks % G
+    row = (tl.program_id(0) // (blocks * G)).to(tl.int64)
+    cos_ptr += row // B * cos_stride
+    sin_ptr += row // B * sin_stride
+    qkv_ptr += row * T * C
+    dqkv_ptr += row * T * C
+    do_ptr += row * T * H * K
+    logsumexp_ptr += row * H * T
+    delta_ptr += row * H * T
+    k_at = (H + kv_head) * K
+    v_at = (H + G + kv_head) * K
+
+    k_time = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    k1, k2, _ = _load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+    v = _load_rows(qkv_ptr + v_at, k_time, T, K, C, FULL)
+    k1 = k1.to(v.dtype)
+    k2 = k2.to(v.dtype)
+    dk1 = tl.zeros([BLOCK_K, HALF], tl.float32)
+    dk2 = tl.zeros([BLOCK_K, HALF], tl.float32)
+    dv = tl.zeros([BLOCK_K, FULL], tl.float32)
+    first = 0 if ONE_BLOCK else block * BLOCK_K // BLOCK_Q * BLOCK_Q
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        for start in range(first, T, BLOCK_Q):
+            q_time = start + tl.arange(0, BLOCK_Q)
+            q1, q2, _ = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+            q1 = q1.to(v.dtype)
+            q2 = q2.to(v.dtype)
+            do = _load_rows(do_ptr + head * K, q_time, T, K, H * K, FULL)
+            logsumexp = tl.load(logsumexp_ptr + head * T + q_time, mask=q_time < T, other=0.0)
+            s = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
+            s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION)
+            p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[None, :])
+            p = tl.where(k_time[:, None] <= q_time[None, :], p, 0.0)
+            dv = tl.dot(p.to(v.dtype), do, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            if ONE_BLOCK:
+                delta = tl.sum(p * dp, 0)
+            else:
+                delta = tl.load(delta_ptr + head * T + q_time, mask=q_time < T, other=0.0)
+            ds = tl.where(k_time[:, None] <= q_time[None, :], p * (dp - delta[None, :]), 0.0).to(v.dtype)
+            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+            dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+            if ONE_BLOCK:
+                dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * SCALE
+                dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION) * SCALE
+                q_ptr = qkv_ptr + head * K
+                dq_ptr = dqkv_ptr + head * K
+                _store_unrotated(dq1, dq2, q_ptr, dq_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+    _store_rows(dv, dqkv_ptr + v_at, k_time, T, K, C, FULL)
+    dk1 *= SCALE
+    dk2 *= SCALE
+    _store_unrotated(dk1, dk2, qkv_ptr + k_at, dqkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+
+
+@triton.jit
+def _backward_queries_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    cos_stride,
+    sin_stride,
+    o_ptr,
+    do_ptr,
+    logsumexp_ptr,
+    delta_ptr,
+    dqkv_ptr,
+    eps,
+    B: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (replica, batch row, query head, query block): dq, and delta = sum(do * o) for the keys."""
+    C: tl.constexpr = (H + 2 * G) * K
+    LOG2E: tl.constexpr = 1.4426950408889634
+    blocks = tl.cdiv(T, BLOCK_Q)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % H
+    row = (tl.program_id(0) // (blocks * H)).to(tl.int64)
+    cos_ptr += row // B * cos_stride
+    sin_ptr += row // B * sin_stride
+    qkv_ptr += row * T * C
+    k_ptr = qkv_ptr + (H + head // (H // G)) * K
+    v_ptr = qkv_ptr + (H + G + head // (H // G)) * K
+    q_ptr = qkv_ptr + head * K
+    dq_ptr = dqkv_ptr + row * T * C + head * K
+    o_ptr += row * T * H * K + head * K
+    do_ptr += row * T * H * K + head * K
+    logsumexp_ptr += (row * H + head) * T
+    delta_ptr += (row * H + head) * T
+
+    q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q1, q2, _ = _load_rotated(q_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+    q1 = q1.to(qkv_ptr.dtype.element_ty)
+    q2 = q2.to(qkv_ptr.dtype.element_ty)
+    do = _load_rows(do_ptr, q_time, T, K, H * K, FULL)
+    o = _load_rows(o_ptr, q_time, T, K, H * K, FULL)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta_ptr + q_time, delta, mask=q_time < T)
+    logsumexp = tl.load(logsumexp_ptr + q_time, mask=q_time < T, other=0.0)
+    dq1 = tl.zeros([BLOCK_Q, HALF], tl.float32)
+    dq2 = tl.zeros([BLOCK_Q, HALF], tl.float32)
+    for start in range(0, min(T, (block + 1) * BLOCK_Q), BLOCK_K):
+        k_time = start + tl.arange(0, BLOCK_K)
+        k1, k2, _ = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+        k1 = k1.to(do.dtype)
+        k2 = k2.to(do.dtype)
+        v = _load_rows(v_ptr, k_time, T, K, C, FULL)
+        s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+        p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[:, None])
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = tl.where(k_time[None, :] <= q_time[:, None], p * (dp - delta[:, None]), 0.0).to(do.dtype)
+        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+    dq1 *= SCALE
+    dq2 *= SCALE
+    _store_unrotated(dq1, dq2, q_ptr, dq_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)

@@ -45,3 +45,8 @@ def dense_replicas(tensor):
     A view of one [R, P] parameter buffer passes as it is; kernels take its replica stride.
     """
     return tensor if tensor[0].is_contiguous() else tensor.contiguous()
+
+
+def dot_precision():
+    """Triton's float32 dot precision for torch's: "highest" -> "ieee", "high" or "medium" -> "tf32"."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
