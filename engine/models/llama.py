@@ -1,0 +1,206 @@
+"""The Llama family for one replica: RMSNorm with weights, grouped-query attention, SwiGLU.
+
+Touvron et al. 2023. SmolLM2-135M is loaded into it by `engine.checkpoint`. Matrices are fused as
+the kernels want them: q, k, v are the rows of one `qkv`, gate and up of one `gate_up`. Rotary
+positions turn half-split pairs (i, i + K/2), as Hugging Face's weights expect.
+
+Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V vocabulary, N = B·T.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from engine.models import (
+    Embedding,
+    check_positive,
+    check_shape,
+    normal_weights,
+    parameter_shapes,
+    rotary_tables,
+)
+from kernels.activation import swiglu
+from kernels.attention import qkv_attention
+from kernels.embedding import embedding
+from kernels.linear import linear
+from kernels.loss import linear_cross_entropy
+from kernels.norm import add_rms_norm, rms_norm
+
+NO_SOFTCAP = 0.0
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    depth: int
+    """layers"""
+    width: int
+    """D, size of the residual stream"""
+    heads: int
+    """query heads H; the head dimension K is width / heads"""
+    kv_heads: int
+    """key and value heads, a divisor of heads"""
+    mlp_width: int
+    """F, hidden units of the MLP"""
+    context: int
+    """T, the longest row the network takes"""
+    vocabulary: int
+    """V, rows of the embedding"""
+    rotary_base: float = 10_000.0
+    """base of the rotary frequencies"""
+    norm_eps: float = 1e-5
+    """added to the mean square in every RMSNorm"""
+    tied: bool = True
+    """whether the embedding is the unembedding too"""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            depth=self.depth,
+            width=self.width,
+            mlp_width=self.mlp_width,
+            context=self.context,
+            vocabulary=self.vocabulary,
+        )
+        check_shape(self.width, self.heads, self.kv_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    def with_context(self, context: int) -> "LlamaConfig":
+        """The same network for shorter rows; ValueError beyond what it was trained for."""
+        if context > self.context:
+            raise ValueError(
+                f"context {context} is longer than the model's {self.context}: give a context of at most {self.context}"
+            )
+        return replace(self, context=context)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        projected = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.norm = nn.Parameter(torch.empty(config.width))
+        self.qkv = nn.Parameter(torch.empty(projected, config.width))
+        self.output = nn.Parameter(torch.empty(config.width, config.width))
+
+    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
+        """x is normed already; the weight `norm` is used where the residual stream is added to."""
+        qkv_BTC = linear(x_BTD, self.qkv)
+        config = self.config
+        mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, config.heads, config.kv_heads, False, config.norm_eps)
+        return linear(mixed_BTD, self.output)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.norm = nn.Parameter(torch.empty(config.width))
+        self.gate_up = nn.Parameter(torch.empty(2 * config.mlp_width, config.width))
+        self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return linear(swiglu(linear(x_BTD, self.gate_up)), self.down)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+
+class Llama(nn.Module):
+    """One replica. Build it under `torch.device("meta")` where weights come from outside;
+    the rotary tables are made on `device` all the same."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.final_norm = nn.Parameter(torch.empty(config.width))
+        if not config.tied:
+            self.unembedding = Embedding(config.vocabulary, config.width)
+        cos_TK2, sin_TK2 = rotary_tables(config.context, config.head_dim, config.rotary_base)
+        self.register_buffer("cos_TK2", cos_TK2.to(device), persistent=False)
+        self.register_buffer("sin_TK2", sin_TK2.to(device), persistent=False)
+
+    def head_VD(self) -> Tensor:
+        return self.embedding.weight if self.config.tied else self.unembedding.weight
+
+    def features(self, tokens_BT: Tensor) -> Tensor:
+        """The normed residual stream [B, T, D] that the head reads."""
+        time = tokens_BT.shape[-1]
+        cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
+        eps = self.config.norm_eps
+        norms_D = [layer.attention.norm for layer in self.layers] + [self.final_norm]
+        x_BTD = embedding(tokens_BT, self.embedding.weight)
+        normed_BTD = rms_norm(x_BTD, norms_D[0], eps)
+        for layer, next_norm_D in zip(self.layers, norms_D[1:], strict=True):
+            mixed_BTD = layer.attention(normed_BTD, cos_TK2, sin_TK2)
+            normed_BTD, x_BTD = add_rms_norm(mixed_BTD, x_BTD, layer.mlp.norm, eps)
+            normed_BTD, x_BTD = add_rms_norm(layer.mlp(normed_BTD), x_BTD, next_norm_D, eps)
+        return normed_BTD
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, label_smoothing: Tensor) -> Tensor:
+        """Summed loss, 0-dim fp32, over the targets that are not -100.
+
+        label_smoothing ε is a 0-dim fp32 tensor: (1 - ε)·nll + ε·mean over V of -log p.
+        """
+        features_BTD = self.features(tokens_BT)
+        return linear_cross_entropy(
+            features_BTD.flatten(0, 1),
+            self.head_VD(),
+            targets_BT.flatten(),
+            NO_SOFTCAP,
+            label_smoothing,
+        )
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] in fp32; for checks, training never makes them."""
+        return linear(self.features(tokens_BT), self.head_VD()).float()
+
+
+def parameter_group(name: str) -> str:
+    """The learning-rate group of a parameter: attention, mlp, embedding or unembedding.
+
+    A norm's weight goes with the matrix it feeds; the final norm goes with the embedding, which
+    is the head where it is tied.
+    """
+    if name.startswith("layers."):
+        return name.split(".")[2]
+    return "unembedding" if name == "unembedding.weight" else "embedding"
+
+
+def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
+    """Norms 1, everything else N(0, 1/D) (SmolLM2's own initial deviation). fp32, CPU."""
+    with torch.device("meta"):
+        shapes = parameter_shapes(Llama(config))
+    return {
+        name: torch.ones(shape) if len(shape) == 1 else normal_weights(seed, name, shape, config.width**-0.5)
+        for name, shape in shapes.items()
+    }
+
+
+def flops_per_token(config: LlamaConfig) -> float:
+    """Training FLOPs a token: 6 a matrix weight (the head's too), 6·L·D·T for attention."""
+    projected = (config.heads + 2 * config.kv_heads) * config.head_dim
+    matrices = config.depth * config.width * (projected + config.width + 3 * config.mlp_width)
+    unembedding = config.vocabulary * config.width
+    return 6.0 * (matrices + unembedding + config.depth * config.width * config.context)
+
+
+def activation_bytes(config: LlamaConfig, tokens: int, bytes_per_element: int) -> int:
+    """Bytes of activations one replica holds at the peak of a micro-step of `tokens` tokens.
+
+    A layer keeps the stream and its norm twice, q/k/v, the attention's output (with one fp32
+    log-sum a head), gate, up and their product, and one fp32 scale a norm; then the logits and
+    their gradient, and in the backward the gradients of gate, up and product.
+    """
+    projected = (config.heads + 2 * config.kv_heads) * config.head_dim
+    layer = 5 * config.width + projected + 3 * config.mlp_width
+    elements = config.depth * layer + 2 * config.vocabulary
+    elements += 3 * config.mlp_width + 4 * config.width
+    return tokens * (bytes_per_element * elements + 4 * config.depth * (config.heads + 2))

@@ -1,0 +1,132 @@
+"""Text to tokens: bytes with a few chat marks, and the byte-pair encoding of SmolLM2.
+
+Both classes offer the same things:
+
+    name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
+    padding                 the id that fills an unfinished row (never a target)
+    encode(text), decode(tokens)
+    document(text)          tokens of one plain document with its boundary mark
+    render(messages)        (tokens, supervised) of one conversation
+
+Messages are {"role": "system" | "user" | "assistant", "content": str}. `supervised` is true
+exactly on the tokens an assistant has to produce: its replies and the mark that ends each. Text is
+never read as a mark, whatever it contains.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+Message = dict[str, str]
+Rendered = tuple[NDArray[np.int32], NDArray[np.bool_]]
+
+BYTE_MARKS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+BYTE_VOCABULARY = 320
+"""256 bytes and 5 marks, padded to a multiple of 64."""
+
+
+def _join(parts: Sequence[tuple[Sequence[int], bool]]) -> Rendered:
+    """Concatenates pieces of tokens, each wholly supervised or wholly not."""
+    tokens = np.concatenate([np.asarray(piece, dtype=np.int32) for piece, _ in parts])
+    lengths = [len(piece) for piece, _ in parts]
+    supervised = np.repeat(np.array([learned for _, learned in parts]), lengths)
+    return tokens, supervised
+
+
+class ByteTokenizer:
+    """UTF-8 bytes 0-255, then the marks of nanochat's conversations."""
+
+    name = "bytes"
+    vocabulary = BYTE_VOCABULARY
+    bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
+    padding = bos
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Marks and unused ids are written out; bytes that are no UTF-8 become U+FFFD."""
+        marks = dict(enumerate(BYTE_MARKS, start=256))
+        pieces = (
+            bytes([token]) if token < 256 else marks.get(token, f"<|{token}|>").encode() for token in map(int, tokens)
+        )
+        return b"".join(pieces).decode(errors="replace")
+
+    def document(self, text: str) -> Rendered:
+        """The opening mark and the bytes; all are learned."""
+        return _join([([self.bos], True), (self.encode(text), True)])
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """bos, then each message between its role's marks; a system message opens the next
+        user message, since these marks know two roles."""
+        parts: list[tuple[Sequence[int], bool]] = [([self.bos], False)]
+        preface = ""
+        for message in messages:
+            content = preface + message["content"]
+            if message["role"] == "system":
+                preface = content + "\n\n"
+            elif message["role"] == "user":
+                preface = ""
+                parts.append(([self.user_start, *self.encode(content), self.user_end], False))
+            else:
+                parts.append(([self.assistant_start], False))
+                parts.append(([*self.encode(message["content"]), self.assistant_end], True))
+        return _join(parts)
+
+
+class SmolLM2Tokenizer:
+    """SmolLM2's byte-pair encoding and its chat template (ChatML with a default system message).
+
+    Built from the vocabulary and merges of its GGUF file. Digits are split one by one and the rest
+    by GPT-2's pattern, as in the published tokenizer. The template is written out here because a
+    rendered string cannot say which tokens are replies; a test compares it with the file's own.
+    """
+
+    name = "smollm2"
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+    def __init__(self, tokens: Sequence[str], merges: Sequence[str]):
+        ids = {token: index for index, token in enumerate(tokens)}
+        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+        self.backend = Tokenizer(models.BPE(vocab=ids, merges=pairs))
+        self.backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        self.backend.decoder = decoders.ByteLevel()
+        self.vocabulary = len(tokens)
+        self.start, self.end = ids["<|im_start|>"], ids["<|im_end|>"]
+        self.boundary = ids["<|endoftext|>"]
+        self.padding = self.boundary
+        self.newline = self.encode("\n")
+        self.headers = {role: [self.start, *self.encode(role + "\n")] for role in ("system", "user", "assistant")}
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Marks are written out; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+
+    def document(self, text: str) -> Rendered:
+        """The tokens and the end-of-text mark; all are learned."""
+        return _join([(self.encode(text), True), ([self.boundary], True)])
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """`<|im_start|>role\\ncontent<|im_end|>\\n` for each message.
+
+        A reply is encoded apart from its header, as when the model writes it after the header.
+        """
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        parts: list[tuple[Sequence[int], bool]] = []
+        for message in messages:
+            is_reply = message["role"] == "assistant"
+            parts.append((self.headers[message["role"]], False))
+            parts.append(([*self.encode(message["content"]), self.end], is_reply))
+            parts.append((self.newline, False))
+        return _join(parts)
