@@ -1,15 +1,24 @@
-"""AdamW over stacked parameters, every replica with hyper-parameters of its own.
+"""AdamW over stacked parameters, every replica with hyper-parameters of its own; gradient norms.
 
-Dimensions: R replica, n one parameter's elements; `_R` tensors are [R] fp32 on the device.
+Dimensions: R replica, n elements of one parameter of one replica; `_R` tensors are [R], fp32 unless
+said otherwise, on the device.
 
 The bf16 weight is the fp32 master rounded to nearest, ties away from zero. Ties to even cannot be
 undone from 16 bits: an even bf16 would stand for 65,537 masters. With ties away each stands for
 65,536, so the master splits exactly into the weight and a 16-bit remainder, and the plain and the
-split form round alike.
+split form round alike. Kernels and references agree bit for bit: every operation is rounded by
+itself (no fused multiply-adds), division and square root to nearest.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+BLOCK = 1024
+NORM_BLOCK = 8192
+
+# ---- the split master ----------------------------------------------------------------------------
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +42,9 @@ def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
 def round_to_weight(master: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight the networks compute with: the fp32 master itself, or split_master's bf16."""
     return master if dtype == torch.float32 else split_master(master)[0]
+
+
+# ---- one step ------------------------------------------------------------------------------------
 
 
 def adamw_reference_(
@@ -60,7 +72,9 @@ def adamw_reference_(
     gradient = gradient.float() if scale_R is None else gradient.float() * scale_R[:, None]
     first = beta1 * first_moment + (1 - beta1) * gradient
     second = beta2 * second_moment + ((1 - beta2) * gradient) * gradient
-    step = (first / bias1) / ((second / bias2).sqrt() + eps)
+    # torch's fp32 square root on a CPU can be an ulp off; the fp64 one, rounded, never is.
+    root = (second / bias2).double().sqrt().float()
+    step = (first / bias1) / (root + eps)
     updated = master * (1 - learning_rate * decay) - learning_rate * step
     rounded = updated if weight is None else round_to_weight(updated, weight.dtype)
     first_moment.copy_(torch.where(active, first, first_moment))
@@ -95,39 +109,227 @@ def adamw_(
     fp32. weight: bf16 [R, n], or None where the network computes with the master itself. bias1_R
     and bias2_R are 1 - beta^t. scale_R multiplies the gradient (clipping). Where active_R (bool) is
     False nothing of that replica is written. nonfinite_R (int32) becomes 1 where an updated weight
-    is not finite.
+    is not finite. Moves 28 bytes a parameter with a bf16 gradient.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
     """
-    adamw_reference_(
-        master,
-        gradient,
-        weight,
-        first_moment,
-        second_moment,
-        learning_rate_R,
-        weight_decay_R,
-        beta1_R,
-        beta2_R,
-        bias1_R,
-        bias2_R,
-        eps,
-        scale_R,
-        active_R,
-        nonfinite_R,
-    )
+    scalars = (learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps)
+    step = adamw_reference_ if master.device.type == "cpu" else launch_adamw_
+    moments = (first_moment, second_moment)
+    step(master, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R)
 
 
-def global_norm_reference(gradients: list[Tensor]) -> Tensor:
-    return sum(gradient.float().square().sum(1) for gradient in gradients).sqrt()
+def adamw_split_(
+    remainder: Tensor,
+    gradient: Tensor,
+    weight: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    learning_rate_R: Tensor,
+    weight_decay_R: Tensor,
+    beta1_R: Tensor,
+    beta2_R: Tensor,
+    bias1_R: Tensor,
+    bias2_R: Tensor,
+    eps: float,
+    scale_R: Tensor | None,
+    active_R: Tensor,
+    nonfinite_R: Tensor,
+) -> None:
+    """`adamw_` on the split master: int16 remainder and bf16 weight, both [R, n], read and written.
+
+    The same bits as `adamw_`, in 26 bytes a parameter with a bf16 gradient.
+    """
+    scalars = (learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps)
+    moments = (first_moment, second_moment)
+    if remainder.device.type == "cpu":
+        master = join_master(weight, remainder)
+        adamw_reference_(
+            master, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R
+        )
+        remainder.copy_(split_master(master)[1])
+    else:
+        launch_adamw_(
+            remainder, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R
+        )
+
+
+@triton.jit
+def round_to_bfloat16_bits(master):
+    """The bits, as int32, of `split_master`'s weight."""
+    bits = master.to(tl.int32, bitcast=True)
+    return tl.where(master != master, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
+
+
+@triton.jit
+def join_bits(weight, remainder):
+    """`join_master` of a bf16 weight and an int16 remainder."""
+    high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    low = remainder.to(tl.int32)
+    is_nan = (high & 0x7FFFFFFF) > 0x7F800000
+    return tl.where(is_nan, high | (low & 0xFFFF), high + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def adamw_step(
+    master, gradient, first, second, learning_rate, decay, beta1, beta2, bias1, bias2, eps
+):
+    first = beta1 * first + (1 - beta1) * gradient
+    second = beta2 * second + ((1 - beta2) * gradient) * gradient
+    denominator = tl.sqrt_rn(tl.div_rn(second, bias2)) + eps
+    step = tl.div_rn(tl.div_rn(first, bias1), denominator)
+    return master * (1 - learning_rate * decay) - learning_rate * step, first, second
+
+
+@triton.jit
+def adamw_kernel(
+    master, gradient, weight, first_moment, second_moment,
+    learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
+    scale_R, active_R, nonfinite_R,
+    n, master_stride, gradient_stride, weight_stride, first_stride, second_stride,
+    BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    replica = tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.where(tl.load(active_R + replica), n, 0)
+    row = replica.to(tl.int64)
+    master += row * master_stride
+    weight += row * weight_stride
+    first_moment += row * first_stride
+    second_moment += row * second_stride
+    g = tl.load(gradient + row * gradient_stride + at, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(first_moment + at, mask=inside, other=0.0)
+    v = tl.load(second_moment + at, mask=inside, other=0.0)
+    if SPLIT:
+        high = tl.load(weight + at, mask=inside, other=0.0)
+        p = join_bits(high, tl.load(master + at, mask=inside, other=0))
+    else:
+        p = tl.load(master + at, mask=inside, other=0.0)
+    if SCALED:
+        g *= tl.load(scale_R + replica)
+    p, m, v = adamw_step(
+        p, g, m, v,
+        tl.load(learning_rate_R + replica), tl.load(weight_decay_R + replica),
+        tl.load(beta1_R + replica), tl.load(beta2_R + replica),
+        tl.load(bias1_R + replica), tl.load(bias2_R + replica), eps,
+    )  # fmt: skip
+    bits = p.to(tl.int32, bitcast=True)
+    if HAS_WEIGHT:
+        rounded = round_to_bfloat16_bits(p)
+        broken = (rounded & 0x7F80) == 0x7F80
+        tl.store(weight + at, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+    else:
+        broken = (bits & 0x7F800000) == 0x7F800000
+    tl.store(master + at, bits.to(tl.int16) if SPLIT else p, mask=inside)
+    tl.store(first_moment + at, m, mask=inside)
+    tl.store(second_moment + at, v, mask=inside)
+    any_broken = tl.max((broken & inside).to(tl.int32), axis=0)
+    tl.store(nonfinite_R + replica, 1, mask=any_broken != 0)
+
+
+def launch_adamw_(
+    master: Tensor,
+    gradient: Tensor,
+    weight: Tensor | None,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    learning_rate_R: Tensor,
+    weight_decay_R: Tensor,
+    beta1_R: Tensor,
+    beta2_R: Tensor,
+    bias1_R: Tensor,
+    bias2_R: Tensor,
+    eps: float,
+    scale_R: Tensor | None,
+    active_R: Tensor,
+    nonfinite_R: Tensor,
+) -> None:
+    """The Triton form of `adamw_`, and of `adamw_split_` where master is the int16 remainder."""
+    replicas, n = gradient.shape
+    for tensor in (master, gradient, first_moment, second_moment):
+        assert tensor.shape == (replicas, n) and tensor.stride(1) == 1
+    weight = master if weight is None else weight
+    adamw_kernel[(triton.cdiv(n, BLOCK), replicas)](
+        master, gradient, weight, first_moment, second_moment,
+        learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
+        scale_R, active_R, nonfinite_R,
+        n, master.stride(0), gradient.stride(0), weight.stride(0),
+        first_moment.stride(0), second_moment.stride(0),
+        BLOCK=BLOCK, HAS_WEIGHT=weight is not master, SPLIT=master.dtype == torch.int16,
+        SCALED=scale_R is not None, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+# ---- the norm of a replica's gradients -----------------------------------------------------------
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm [R] fp32 over every gradient [R, n] of a replica."""
-    return global_norm_reference(gradients)
+    """Euclidean norm [R] fp32 over all of a replica's gradients, each [R, n], bf16 or fp32.
+
+    Sums of squares over blocks, then one sum over the blocks, both in an order that follows from
+    one replica's shapes. The caller clips by passing min(1, limit / norm) as `adamw_`'s scale_R.
+    """
+    if gradients[0].device.type == "cpu":
+        return global_norm_reference(gradients)
+    return launch_global_norm(gradients)
+
+
+def global_norm_reference(gradients: list[Tensor]) -> Tensor:
+    squares = [gradient.float().square().sum(1) for gradient in gradients]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+@triton.jit
+def squares_kernel(gradient, partials, n, stride, partials_stride, BLOCK: tl.constexpr):
+    replica = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gradient + replica * stride + at, mask=at < n, other=0.0).to(tl.float32)
+    tl.store(partials + replica * partials_stride + tl.program_id(0), tl.sum(g * g, axis=0))
+
+
+@triton.jit
+def root_of_sum_kernel(partials, norm_R, blocks, BLOCK: tl.constexpr):
+    replica = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, blocks, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(partials + replica * blocks + at, mask=at < blocks, other=0.0)
+    tl.store(norm_R + replica, tl.sqrt_rn(tl.sum(total, axis=0)))
+
+
+def launch_global_norm(gradients: list[Tensor]) -> Tensor:
+    replicas = gradients[0].shape[0]
+    blocks = [triton.cdiv(gradient.shape[1], NORM_BLOCK) for gradient in gradients]
+    device = gradients[0].device
+    partials = torch.empty((replicas, sum(blocks)), dtype=torch.float32, device=device)
+    start = 0
+    for gradient, count in zip(gradients, blocks, strict=True):
+        assert gradient.stride(1) == 1
+        squares_kernel[(count, replicas)](
+            gradient, partials[:, start:], gradient.shape[1], gradient.stride(0), sum(blocks),
+            BLOCK=NORM_BLOCK, num_warps=8,
+        )  # fmt: skip
+        start += count
+    norm_R = torch.empty(replicas, dtype=torch.float32, device=device)
+    root_of_sum_kernel[(replicas,)](partials, norm_R, sum(blocks), BLOCK=1024, num_warps=4)
+    return norm_R
+
+
+# ---- gradient accumulation -----------------------------------------------------------------------
+
+
+def accumulate_(accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R: Tensor) -> None:
+    """Where active_R: accumulator [R, n] fp32 = gradient if fresh_R else accumulator + gradient.
+
+    fresh_R and active_R are bool. An inactive replica's memory is not touched.
+    """
+    if accumulator.device.type == "cpu":
+        accumulate_reference_(accumulator, gradient, fresh_R, active_R)
+    else:
+        launch_accumulate_(accumulator, gradient, fresh_R, active_R)
 
 
 def accumulate_reference_(
@@ -138,6 +340,27 @@ def accumulate_reference_(
     accumulator.copy_(torch.where(active_R[:, None], total, accumulator))
 
 
-def accumulate_(accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R: Tensor) -> None:
-    """Where active_R: accumulator [R, n] fp32 = gradient if fresh_R else accumulator + gradient."""
-    accumulate_reference_(accumulator, gradient, fresh_R, active_R)
+@triton.jit
+def accumulate_kernel(
+    accumulator, gradient, fresh_R, active_R, n, stride, gradient_stride, BLOCK: tl.constexpr
+):
+    replica = tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.where(tl.load(active_R + replica), n, 0)
+    old = inside & (at < tl.where(tl.load(fresh_R + replica), 0, n))
+    accumulator += replica.to(tl.int64) * stride + at
+    gradient += replica.to(tl.int64) * gradient_stride + at
+    g = tl.load(gradient, mask=inside, other=0.0).to(tl.float32)
+    total = tl.where(old, tl.load(accumulator, mask=old, other=0.0) + g, g)
+    tl.store(accumulator, total, mask=inside)
+
+
+def launch_accumulate_(
+    accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R: Tensor
+) -> None:
+    replicas, n = gradient.shape
+    assert accumulator.stride(1) == 1 and gradient.stride(1) == 1
+    accumulate_kernel[(triton.cdiv(n, BLOCK), replicas)](
+        accumulator, gradient, fresh_R, active_R, n, accumulator.stride(0), gradient.stride(0),
+        BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip

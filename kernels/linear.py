@@ -1,44 +1,412 @@
-"""Linear layers of a stack of replicas: one replica's function, its reference, the stacked kernel.
+"""Linear layers of a stack of replicas: references, one stacked matrix product, its operators.
 
 Dimensions: R replica, N tokens (every leading dimension flattened), I input width, O output width,
-F MLP width, D model width.
+F MLP width, D model width; M, N, K the sides of a matrix product c [M, N] = a [M, K] b [K, N].
+
+One kernel computes every product, forward and backward, with the replica as the outermost part of
+its grid. A tile's arithmetic follows from one replica's shape and dtype (kernels/tiles.py), never
+from R. Transposed operands are read through their strides. On bf16 whose rows are whole 16-byte
+units the tensor-map engine (TMA) moves the tiles, which also keeps reads inside one replica.
 """
 
+import os
+
+import torch
 import torch.nn.functional as functional
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.stacking import dense_replicas, fold_vmap
+from kernels.tiles import Tile, tile_for
+
+# The interpreter multiplies bf16 wrongly, so there the tiles are widened first.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# ---- one replica ---------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T: x [..., I], weight_OI -> [..., O], all bf16 or all fp32.
+
+    Accumulates in fp32. fp32 operands follow `torch.get_float32_matmul_precision`: "highest" is
+    IEEE fp32, anything else tf32. Raises ValueError on other dtypes and on widths that differ.
+    """
+    if x.device.type == "cpu":
+        return linear_reference(x, weight_OI)
+    return _one(linear_op(_tokens(x), weight_OI[None]), x)
+
+
+def linear_add(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
+    """residual + x W^T in one kernel, rounded once: residual [..., O]; the rest as `linear`."""
+    if x.device.type == "cpu":
+        return linear_add_reference(x, weight_OI, residual)
+    return _one(linear_add_op(_tokens(x), weight_OI[None], _tokens(residual)), x)
+
+
+def linear_relu2(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """relu(x W^T)^2 in one kernel; arguments as `linear`. Backward takes relu(h) = sqrt(result)."""
+    if x.device.type == "cpu":
+        return linear_relu2_reference(x, weight_OI)
+    return _one(linear_relu2_op(_tokens(x), weight_OI[None]), x)
+
+
+def relu2_mlp(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
+    """residual + relu(x up^T)^2 down^T: a ReLU-squared MLP without elementwise passes either way.
+
+    x, residual [..., D] -> [..., D]; the same bits as `linear_add` of `linear_relu2`.
+    """
+    if x.device.type == "cpu":
+        return relu2_mlp_reference(x, up_FD, down_DF, residual)
+    return _one(relu2_mlp_op(_tokens(x), up_FD[None], down_DF[None], _tokens(residual))[0], x)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _one(y_1NO: Tensor, x: Tensor) -> Tensor:
+    return y_1NO.reshape(*x.shape[:-1], y_1NO.shape[-1])
 
 
 def linear_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
     return functional.linear(x, weight_OI)
 
 
-def linear_relu2_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
-    return functional.linear(x, weight_OI).relu().square()
-
-
 def linear_add_reference(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
     return residual + functional.linear(x, weight_OI)
 
 
+def linear_relu2_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
+    return functional.linear(x, weight_OI).relu().square()
+
+
 def relu2_mlp_reference(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
-    return residual + functional.linear(linear_relu2_reference(x, up_FD), down_DF)
+    return linear_add_reference(linear_relu2_reference(x, up_FD), down_DF, residual)
 
 
-def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x [..., I] times weight_OI transposed -> [..., O], in their common dtype."""
-    return linear_reference(x, weight_OI)
+# ---- the stacked matrix product ------------------------------------------------------------------
 
 
-def linear_relu2(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """relu(x W^T)^2: x [..., I], weight_OI -> [..., O]."""
-    return linear_relu2_reference(x, weight_OI)
+@triton.jit
+def _load(
+    source, replica, row, column, rows, columns, stride_R, stride_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        return source.load([replica, row, column]).reshape(ROWS, COLUMNS)
+    else:
+        i = tl.arange(0, ROWS)
+        j = tl.arange(0, COLUMNS)
+        corner = source + replica.to(tl.int64) * stride_R + row.to(tl.int64) * stride_row + column
+        inside = (row + i < rows)[:, None] & (column + j < columns)[None, :]
+        return tl.load(corner + i[:, None] * stride_row + j[None, :], mask=inside, other=0.0)
 
 
-def linear_add(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
-    """residual + x W^T: x [..., I], weight_OI, residual [..., O] -> [..., O]."""
-    return linear_add_reference(x, weight_OI, residual)
+@triton.jit
+def _store(
+    target, tile, replica, row, column, rows, columns, stride_R, stride_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        target.store([replica, row, column], tile.reshape(1, ROWS, COLUMNS))
+    else:
+        i = tl.arange(0, ROWS)
+        j = tl.arange(0, COLUMNS)
+        corner = target + replica.to(tl.int64) * stride_R + row.to(tl.int64) * stride_row + column
+        inside = (row + i < rows)[:, None] & (column + j < columns)[None, :]
+        tl.store(corner + i[:, None] * stride_row + j[None, :], tile, mask=inside)
 
 
-def relu2_mlp(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
-    """residual + relu(x up^T)^2 down^T, a ReLU-squared MLP without elementwise passes."""
-    return relu2_mlp_reference(x, up_FD, down_DF, residual)
+@triton.jit
+def _tile(
+    tile, a, b, c, extra, scale_R, m, n, k, alpha, beta,
+    a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    replica = tile // (tiles_m * tiles_n)
+    tile = tile % (tiles_m * tiles_n)
+    group = tile // (GROUP_M * tiles_n)
+    group_rows = min(tiles_m - group * GROUP_M, GROUP_M)
+    in_group = tile % (GROUP_M * tiles_n)
+    row = (group * GROUP_M + in_group % group_rows) * BLOCK_M
+    column = (in_group // group_rows) * BLOCK_N
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, tl.cdiv(k, BLOCK_K)):
+        at = step * BLOCK_K
+        if FORM == "tn":
+            a_tile = _load(a, replica, at, row, k, m, a_R, a_row, BLOCK_K, BLOCK_M, TMA).T
+        else:
+            a_tile = _load(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, TMA)
+        if FORM == "nt":
+            b_tile = _load(b, replica, column, at, n, k, b_R, b_row, BLOCK_N, BLOCK_K, TMA).T
+        else:
+            b_tile = _load(b, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, TMA)
+        if WIDEN:
+            a_tile = a_tile.to(tl.float32)
+            b_tile = b_tile.to(tl.float32)
+        accumulator = tl.dot(a_tile, b_tile, accumulator, input_precision=PRECISION)
+
+    if SCALED:
+        accumulator *= tl.load(scale_R + replica)
+    if EPILOGUE == "add":
+        addend = _load(
+            extra, replica, row, column, m, n, extra_R, extra_row, BLOCK_M, BLOCK_N, TMA_STORE
+        )
+        accumulator = alpha * accumulator + beta * addend.to(tl.float32)
+    if EPILOGUE == "relu2":
+        hidden = accumulator.to(DTYPE).to(tl.float32)
+        hidden = tl.where(hidden < 0, 0.0, hidden)  # keeps NaN
+        accumulator = hidden * hidden
+    if EPILOGUE == "relu2_backward":
+        squared = _load(
+            extra, replica, row, column, m, n, extra_R, extra_row, BLOCK_M, BLOCK_N, TMA_STORE
+        )
+        accumulator = accumulator.to(DTYPE).to(tl.float32)
+        accumulator *= 2 * tl.sqrt_rn(squared.to(tl.float32))
+    _store(
+        c, accumulator.to(DTYPE), replica, row, column, m, n, c_R, c_row,
+        BLOCK_M, BLOCK_N, TMA_STORE,
+    )  # fmt: skip
+
+
+@triton.jit
+def stacked_matmul_kernel(
+    a, b, c, extra, scale_R, tiles, m, n, k, alpha, beta,
+    a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, WIDEN: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _tile(
+                tile, a, b, c, extra, scale_R, m, n, k, alpha, beta,
+                a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), a, b, c, extra, scale_R, m, n, k, alpha, beta,
+            a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
+        )  # fmt: skip
+
+
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def stacked_matmul(
+    a: Tensor,
+    b: Tensor,
+    form: str,
+    epilogue: str = "none",
+    extra: Tensor | None = None,
+    scale_R: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    tile: Tile | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """c [R, M, N] = epilogue(a b) for every replica; `form` says how a and b are stored.
+
+    "nt": a [R, M, K], b [R, N, K]; "nn": a [R, M, K], b [R, K, N]; "tn": a [R, K, M], b [R, K, N].
+    Epilogues on the fp32 product p, first multiplied by scale_R [R] where given: "add" is
+    alpha p + beta extra; "relu2" is relu(p)^2; "relu2_backward" is 2 p sqrt(extra), with extra
+    [R, M, N] the result of "relu2". Replicas must be contiguous, their stride is free.
+    """
+    m, k = (a.shape[2], a.shape[1]) if form == "tn" else (a.shape[1], a.shape[2])
+    n, b_k = (b.shape[1], b.shape[2]) if form == "nt" else (b.shape[2], b.shape[1])
+    if a.dtype not in DTYPES or b.dtype != a.dtype:
+        raise ValueError(
+            f"got operands of {a.dtype} and {b.dtype}, expected both bfloat16 or both float32: "
+            "cast them to one compute dtype"
+        )
+    if a.shape[0] != b.shape[0] or k != b_k:
+        raise ValueError(
+            f"got operands {tuple(a.shape)} and {tuple(b.shape)} in form {form!r}, expected equal "
+            "replicas and inner width: check the layer's input width"
+        )
+    c = torch.empty((a.shape[0], m, n), dtype=a.dtype, device=a.device) if out is None else out
+    if c.numel() == 0:
+        return c
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if tile is None:
+        tile = tile_for(form, m, n, k, a.dtype, precision)
+    # Decided by one replica's shape: a stack that is not aligned for TMA is copied, not rerouted.
+    rows_whole = a.shape[2] % 8 == 0 and b.shape[2] % 8 == 0
+    tma = a.dtype == torch.bfloat16 and rows_whole
+    tma_store = tma and tile.store and n % 8 == 0
+    a, b = (_aligned(operand) if tma else dense_replicas(operand) for operand in (a, b))
+    block_a = (tile.block_k, tile.block_m) if form == "tn" else (tile.block_m, tile.block_k)
+    block_b = (tile.block_n, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n)
+    block_c = (tile.block_m, tile.block_n)
+    if extra is not None:
+        extra = _aligned(extra) if tma_store else dense_replicas(extra)
+    tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    programs = tiles
+    if tile.residents:
+        processors = torch.cuda.get_device_properties(a.device).multi_processor_count
+        programs = min(tiles, processors * tile.residents)
+    other = c if extra is None else extra
+    stacked_matmul_kernel[(programs,)](
+        _described(a, block_a) if tma else a,
+        _described(b, block_b) if tma else b,
+        _described(c, block_c) if tma_store else c,
+        _described(other, block_c) if tma_store else other,
+        scale_R,
+        tiles, m, n, k, alpha, beta,
+        a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        c.stride(0), c.stride(1), other.stride(0), other.stride(1),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+        FORM=form, EPILOGUE=epilogue, SCALED=scale_R is not None, DTYPE=DTYPES[a.dtype],
+        PRECISION=precision, TMA=tma, TMA_STORE=tma_store, WIDEN=INTERPRETED,
+        PERSISTENT=tile.residents > 0, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return c
+
+
+def _aligned(operand: Tensor) -> Tensor:
+    """The operand as the tensor-map engine takes it: 16-byte aligned base and replica stride."""
+    operand = dense_replicas(operand)
+    whole = operand.data_ptr() % 16 == 0 and operand.stride(0) % 8 == 0 and operand.stride(0) > 0
+    return operand if whole else operand.clone(memory_format=torch.contiguous_format)
+
+
+def _described(operand: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    return TensorDescriptor(
+        operand, list(operand.shape), list(operand.stride()), [1, block[0], block[1]]
+    )
+
+
+# ---- stacked operators ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fractal::matmul", mutates_args=())
+def matmul_op(
+    a: Tensor,
+    b: Tensor,
+    form: str,
+    epilogue: str = "none",
+    extra: Tensor | None = None,
+    scale_R: Tensor | None = None,
+) -> Tensor:
+    return stacked_matmul(a, b, form, epilogue, extra, scale_R)
+
+
+@matmul_op.register_fake
+def _(a, b, form, epilogue="none", extra=None, scale_R=None):
+    m = a.shape[2] if form == "tn" else a.shape[1]
+    n = b.shape[1] if form == "nt" else b.shape[2]
+    return a.new_empty((a.shape[0], m, n))
+
+
+def gradients(ctx, dy_RNO: Tensor, x_RNI: Tensor, weight_ROI: Tensor, scale_R=None):
+    """dX and dW of y = x W^T, where they are asked for; scale_R multiplies both."""
+    dx = matmul_op(dy_RNO, weight_ROI, "nn", scale_R=scale_R) if ctx.needs_input_grad[0] else None
+    dw = matmul_op(dy_RNO, x_RNI, "tn", scale_R=scale_R) if ctx.needs_input_grad[1] else None
+    return dx, dw
+
+
+@fold_vmap
+@torch.library.custom_op("fractal::linear", mutates_args=())
+def linear_op(x_RNI: Tensor, weight_ROI: Tensor) -> Tensor:
+    return stacked_matmul(x_RNI, weight_ROI, "nt")
+
+
+@linear_op.register_fake
+def _(x_RNI, weight_ROI):
+    return x_RNI.new_empty((x_RNI.shape[0], x_RNI.shape[1], weight_ROI.shape[1]))
+
+
+def _save_operands(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1])
+
+
+def _linear_backward(ctx, dy_RNO):
+    return gradients(ctx, dy_RNO, *ctx.saved_tensors)
+
+
+linear_op.register_autograd(_linear_backward, setup_context=_save_operands)
+
+
+@fold_vmap
+@torch.library.custom_op("fractal::linear_add", mutates_args=())
+def linear_add_op(x_RNI: Tensor, weight_ROI: Tensor, residual_RNO: Tensor) -> Tensor:
+    return stacked_matmul(x_RNI, weight_ROI, "nt", "add", residual_RNO)
+
+
+@linear_add_op.register_fake
+def _(x_RNI, weight_ROI, residual_RNO):
+    return torch.empty_like(residual_RNO, memory_format=torch.contiguous_format)
+
+
+def _linear_add_backward(ctx, dy_RNO):
+    return *gradients(ctx, dy_RNO, *ctx.saved_tensors), dy_RNO
+
+
+linear_add_op.register_autograd(_linear_add_backward, setup_context=_save_operands)
+
+
+@fold_vmap
+@torch.library.custom_op("fractal::linear_relu2", mutates_args=())
+def linear_relu2_op(x_RNI: Tensor, weight_ROI: Tensor) -> Tensor:
+    return stacked_matmul(x_RNI, weight_ROI, "nt", "relu2")
+
+
+@linear_relu2_op.register_fake
+def _(x_RNI, weight_ROI):
+    return x_RNI.new_empty((x_RNI.shape[0], x_RNI.shape[1], weight_ROI.shape[1]))
+
+
+def _linear_relu2_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output)
+
+
+def _linear_relu2_backward(ctx, dy_RNO):
+    x_RNI, weight_ROI, y_RNO = ctx.saved_tensors
+    return gradients(ctx, dy_RNO * (2 * y_RNO.sqrt()), x_RNI, weight_ROI)
+
+
+linear_relu2_op.register_autograd(_linear_relu2_backward, setup_context=_linear_relu2_save)
+
+
+@fold_vmap
+@torch.library.custom_op("fractal::relu2_mlp", mutates_args=())
+def relu2_mlp_op(
+    x_RND: Tensor, up_RFD: Tensor, down_RDF: Tensor, residual_RND: Tensor
+) -> tuple[Tensor, Tensor]:
+    hidden_RNF = stacked_matmul(x_RND, up_RFD, "nt", "relu2")
+    return stacked_matmul(hidden_RNF, down_RDF, "nt", "add", residual_RND), hidden_RNF
+
+
+@relu2_mlp_op.register_fake
+def _(x_RND, up_RFD, down_RDF, residual_RND):
+    hidden_RNF = x_RND.new_empty((x_RND.shape[0], x_RND.shape[1], up_RFD.shape[1]))
+    return torch.empty_like(residual_RND, memory_format=torch.contiguous_format), hidden_RNF
+
+
+def _relu2_mlp_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], output[1])
+
+
+def _relu2_mlp_backward(ctx, dy_RND, _):
+    x_RND, up_RFD, down_RDF, hidden_RNF = ctx.saved_tensors
+    dh_RNF = matmul_op(dy_RND, down_RDF, "nn", "relu2_backward", hidden_RNF)
+    dx_RND = matmul_op(dh_RNF, up_RFD, "nn")
+    dup_RFD = matmul_op(dh_RNF, x_RND, "tn")
+    ddown_RDF = matmul_op(dy_RND, hidden_RNF, "tn")
+    return dx_RND, dup_RFD, ddown_RDF, dy_RND
+
+
+relu2_mlp_op.register_autograd(_relu2_mlp_backward, setup_context=_relu2_mlp_save)
