@@ -177,7 +177,7 @@ def _tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])  # one compiled kernel for any R
 def stacked_matmul_kernel(
     a, b, c, extra, scale_R, tiles, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,

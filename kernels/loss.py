@@ -1,26 +1,22 @@
 """Output layer, soft cap and cross-entropy in one operator, without fp32 logits in memory.
 
 Dimensions: R replica, N tokens, D model width, V vocabulary.
+
+The stacked product writes the logits in the compute dtype; one program a token reads its row twice
+(the second time mostly from L2) and, where gradients are wanted, overwrites it with the gradient
+of the sum. Backward is then the two products of any linear layer, scaled by the upstream gradient.
 """
 
 import torch
 import torch.nn.functional as functional
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from kernels.linear import gradients, stacked_matmul
+from kernels.stacking import fold_vmap
+
 IGNORED = -100
-
-
-def linear_cross_entropy_reference(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
-) -> Tensor:
-    logits_NV = functional.linear(x_ND, weight_VD).float()
-    if softcap > 0:
-        logits_NV = softcap * torch.tanh(logits_NV / softcap)
-    valid_N = targets_N != IGNORED
-    target_logit_N = logits_NV.gather(-1, torch.where(valid_N, targets_N, 0)[:, None]).squeeze(-1)
-    lse_N = torch.logsumexp(logits_NV, dim=-1)
-    smoothed_N = (1 - label_smoothing) * target_logit_N + label_smoothing * logits_NV.mean(-1)
-    return torch.where(valid_N, lse_N - smoothed_N, 0.0).sum()
 
 
 def linear_cross_entropy(
@@ -28,8 +24,173 @@ def linear_cross_entropy(
 ) -> Tensor:
     """SUM of the cross-entropy (nats) over supervised targets, a 0-dim fp32 tensor.
 
-    A target's loss is (1 - e) * nll + e * mean over v of -log p_v, e being label_smoothing (0-dim
-    fp32). The logits x W^T pass through softcap * tanh(logits / softcap) where softcap > 0. Targets
-    of -100 are ignored; with no supervised target the loss and its gradients are 0.
+    x_ND and weight_VD bf16 or fp32; targets_N int64 or int32, -100 ignored; label_smoothing e a
+    0-dim fp32 tensor. A target's loss is (1 - e) * nll + e * mean over v of -log p_v. The logits
+    x W^T, rounded to the compute dtype, pass through softcap * tanh(logits / softcap) where
+    softcap > 0. With no supervised target the loss and its gradients are 0. Under
+    `torch.no_grad` no gradient is computed.
     """
-    return linear_cross_entropy_reference(x_ND, weight_VD, targets_N, softcap, label_smoothing)
+    if x_ND.device.type == "cpu":
+        return linear_cross_entropy_reference(x_ND, weight_VD, targets_N, softcap, label_smoothing)
+    loss_1, _ = linear_cross_entropy_op(
+        x_ND[None],
+        weight_VD[None],
+        targets_N[None],
+        label_smoothing[None],
+        softcap,
+        torch.is_grad_enabled(),
+    )
+    return loss_1[0]
+
+
+def linear_cross_entropy_reference(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
+) -> Tensor:
+    logits_NV = functional.linear(x_ND, weight_VD)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if softcap > 0:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    valid_N = targets_N != IGNORED
+    index_N = torch.where(valid_N, targets_N, 0).long()
+    target_logit_N = logits_NV.gather(-1, index_N[:, None]).squeeze(-1)
+    lse_N = torch.logsumexp(logits_NV, dim=-1)
+    smoothed_N = (1 - label_smoothing) * target_logit_N + label_smoothing * logits_NV.mean(-1)
+    return torch.where(valid_N, lse_N - smoothed_N, 0.0).sum()
+
+
+@triton.jit
+def _capped(logits, SOFTCAP: tl.constexpr):
+    if SOFTCAP > 0:
+        return SOFTCAP * (2 * tl.sigmoid(logits * (2 / SOFTCAP)) - 1)
+    else:
+        return logits
+
+
+@triton.jit
+def _gradient(z, is_target, lse, smoothing, vocabulary, SOFTCAP: tl.constexpr):
+    """With respect to the logit whose capped value is z."""
+    gradient = tl.exp(z - lse) - (tl.where(is_target, 1 - smoothing, 0.0) + smoothing / vocabulary)
+    if SOFTCAP > 0:
+        tanh = z * (1 / SOFTCAP)
+        gradient *= 1 - tanh * tanh
+    return gradient
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits, targets, smoothing_R, loss_RN, tokens, vocabulary, ignored,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)  # of all replicas
+    smoothing = tl.load(smoothing_R + token // tokens)
+    target = tl.load(targets + token).to(tl.int32)
+    row = logits + token * vocabulary
+    v = tl.arange(0, BLOCK)
+    if target == ignored:
+        tl.store(loss_RN + token, 0.0)
+        if GRADIENT:
+            for start in range(0, vocabulary, BLOCK):
+                tl.store(row + start + v, 0.0, mask=start + v < vocabulary)
+    else:
+        hit = _capped(tl.load(row + target).to(tl.float32), SOFTCAP)
+        if ONE_BLOCK:  # the row stays in registers
+            inside = v < vocabulary
+            z = _capped(tl.load(row + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
+            mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / vocabulary
+            z = tl.where(inside, z, -float("inf"))
+            peak = tl.max(z, axis=0)
+            lse = peak + tl.log(tl.sum(tl.exp(z - peak), axis=0))
+            if GRADIENT:
+                gradient = _gradient(z, v == target, lse, smoothing, vocabulary, SOFTCAP)
+                tl.debug_barrier()  # every thread has read the target's logit
+                tl.store(row + v, gradient.to(logits.dtype.element_ty), mask=inside)
+        else:
+            peak = tl.full((), -float("inf"), tl.float32)
+            exponentials = tl.zeros((BLOCK,), tl.float32)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, vocabulary, BLOCK):
+                inside = start + v < vocabulary
+                z = _capped(
+                    tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP
+                )
+                total += tl.where(inside, z, 0.0)
+                z = tl.where(inside, z, -float("inf"))
+                higher = tl.maximum(peak, tl.max(z, axis=0))
+                exponentials = exponentials * tl.exp(peak - higher) + tl.exp(z - higher)
+                peak = higher
+            mean = tl.sum(total, axis=0) / vocabulary
+            lse = peak + tl.log(tl.sum(exponentials, axis=0))
+            if GRADIENT:
+                tl.debug_barrier()  # every thread has read the target's logit
+                for start in range(0, vocabulary, BLOCK):
+                    inside = start + v < vocabulary
+                    z = _capped(
+                        tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP
+                    )
+                    gradient = _gradient(
+                        z, start + v == target, lse, smoothing, vocabulary, SOFTCAP
+                    )
+                    tl.store(row + start + v, gradient.to(logits.dtype.element_ty), mask=inside)
+        tl.store(loss_RN + token, lse - ((1 - smoothing) * hit + smoothing * mean))
+
+
+@triton.jit
+def sum_kernel(values_RN, sum_R, tokens, BLOCK: tl.constexpr):
+    replica = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, tokens, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(values_RN + replica * tokens + at, mask=at < tokens, other=0.0)
+    tl.store(sum_R + replica, tl.sum(total, axis=0))
+
+
+def cross_entropy_(
+    logits_RNV: Tensor, targets_RN: Tensor, smoothing_R: Tensor, softcap: float, gradient: bool
+) -> Tensor:
+    """Loss sums [R]; logits_RNV, contiguous, becomes the sums' gradient where `gradient`."""
+    replicas, tokens, vocabulary = logits_RNV.shape
+    loss_RN = torch.empty((replicas, tokens), dtype=torch.float32, device=logits_RNV.device)
+    loss_R = torch.empty(replicas, dtype=torch.float32, device=logits_RNV.device)
+    one_block = vocabulary <= 8192
+    block = triton.next_power_of_2(vocabulary) if one_block else 4096
+    cross_entropy_kernel[(replicas * tokens,)](
+        logits_RNV, targets_RN.contiguous(), smoothing_R.contiguous(), loss_RN, tokens, vocabulary,
+        IGNORED, SOFTCAP=softcap, GRADIENT=gradient, BLOCK=block, ONE_BLOCK=one_block,
+        num_warps=max(1, min(block // 512, 8)),
+    )  # fmt: skip
+    sum_kernel[(replicas,)](loss_RN, loss_R, tokens, BLOCK=1024, num_warps=4)
+    return loss_R
+
+
+@fold_vmap
+@torch.library.custom_op("fractal::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    x_RND: Tensor,
+    weight_RVD: Tensor,
+    targets_RN: Tensor,
+    smoothing_R: Tensor,
+    softcap: float,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss sums [R] and the gradient of each with respect to its logits ([R, 0, 0] if unasked)."""
+    logits_RNV = stacked_matmul(x_RND, weight_RVD, "nt")
+    loss_R = cross_entropy_(logits_RNV, targets_RN, smoothing_R, softcap, gradient)
+    return loss_R, logits_RNV if gradient else logits_RNV.new_empty((logits_RNV.shape[0], 0, 0))
+
+
+@linear_cross_entropy_op.register_fake
+def _(x_RND, weight_RVD, targets_RN, smoothing_R, softcap, gradient):
+    replicas = x_RND.shape[0]
+    sides = (x_RND.shape[1], weight_RVD.shape[1]) if gradient else (0, 0)
+    return smoothing_R.new_empty(replicas), x_RND.new_empty((replicas, *sides))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[0], inputs[1])
+
+
+def _backward(ctx, upstream_R, _):
+    return *gradients(ctx, *ctx.saved_tensors, scale_R=upstream_R), None, None, None, None
+
+
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
