@@ -60,7 +60,8 @@ class Corpus:
     """one line for people"""
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Records by index, each with the place to name when it is faulty."""
 
     count: int
@@ -103,7 +104,7 @@ def load_corpus(
             f"context {context}, validation rows {validation_rows}, max rows {max_rows}: expected "
             f"context and max rows of at least 1 and validation rows of at least 0: change them"
         )
-    source = read_source(data, data_config, split)
+    source = read_source(data, data_config or None, split)
     documents = _rendered_documents(source, tokenizer)
     validation = _fill(documents, tokenizer, context, validation_rows)
     training = _fill(documents, tokenizer, context, max_rows)
@@ -321,8 +322,8 @@ def _text(value: Any, place: str, field: str) -> str:
     return value.encode(errors="replace").decode()
 
 
-def _rendered_documents(source: Source, tokenizer: Tokenizer) -> Iterator[Rendered | None]:
-    """Documents in their fixed shuffled order; None for a conversation without a reply."""
+def _rendered_documents(source: Source, tokenizer: Tokenizer) -> Iterator[Rendered]:
+    """Documents in their fixed shuffled order; nothing of a conversation without a reply."""
     for index in map(int, permutation(DOCUMENT_KEY, DOCUMENT_KEY, source.count)):
         document = to_document(source.record(index), source.place(index))
         if isinstance(document, str):
@@ -330,10 +331,10 @@ def _rendered_documents(source: Source, tokenizer: Tokenizer) -> Iterator[Render
         elif any(message["role"] == "assistant" for message in document):
             yield tokenizer.render(document)
         else:
-            yield None
+            yield np.empty(0, np.int32), np.empty(0, np.bool_)
 
 
-def _fill(documents: Iterator[Rendered | None], tokenizer: Tokenizer, context: int, wanted: int | None) -> Rows:
+def _fill(documents: Iterator[Rendered], tokenizer: Tokenizer, context: int, wanted: int | None) -> Rows:
     """The first `wanted` rows with a target that the next documents give, or all there are.
 
     Takes whole documents from the iterator, so what is left in it shares none with these rows.
@@ -343,10 +344,10 @@ def _fill(documents: Iterator[Rendered | None], tokenizer: Tokenizer, context: i
     needed = float("inf") if wanted is None else wanted * context + 1
     while True:
         while read < needed and not exhausted and wanted != 0:
-            rendered = next(documents, False)
-            if rendered is False:
+            rendered = next(documents, None)
+            if rendered is None:
                 exhausted = True
-            elif rendered is None:
+            elif len(rendered[0]) == 0:
                 skipped += 1
             else:
                 pieces.append(rendered)

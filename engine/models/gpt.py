@@ -4,8 +4,8 @@ Rotary positions, QK-norm, ReLU² MLP, RMSNorm without weights (also after the e
 biases, an untied unembedding whose logits are soft-capped to ±15 by tanh. Every heavy operation
 is a function of `kernels`, which brings its own vmap rule.
 
-Residual adds ride in the norm that follows them (`add_rms_norm`): its backward adds the two
-gradients that meet at the residual stream, so no kernel only adds.
+A layer maps the residual stream to itself; its two additions ride in the norm and the product
+that follow and precede them (`add_rms_norm`, `relu2_mlp`), so no kernel only adds.
 
 Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V vocabulary, N = B·T.
 """
@@ -26,7 +26,7 @@ from engine.models import (
 )
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
-from kernels.linear import linear, linear_relu2
+from kernels.linear import linear, relu2_mlp
 from kernels.loss import linear_cross_entropy
 from kernels.norm import add_rms_norm, rms_norm
 
@@ -65,24 +65,6 @@ class GPTConfig:
         return 4 * self.width
 
 
-def gpt_config(
-    depth: int,
-    context: int,
-    vocabulary: int,
-    width: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-) -> GPTConfig:
-    """The config of depth N: width 64·N, heads of dimension 64, as many key-value heads.
-
-    Each may be given instead; without `heads`, one head for every 64 of the width (at least one).
-    """
-    width = 64 * depth if width is None else width
-    heads = max(1, width // 64) if heads is None else heads
-    kv_heads = heads if kv_heads is None else kv_heads
-    return GPTConfig(depth, width, heads, kv_heads, context, vocabulary)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -92,7 +74,7 @@ class Attention(nn.Module):
         self.output = nn.Parameter(torch.empty(config.width, config.width))
 
     def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
-        qkv_BTC = linear(x_BTD, self.qkv)
+        qkv_BTC = linear(rms_norm(x_BTD, None, NORM_EPS), self.qkv)
         heads, kv_heads = self.config.heads, self.config.kv_heads
         mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, True, NORM_EPS)
         return linear(mixed_BTD, self.output)
@@ -104,8 +86,8 @@ class MLP(nn.Module):
         self.up = nn.Parameter(torch.empty(config.mlp_width, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return linear(linear_relu2(x_BTD, self.up), self.down)
+    def forward(self, normed_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        return relu2_mlp(normed_BTD, self.up, self.down, x_BTD)
 
 
 class Layer(nn.Module):
@@ -114,10 +96,18 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
+    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
+        mixed_BTD = self.attention(x_BTD, cos_TK2, sin_TK2)
+        normed_BTD, x_BTD = add_rms_norm(mixed_BTD, x_BTD, None, NORM_EPS)
+        return self.mlp(normed_BTD, x_BTD)
+
 
 class GPT(nn.Module):
     """One replica. Build it under `torch.device("meta")` where weights come from outside;
     the rotary tables are made on `device` all the same."""
+
+    cos_TK2: Tensor
+    sin_TK2: Tensor
 
     def __init__(self, config: GPTConfig, device: torch.device | str = "cpu"):
         super().__init__()
@@ -134,12 +124,9 @@ class GPT(nn.Module):
         time = tokens_BT.shape[-1]
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
         x_BTD = rms_norm(embedding(tokens_BT, self.embedding.weight), None, NORM_EPS)
-        normed_BTD = rms_norm(x_BTD, None, NORM_EPS)
         for layer in self.layers:
-            mixed_BTD = layer.attention(normed_BTD, cos_TK2, sin_TK2)
-            normed_BTD, x_BTD = add_rms_norm(mixed_BTD, x_BTD, None, NORM_EPS)
-            normed_BTD, x_BTD = add_rms_norm(layer.mlp(normed_BTD), x_BTD, None, NORM_EPS)
-        return normed_BTD
+            x_BTD = layer(x_BTD, cos_TK2, sin_TK2)
+        return rms_norm(x_BTD, None, NORM_EPS)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, label_smoothing: Tensor) -> Tensor:
         """Summed loss, 0-dim fp32, over the targets that are not -100.
@@ -202,11 +189,11 @@ def activation_bytes(config: GPTConfig, tokens: int, bytes_per_element: int) -> 
     """Bytes of activations one replica holds at the peak of a micro-step of `tokens` tokens.
 
     A layer keeps the stream and its norm twice, q/k/v, the attention's output (with one fp32
-    log-sum a head) and the MLP's hidden units before and after ReLU²; then the logits and their
-    gradient, and in the backward two gradients of hidden size.
+    log-sum a head) and the MLP's hidden units after ReLU²; then the logits and their gradient, and
+    in the backward a gradient of hidden size.
     """
     projected = (config.heads + 2 * config.kv_heads) * config.head_dim
-    layer = 5 * config.width + projected + 2 * config.mlp_width
+    layer = 5 * config.width + projected + config.mlp_width
     elements = config.depth * layer + 2 * config.vocabulary
-    elements += 2 * config.mlp_width + 4 * config.width
+    elements += config.mlp_width + 4 * config.width
     return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)

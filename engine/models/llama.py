@@ -23,7 +23,7 @@ from engine.models import (
 from kernels.activation import swiglu
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
-from kernels.linear import linear
+from kernels.linear import linear, linear_add
 from kernels.loss import linear_cross_entropy
 from kernels.norm import add_rms_norm, rms_norm
 
@@ -86,9 +86,8 @@ class Attention(nn.Module):
         self.output = nn.Parameter(torch.empty(config.width, config.width))
 
     def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
-        """x is normed already; the weight `norm` is used where the residual stream is added to."""
-        qkv_BTC = linear(x_BTD, self.qkv)
         config = self.config
+        qkv_BTC = linear(rms_norm(x_BTD, self.norm, config.norm_eps), self.qkv)
         mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, config.heads, config.kv_heads, False, config.norm_eps)
         return linear(mixed_BTD, self.output)
 
@@ -100,8 +99,8 @@ class MLP(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(2 * config.mlp_width, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return linear(swiglu(linear(x_BTD, self.gate_up)), self.down)
+    def forward(self, normed_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        return linear_add(swiglu(linear(normed_BTD, self.gate_up)), self.down, x_BTD)
 
 
 class Layer(nn.Module):
@@ -109,11 +108,20 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.mlp = MLP(config)
+        self.norm_eps = config.norm_eps
+
+    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
+        mixed_BTD = self.attention(x_BTD, cos_TK2, sin_TK2)
+        normed_BTD, x_BTD = add_rms_norm(mixed_BTD, x_BTD, self.mlp.norm, self.norm_eps)
+        return self.mlp(normed_BTD, x_BTD)
 
 
 class Llama(nn.Module):
     """One replica. Build it under `torch.device("meta")` where weights come from outside;
     the rotary tables are made on `device` all the same."""
+
+    cos_TK2: Tensor
+    sin_TK2: Tensor
 
     def __init__(self, config: LlamaConfig, device: torch.device | str = "cpu"):
         super().__init__()
@@ -134,15 +142,10 @@ class Llama(nn.Module):
         """The normed residual stream [B, T, D] that the head reads."""
         time = tokens_BT.shape[-1]
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
-        eps = self.config.norm_eps
-        norms_D = [layer.attention.norm for layer in self.layers] + [self.final_norm]
         x_BTD = embedding(tokens_BT, self.embedding.weight)
-        normed_BTD = rms_norm(x_BTD, norms_D[0], eps)
-        for layer, next_norm_D in zip(self.layers, norms_D[1:], strict=True):
-            mixed_BTD = layer.attention(normed_BTD, cos_TK2, sin_TK2)
-            normed_BTD, x_BTD = add_rms_norm(mixed_BTD, x_BTD, layer.mlp.norm, eps)
-            normed_BTD, x_BTD = add_rms_norm(layer.mlp(normed_BTD), x_BTD, next_norm_D, eps)
-        return normed_BTD
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, cos_TK2, sin_TK2)
+        return rms_norm(x_BTD, self.final_norm, self.config.norm_eps)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, label_smoothing: Tensor) -> Tensor:
         """Summed loss, 0-dim fp32, over the targets that are not -100.
@@ -196,11 +199,11 @@ def activation_bytes(config: LlamaConfig, tokens: int, bytes_per_element: int) -
     """Bytes of activations one replica holds at the peak of a micro-step of `tokens` tokens.
 
     A layer keeps the stream and its norm twice, q/k/v, the attention's output (with one fp32
-    log-sum a head), gate, up and their product, and one fp32 scale a norm; then the logits and
+    log-sum a head), gate, up and their product; then the logits and
     their gradient, and in the backward the gradients of gate, up and product.
     """
     projected = (config.heads + 2 * config.kv_heads) * config.head_dim
     layer = 5 * config.width + projected + 3 * config.mlp_width
     elements = config.depth * layer + 2 * config.vocabulary
     elements += 3 * config.mlp_width + 4 * config.width
-    return tokens * (bytes_per_element * elements + 4 * config.depth * (config.heads + 2))
+    return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)
