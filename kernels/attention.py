@@ -7,8 +7,8 @@ Rotary and norm cost a few operations on tiles that are loaded anyway, so every 
 and nothing but the output and the logsumexp is kept. A program owns one (replica, batch row, kv
 head, block of times) and loops over the query heads of its group, so no sum crosses programs and
 no atomics are needed. Where all keys fit one block (T <= 128 in bf16) a single backward kernel
-yields dq, dk and dv; longer contexts take one kernel for dq and one for dk and dv. Halves of the head dimension
-are separate tiles: rotary then needs no shuffle, and the two halves of q k^T are two dots.
+yields dq, dk and dv; longer contexts take one kernel for dq and one for dk and dv. The halves of
+the head dimension are separate tiles: rotary then needs no shuffle, and q k^T is two dots.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.stacking import dot_precision, fold_vmap
+from kernels.stacking import dense_replicas, dot_precision, fold_vmap
 
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_TIME = 2048
@@ -79,7 +79,7 @@ def _rotate_reference(x_BTHK, cos_TK2, sin_TK2):
 def _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads):
     T, C = qkv_BTC.shape[-2:]
     K = C // (heads + 2 * kv_heads)
-    if heads % kv_heads or C != K * (heads + 2 * kv_heads) or K % 2:
+    if heads % kv_heads or K * (heads + 2 * kv_heads) != C or K % 2:
         raise ValueError(
             f"attention got {C} qkv channels for {heads} heads and {kv_heads} kv heads, expected "
             "(heads + 2 kv_heads) * an even head dim, with heads a multiple of kv_heads"
@@ -174,7 +174,7 @@ fold_vmap(_attention)
 
 
 def _tables(cos_RTK2, sin_RTK2):
-    assert cos_RTK2[0].is_contiguous() and sin_RTK2[0].is_contiguous()
+    cos_RTK2, sin_RTK2 = dense_replicas(cos_RTK2), dense_replicas(sin_RTK2)
     return cos_RTK2, sin_RTK2, cos_RTK2.stride(0), sin_RTK2.stride(0)
 
 
@@ -214,8 +214,8 @@ def _head_tiles(K):
 
 
 @triton.jit
-def _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF, QK_NORM):
-    """Both halves of q or k [times, HALF] after rotary and norm, float32, and the norm's 1 / rms."""
+def _rotate(x_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF: tl.constexpr):
+    """Both halves of q or k [times, HALF] after rotary, float32."""
     half = tl.arange(0, HALF)
     inside = (time < T)[:, None] & (half < K // 2)[None, :]
     x_at = x_ptr + time[:, None] * ROW + half[None, :]
@@ -224,24 +224,38 @@ def _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF, QK_NORM):
     x2 = tl.load(x_at + K // 2, mask=inside, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + table_at, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table_at, mask=inside, other=0.0)
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    inverse_rms = tl.full([time.shape[0]], 1.0, tl.float32)
-    if QK_NORM:
-        inverse_rms = 1.0 / tl.sqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / K + eps)
-        y1 = y1 * inverse_rms[:, None]
-        y2 = y2 * inverse_rms[:, None]
-    return y1, y2, inverse_rms
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
 @triton.jit
-def _store_unrotated(dy1, dy2, x_ptr, dx_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF, QK_NORM):
+def _inverse_rms(y1, y2, eps, K):
+    return (1.0 / tl.sqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / K + eps))[:, None]
+
+
+@triton.jit
+def _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr):
+    """Both halves of q or k [times, HALF] after rotary and norm, in the dtype of x."""
+    y1, y2 = _rotate(x_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF)
+    if QK_NORM:
+        inverse_rms = _inverse_rms(y1, y2, eps, K)
+        y1 *= inverse_rms
+        y2 *= inverse_rms
+    return y1.to(x_ptr.dtype.element_ty), y2.to(x_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _store_unrotated(
+    dy1, dy2, x_ptr, dx_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr
+):
     """Take the gradient of the rotated, normed halves back through norm and rotary, and store it."""
     if QK_NORM:
-        y1, y2, inverse_rms = _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF, QK_NORM)
+        y1, y2 = _rotate(x_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF)
+        inverse_rms = _inverse_rms(y1, y2, eps, K)
+        y1 *= inverse_rms
+        y2 *= inverse_rms
         along = ((tl.sum(dy1 * y1, 1) + tl.sum(dy2 * y2, 1)) / K)[:, None]
-        dy1 = inverse_rms[:, None] * (dy1 - y1 * along)
-        dy2 = inverse_rms[:, None] * (dy2 - y2 * along)
+        dy1 = inverse_rms * (dy1 - y1 * along)
+        dy2 = inverse_rms * (dy2 - y2 * along)
     half = tl.arange(0, HALF)
     inside = (time < T)[:, None] & (half < K // 2)[None, :]
     table_at = time[:, None] * (K // 2) + half[None, :]
@@ -310,24 +324,22 @@ def _forward_kernel(
     q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k_time = tl.arange(0, BLOCK_K)
     if ONE_BLOCK:
-        k1, k2, _ = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+        k1, k2 = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
         v = _load_rows(v_ptr, k_time, T, K, C, FULL)
     seen = T if ONE_BLOCK else min(T, (block + 1) * BLOCK_Q)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q1, q2, _ = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
-        q1 = q1.to(qkv_ptr.dtype.element_ty)
-        q2 = q2.to(qkv_ptr.dtype.element_ty)
+        q1, q2 = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
         largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         o = tl.zeros([BLOCK_Q, FULL], tl.float32)
         for start in range(0, seen, BLOCK_K):
             k_time = start + tl.arange(0, BLOCK_K)
             if not ONE_BLOCK:
-                k1, k2, _ = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+                k1, k2 = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
                 v = _load_rows(v_ptr, k_time, T, K, C, FULL)
-            s = tl.dot(q1, tl.trans(k1.to(q1.dtype)), input_precision=PRECISION)
-            s = tl.dot(q2, tl.trans(k2.to(q1.dtype)), s, input_precision=PRECISION)
+            s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
             s = tl.where(k_time[None, :] <= q_time[:, None], s, float("-inf"))
             previous = largest
             largest = tl.maximum(previous, tl.max(s, 1) * (SCALE * LOG2E))
@@ -388,10 +400,8 @@ def _backward_keys_kernel(
     v_at = (H + G + kv_head) * K
 
     k_time = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k1, k2, _ = _load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+    k1, k2 = _load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
     v = _load_rows(qkv_ptr + v_at, k_time, T, K, C, FULL)
-    k1 = k1.to(v.dtype)
-    k2 = k2.to(v.dtype)
     dk1 = tl.zeros([BLOCK_K, HALF], tl.float32)
     dk2 = tl.zeros([BLOCK_K, HALF], tl.float32)
     dv = tl.zeros([BLOCK_K, FULL], tl.float32)
@@ -400,9 +410,7 @@ def _backward_keys_kernel(
         head = kv_head * GROUP + member
         for start in range(first, T, BLOCK_Q):
             q_time = start + tl.arange(0, BLOCK_Q)
-            q1, q2, _ = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
-            q1 = q1.to(v.dtype)
-            q2 = q2.to(v.dtype)
+            q1, q2 = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
             do = _load_rows(do_ptr + head * K, q_time, T, K, H * K, FULL)
             logsumexp = tl.load(logsumexp_ptr + head * T + q_time, mask=q_time < T, other=0.0)
             s = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
@@ -476,9 +484,7 @@ def _backward_queries_kernel(
     delta_ptr += (row * H + head) * T
 
     q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q1, q2, _ = _load_rotated(q_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
-    q1 = q1.to(qkv_ptr.dtype.element_ty)
-    q2 = q2.to(qkv_ptr.dtype.element_ty)
+    q1, q2 = _load_rotated(q_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
     do = _load_rows(do_ptr, q_time, T, K, H * K, FULL)
     o = _load_rows(o_ptr, q_time, T, K, H * K, FULL)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -488,9 +494,7 @@ def _backward_queries_kernel(
     dq2 = tl.zeros([BLOCK_Q, HALF], tl.float32)
     for start in range(0, min(T, (block + 1) * BLOCK_Q), BLOCK_K):
         k_time = start + tl.arange(0, BLOCK_K)
-        k1, k2, _ = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
-        k1 = k1.to(do.dtype)
-        k2 = k2.to(do.dtype)
+        k1, k2 = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
         v = _load_rows(v_ptr, k_time, T, K, C, FULL)
         s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)

@@ -9,12 +9,17 @@ addition is exact, so the order of the sum does not matter. All NaNs count as on
 """
 
 import torch
+import triton
+import triton.language as tl
+
+from kernels.stacking import dense_replicas
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit: torch has no uint64 arithmetic
 MIX1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX2 = 0x94D049BB133111EB - 2**64
 NAN_BITS = 0x7FC00000
 CHUNK = 2**20  # elements mixed at once on the CPU: 8 MiB a temporary
+BLOCK = 4096  # elements a program of the kernel digests
 
 
 def digest(weights_RP, offset=0):
@@ -32,7 +37,19 @@ def digest(weights_RP, offset=0):
             f"digest got element indices up to {offset + weights_RP.shape[1]}, expected at most "
             "2^32: digest larger networks as several digests"
         )
-    return digest_reference(weights_RP, offset)
+    if weights_RP.device.type == "cpu":
+        return digest_reference(weights_RP, offset)
+    return digest_triton(weights_RP, offset)
+
+
+def digest_triton(weights_RP, offset=0):
+    """`digest` on the Triton kernel whatever the device."""
+    weights_RP = dense_replicas(weights_RP)
+    R, P = weights_RP.shape
+    blocks = triton.cdiv(P, BLOCK)
+    partial_RJ = torch.empty(R, blocks, dtype=torch.int64, device=weights_RP.device)
+    _digest_kernel[(R * blocks,)](weights_RP, partial_RJ, weights_RP.stride(0), offset, P, BLOCK=BLOCK, num_warps=4)
+    return partial_RJ.sum(1)
 
 
 def digest_reference(weights_RP, offset=0):
@@ -57,3 +74,20 @@ def _mix(z):
 
 def _shift_right(z, bits):
     return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical: the sign bit is a bit like any other
+
+
+@triton.jit
+def _digest_kernel(weights_ptr, partial_ptr, stride, offset, P, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(P, BLOCK)
+    replica = (tl.program_id(0) // blocks).to(tl.int64)
+    index = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.load(weights_ptr + replica * stride + index, mask=index < P, other=0.0)
+    bits = weight.to(tl.uint32, bitcast=True)
+    bits = tl.where(weight != weight, 0x7FC00000, bits).to(tl.uint64)
+    z = ((index + offset).to(tl.uint64) << 32) + bits
+    z = z + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    z = tl.where(index < P, z, 0).to(tl.int64, bitcast=True)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(z, 0))

@@ -1,19 +1,194 @@
 """Token embedding with a backward that adds each token's gradients in token order.
 
 R replica, B batch, T time, N tokens of one replica (B T), V vocabulary, D width.
+
+The backward sorts a replica's N tokens by (id, position), which needs no sort: a token's place is
+the number of tokens before it in that order, counted by comparing all pairs. The program at the
+first place of an id then adds that id's gradients one after the other, in float32, and writes the
+row once: no atomics, and an order that depends on the replica's tokens alone.
 """
 
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.stacking import dense_replicas, fold_vmap
+
+MAX_WIDTH = 16384
 
 
 def embedding(tokens_BT, weight_VD):
     """Rows of `weight_VD` at `tokens_BT`.
 
-    tokens_BT: int64 or int32 [B, T], each in [0, V); weight_VD: [V, D]. Returns [B, T, D].
+    tokens_BT: int64 or int32 [B, T], each in [0, V); weight_VD: [V, D]. Returns [B, T, D]. A token
+    outside the vocabulary raises IndexError on the CPU and gives a row of NaN on a GPU, where
+    nothing waits for the host. On a GPU D <= 16384, ValueError otherwise.
     """
-    return embedding_reference(tokens_BT, weight_VD)
+    if weight_VD.device.type == "cpu":
+        return embedding_reference(tokens_BT, weight_VD)
+    return embedding_triton(tokens_BT, weight_VD)
+
+
+def embedding_triton(tokens_BT, weight_VD):
+    """`embedding` on the Triton kernels whatever the device."""
+    if weight_VD.shape[-1] > MAX_WIDTH:
+        raise ValueError(
+            f"embedding got width {weight_VD.shape[-1]}, expected at most {MAX_WIDTH}: use a narrower network"
+        )
+    return _embedding(tokens_BT[None], weight_VD[None])[0]
 
 
 def embedding_reference(tokens_BT, weight_VD):
     """`embedding` in plain differentiable torch."""
     return F.embedding(tokens_BT, weight_VD)
+
+
+@torch.library.custom_op("fractal::embedding", mutates_args=())
+def _embedding(tokens_RBT: torch.Tensor, weight_RVD: torch.Tensor) -> torch.Tensor:
+    R, V, D = weight_RVD.shape
+    tokens_RBT, weight_RVD = dense_replicas(tokens_RBT), dense_replicas(weight_RVD)
+    y_RBTD = weight_RVD.new_empty(*tokens_RBT.shape, D)
+    N = tokens_RBT[0].numel()
+    tiles = _tiles(D)
+    _gather_kernel[(R * triton.cdiv(N, tiles["ROWS"]),)](
+        tokens_RBT, weight_RVD, y_RBTD, tokens_RBT.stride(0), weight_RVD.stride(0), N=N, V=V, D=D, **tiles
+    )
+    return y_RBTD
+
+
+@torch.library.custom_op("fractal::embedding_backward", mutates_args=())
+def _embedding_backward(dy_RBTD: torch.Tensor, tokens_RBT: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    R, _, _, D = dy_RBTD.shape
+    tokens_RBT = dense_replicas(tokens_RBT)
+    N = tokens_RBT[0].numel()
+    order_RN = torch.empty(R, N, dtype=torch.int32, device=dy_RBTD.device)
+    count_RN = torch.empty_like(order_RN)
+    rows = 32
+    _order_kernel[(R * triton.cdiv(N, rows),)](
+        tokens_RBT, order_RN, count_RN, tokens_RBT.stride(0), N=N, V=vocabulary, ROWS=rows, COLUMNS=128, num_warps=4
+    )
+    dweight_RVD = dy_RBTD.new_zeros(R, vocabulary, D)
+    _add_rows_kernel[(R * N,)](
+        dy_RBTD.contiguous(),
+        tokens_RBT,
+        order_RN,
+        count_RN,
+        dweight_RVD,
+        tokens_RBT.stride(0),
+        N=N,
+        V=vocabulary,
+        D=D,
+        WIDTH=triton.next_power_of_2(D),
+        num_warps=1 if D <= 512 else 4,
+    )
+    return dweight_RVD
+
+
+def _save(ctx, inputs, output):
+    tokens_RBT, weight_RVD = inputs
+    ctx.vocabulary = weight_RVD.shape[1]
+    ctx.save_for_backward(tokens_RBT)
+
+
+def _differentiate(ctx, dy_RBTD):
+    return None, _embedding_backward(dy_RBTD, *ctx.saved_tensors, ctx.vocabulary)
+
+
+_embedding.register_autograd(_differentiate, setup_context=_save)
+fold_vmap(_embedding)
+
+
+def _tiles(D):
+    width = triton.next_power_of_2(D)
+    return {"ROWS": max(1, 2048 // width), "WIDTH": width, "num_warps": 4}
+
+
+@triton.jit
+def _gather_kernel(
+    tokens_ptr,
+    weight_ptr,
+    y_ptr,
+    tokens_stride,
+    weight_stride,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    blocks: tl.constexpr = (N + ROWS - 1) // ROWS
+    replica = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    token = tl.load(tokens_ptr + replica * tokens_stride + row, mask=row < N, other=-1).to(tl.int64)
+    known = ((token >= 0) & (token < V))[:, None] & (column < D)[None, :]
+    weight_at = replica * weight_stride + token[:, None] * D + column[None, :]
+    y = tl.load(weight_ptr + weight_at, mask=known, other=float("nan"))
+    y_at = replica * N * D + row[:, None] * D + column[None, :]
+    tl.store(y_ptr + y_at, y, mask=(row < N)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _order_kernel(
+    tokens_ptr,
+    order_ptr,
+    count_ptr,
+    tokens_stride,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """order[place] = the position of the token at this place; count[place] = how many share its id, at
+    the first place of a known id, else 0."""
+    blocks: tl.constexpr = (N + ROWS - 1) // ROWS
+    replica = (tl.program_id(0) // blocks).to(tl.int64)
+    tokens_ptr += replica * tokens_stride
+    position = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    token = tl.load(tokens_ptr + position, mask=position < N, other=-1)
+    place = tl.zeros([ROWS], tl.int32)
+    earlier = tl.zeros([ROWS], tl.int32)
+    same = tl.zeros([ROWS], tl.int32)
+    for start in range(0, N, COLUMNS):
+        other_position = start + tl.arange(0, COLUMNS)
+        inside = (other_position < N)[None, :]
+        other = tl.load(tokens_ptr + other_position, mask=other_position < N, other=-1)
+        equal = (other[None, :] == token[:, None]) & inside
+        before = equal & (other_position[None, :] < position[:, None])
+        place += tl.sum(((other[None, :] < token[:, None]) & inside).to(tl.int32), 1)
+        earlier += tl.sum(before.to(tl.int32), 1)
+        same += tl.sum(equal.to(tl.int32), 1)
+    place += earlier
+    tl.store(order_ptr + replica * N + place, position, mask=position < N)
+    first = (earlier == 0) & (token >= 0) & (token < V)
+    tl.store(count_ptr + replica * N + place, tl.where(first, same, 0), mask=position < N)
+
+
+@triton.jit
+def _add_rows_kernel(
+    dy_ptr,
+    tokens_ptr,
+    order_ptr,
+    count_ptr,
+    dweight_ptr,
+    tokens_stride,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Program (replica, place): at the first place of an id, the sum of its gradients in token order."""
+    replica = (tl.program_id(0) // N).to(tl.int64)
+    place = tl.program_id(0) % N
+    order_ptr += replica * N + place
+    count = tl.load(count_ptr + replica * N + place)
+    if count > 0:
+        token = tl.load(tokens_ptr + replica * tokens_stride + tl.load(order_ptr)).to(tl.int64)
+        column = tl.arange(0, WIDTH)
+        total = tl.zeros([WIDTH], tl.float32)
+        for occurrence in range(count):
+            position = tl.load(order_ptr + occurrence)
+            dy_at = (replica * N + position) * D + column
+            total += tl.load(dy_ptr + dy_at, mask=column < D, other=0.0).to(tl.float32)
+        tl.store(dweight_ptr + (replica * V + token) * D + column, total, mask=column < D)

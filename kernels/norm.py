@@ -1,17 +1,33 @@
 """RMS norm, alone or fused with the residual addition before it, with or without a weight.
 
-R replica, N rows of one replica (all leading dimensions), D width.
+R replica, N rows of one replica (all leading dimensions), D width, J row blocks of one replica.
+
+One program holds whole rows, so nothing but the normed tensor's input is kept for the backward.
+The weight's gradient is a sum over all rows of a replica, in two passes of fixed order: each
+program adds its own row block, a second kernel adds the blocks.
 """
 
 import torch
+import triton
+import triton.language as tl
+
+from kernels.stacking import dense_replicas, fold_vmap
+
+MAX_WIDTH = 16384
+TILE = 4096  # elements a program holds at once
+BLOCK_ROWS = 32  # rows whose weight gradients one program adds
+COLUMNS = 128  # channels whose blocks one program adds
 
 
 def rms_norm(x, weight=None, eps=1e-6):
     """x / sqrt(mean(x^2) + eps) over the last dimension, times `weight` where given.
 
-    x: [..., D]; weight: [D] or None. Returns [..., D] in the dtype of x; float32 inside.
+    Zhang and Sennrich 2019, arXiv:1910.07467. x: [..., D]; weight: [D] or None. Returns [..., D]
+    in the dtype of x; float32 inside. On a GPU D <= 16384, ValueError otherwise.
     """
-    return rms_norm_reference(x, weight, eps)
+    if x.device.type == "cpu":
+        return rms_norm_reference(x, weight, eps)
+    return rms_norm_triton(x, weight, eps)
 
 
 def add_rms_norm(x, residual, weight=None, eps=1e-6):
@@ -20,7 +36,22 @@ def add_rms_norm(x, residual, weight=None, eps=1e-6):
     x, residual: [..., D]; weight: [D] or None. The sum is rounded to the dtype of x before it is
     normed, so that the norm reads what the residual stream keeps.
     """
-    return add_rms_norm_reference(x, residual, weight, eps)
+    if x.device.type == "cpu":
+        return add_rms_norm_reference(x, residual, weight, eps)
+    return add_rms_norm_triton(x, residual, weight, eps)
+
+
+def rms_norm_triton(x, weight=None, eps=1e-6):
+    """`rms_norm` on the Triton kernels whatever the device."""
+    _check(x, weight)
+    return _rms_norm(x[None], None if weight is None else weight[None], eps)[0]
+
+
+def add_rms_norm_triton(x, residual, weight=None, eps=1e-6):
+    """`add_rms_norm` on the Triton kernels whatever the device."""
+    _check(x, weight)
+    normed, total = _add_rms_norm(x[None], residual[None], None if weight is None else weight[None], eps)
+    return normed[0], total[0]
 
 
 def rms_norm_reference(x, weight=None, eps=1e-6):
@@ -36,3 +67,205 @@ def add_rms_norm_reference(x, residual, weight=None, eps=1e-6):
     """`add_rms_norm` in plain differentiable torch."""
     total = x + residual
     return rms_norm_reference(total, weight, eps), total
+
+
+def _check(x, weight):
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"rms_norm got width {x.shape[-1]}, expected at most {MAX_WIDTH}: use a narrower network")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm got a weight {tuple(weight.shape)}, expected ({x.shape[-1]},): one value a channel")
+
+
+@torch.library.custom_op("fractal::rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float) -> torch.Tensor:
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _forward(x, None, weight_RD, normed, None, eps)
+    return normed
+
+
+@torch.library.custom_op("fractal::add_rms_norm", mutates_args=())
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight_RD: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(normed)
+    _forward(x, residual, weight_RD, normed, total, eps)
+    return normed, total
+
+
+@torch.library.custom_op("fractal::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    dnormed: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, dweight); `dtotal`, the gradient that reaches x past the norm, is added to dx."""
+    R, D = x.shape[0], x.shape[-1]
+    N = x[0].numel() // D
+    J = triton.cdiv(N, BLOCK_ROWS)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    partial_RJD = None if weight_RD is None else x.new_empty(R, J, D, dtype=torch.float32)
+    _backward_kernel[(R * J,)](
+        dnormed.contiguous(),
+        None if dtotal is None else dtotal.contiguous(),
+        x.contiguous(),
+        *_weight(weight_RD),
+        dx,
+        partial_RJD,
+        eps,
+        N=N,
+        D=D,
+        BLOCK_ROWS=BLOCK_ROWS,
+        **_tiles(D),
+    )
+    if weight_RD is None:
+        return dx, x.new_empty(R, 0)
+    dweight_RD = weight_RD.new_empty(R, D)
+    grid = (R * triton.cdiv(D, COLUMNS),)
+    _add_blocks_kernel[grid](partial_RJD, dweight_RD, J=J, D=D, COLUMNS=COLUMNS, num_warps=4)
+    return dx, dweight_RD
+
+
+def _save_norm(ctx, inputs, output):
+    x, weight_RD, ctx.eps = inputs
+    ctx.save_for_backward(x, weight_RD)
+
+
+def _differentiate_norm(ctx, dnormed):
+    x, weight_RD = ctx.saved_tensors
+    dx, dweight_RD = _rms_norm_backward(dnormed, None, x, weight_RD, ctx.eps)
+    return dx, None if weight_RD is None else dweight_RD, None
+
+
+def _save_add_norm(ctx, inputs, output):
+    _, _, weight_RD, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight_RD)
+    ctx.set_materialize_grads(False)  # the last norm's total goes nowhere: no zeros to read for it
+
+
+def _differentiate_add_norm(ctx, dnormed, dtotal):
+    total, weight_RD = ctx.saved_tensors
+    if dnormed is None:
+        return dtotal, dtotal, None, None
+    dx, dweight_RD = _rms_norm_backward(dnormed, dtotal, total, weight_RD, ctx.eps)
+    return dx, dx, None if weight_RD is None else dweight_RD, None
+
+
+_rms_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+_add_rms_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)
+fold_vmap(_rms_norm)
+fold_vmap(_add_rms_norm)
+
+
+def _forward(x, residual, weight_RD, normed, total, eps):
+    R, D = x.shape[0], x.shape[-1]
+    N = x[0].numel() // D
+    tiles = _tiles(D)
+    _forward_kernel[(R * triton.cdiv(N, tiles["ROWS"]),)](
+        x.contiguous(),
+        None if residual is None else residual.contiguous(),
+        *_weight(weight_RD),
+        normed,
+        total,
+        eps,
+        N=N,
+        D=D,
+        **tiles,
+    )
+
+
+def _weight(weight_RD):
+    if weight_RD is None:
+        return None, 0
+    weight_RD = dense_replicas(weight_RD)
+    return weight_RD, weight_RD.stride(0)
+
+
+def _tiles(D):
+    width = triton.next_power_of_2(D)
+    return {"ROWS": max(1, min(BLOCK_ROWS, TILE // width)), "WIDTH": width, "num_warps": 4 if width <= TILE else 8}
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    weight_stride,
+    normed_ptr,
+    total_ptr,
+    eps,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    blocks: tl.constexpr = (N + ROWS - 1) // ROWS
+    replica = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = (row < N)[:, None] & (column < D)[None, :]
+    at = replica * N * D + row[:, None] * D + column[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + at, total, mask=inside)
+        x = total.to(tl.float32)
+    normed = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps))[:, None]
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + replica * weight_stride + column, mask=column < D, other=0.0)
+        normed *= weight.to(tl.float32)[None, :]
+    tl.store(normed_ptr + at, normed, mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    dnormed_ptr,
+    dtotal_ptr,
+    x_ptr,
+    weight_ptr,
+    weight_stride,
+    dx_ptr,
+    partial_ptr,
+    eps,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    blocks: tl.constexpr = (N + BLOCK_ROWS - 1) // BLOCK_ROWS
+    block = tl.program_id(0) % blocks
+    replica = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + replica * weight_stride + column, mask=column < D, other=0.0).to(tl.float32)
+        dweight = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in range(0, BLOCK_ROWS, ROWS):
+        row = block * BLOCK_ROWS + start + tl.arange(0, ROWS)
+        inside = (row < N)[:, None] & (column < D)[None, :]
+        at = replica * N * D + row[:, None] * D + column[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        inverse_rms = (1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps))[:, None]
+        y = x * inverse_rms
+        if weight_ptr is not None:
+            dweight += tl.where(inside, dy * y, 0.0)
+            dy *= weight[None, :]
+        dx = inverse_rms * (dy - y * (tl.sum(dy * y, 1) / D)[:, None])
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx, mask=inside)
+    if weight_ptr is not None:
+        partial_at = tl.program_id(0).to(tl.int64) * D + column
+        tl.store(partial_ptr + partial_at, tl.sum(dweight, 0), mask=column < D)
+
+
+@triton.jit
+def _add_blocks_kernel(partial_ptr, dweight_ptr, J: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr):
+    blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    replica = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    dweight = tl.zeros([COLUMNS], tl.float32)
+    for block in range(J):
+        dweight += tl.load(partial_ptr + (replica * J + block) * D + column, mask=column < D, other=0.0)
+    tl.store(dweight_ptr + replica * D + column, dweight, mask=column < D)
