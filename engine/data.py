@@ -372,12 +372,12 @@ def pack(pieces: list[Rendered], context: int, padding: int, pad: bool) -> tuple
     supervised = np.concatenate([np.empty(0, np.bool_), *(mask for _, mask in pieces)])
     pairs = max(0, len(tokens) - 1)
     rows = -(-pairs // context) if pad else pairs // context
-    missing = max(0, rows * context - pairs)
-    targets = np.where(supervised, tokens, np.int32(IGNORED))[1:]
-    inputs = np.concatenate([tokens[:-1], np.full(missing, padding, np.int32)])
-    targets = np.concatenate([targets, np.full(missing, IGNORED, np.int32)])
     cut = rows * context
-    return inputs[:cut].reshape(rows, context), targets[:cut].reshape(rows, context)
+    missing = max(0, cut - pairs)
+    tokens = np.concatenate([tokens, np.full(missing, padding, np.int32)])
+    supervised = np.concatenate([supervised, np.zeros(missing, np.bool_)])
+    targets = np.where(supervised, tokens, np.int32(IGNORED))[1 : cut + 1]
+    return tokens[:cut].reshape(rows, context), targets.reshape(rows, context)
 
 
 def _check_filled(data: str, context: int, validation_rows: int, validation: Rows, training: Rows) -> None:

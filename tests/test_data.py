@@ -1,0 +1,388 @@
+"""Text to rows: what is learned, what is lost, what is held out, and in which order it comes."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from engine.data import (
+    IGNORED,
+    Corpus,
+    batch_order,
+    check_vocabulary,
+    hub_source,
+    load_corpus,
+    pack,
+    permutation,
+    read_source,
+    to_document,
+)
+from engine.tokenizer import BYTE_MARKS, ByteTokenizer, SmolLM2Tokenizer
+
+BYTES = ByteTokenizer()
+EVALS = Path(__file__).parents[2] / "shared" / "evals"
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+messages = st.lists(
+    st.builds(
+        lambda role, content: {"role": role, "content": content},
+        st.sampled_from(["system", "user", "assistant"]),
+        texts,
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def small_smollm2_tokenizer():
+    """SmolLM2's construction over the 256 byte symbols and two merges."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    symbols = sorted(ByteLevel.alphabet())
+    return SmolLM2Tokenizer([*marks, *symbols, "th", "the"], ["t h", "th e"])
+
+
+SMALL_BPE = small_smollm2_tokenizer()
+TOKENIZERS = pytest.mark.parametrize("tokenizer", [BYTES, SMALL_BPE], ids=["bytes", "bpe"])
+
+
+def chat(turns):
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
+
+
+def write_jsonl(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def chats(count):
+    return [chat([f"question {i} " + "?" * (i % 7), f"answer {i} " + "!" * (i % 11)]) for i in range(count)]
+
+
+def load(data, context=16, validation_rows=2, tokenizer=BYTES, **options) -> Corpus:
+    options = {"data_config": None, "split": "train"} | options
+    return load_corpus(str(data), tokenizer=tokenizer, context=context, validation_rows=validation_rows, **options)
+
+
+# Tokenizers
+
+
+@TOKENIZERS
+@given(text=texts)
+def test_decoding_gives_the_text_back(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert all(0 <= token < tokenizer.vocabulary for token in tokens)
+
+
+@TOKENIZERS
+@given(conversation=messages)
+def test_the_mask_is_on_replies_and_their_end_marks_only(tokenizer, conversation):
+    tokens, supervised = tokenizer.render(conversation)
+    end = BYTE_MARKS[-1] if tokenizer is BYTES else "<|im_end|>"
+    replies = [m["content"] for m in conversation if m["role"] == "assistant"]
+    assert len(tokens) == len(supervised)
+    assert tokenizer.decode(tokens[supervised]) == "".join(reply + end for reply in replies)
+
+
+def test_bytes_are_rendered_between_the_marks_of_their_roles():
+    conversation = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    assert BYTES.decode(BYTES.render(conversation)[0]) == (
+        "<|bos|><|user_start|>Be kind.\n\nHi<|user_end|><|assistant_start|>Hello<|assistant_end|>"
+    )
+    assert BYTES.vocabulary % 64 == 0
+
+
+def test_merges_are_applied():
+    assert len(SMALL_BPE.encode("the")) == 1
+    assert len(SMALL_BPE.encode("12")) == 2
+
+
+# Packing
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=12),
+    context=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+def test_packing_loses_no_token_and_repeats_none(lengths, context, seed):
+    random = np.random.default_rng(seed)
+    pieces = [(random.integers(1, 99, n, dtype=np.int32), random.random(n) < 0.5) for n in lengths]
+    stream = np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in pieces)])
+    learned = np.concatenate([np.empty(0, np.bool_), *(mask for _, mask in pieces)])
+    tokens_NT, targets_NT = pack(pieces, context, padding=0, pad=True)
+    pairs = max(0, len(stream) - 1)
+    assert tokens_NT.shape == targets_NT.shape == (-(-pairs // context), context)
+    padded = np.concatenate([stream, np.zeros(tokens_NT.size + 1, np.int32)])
+    assert tokens_NT.flatten().tolist() == padded[: tokens_NT.size].tolist()
+    expected = np.where(learned, stream, IGNORED)[1:]
+    assert targets_NT.flatten()[:pairs].tolist() == expected.tolist()
+    assert (targets_NT.flatten()[pairs:] == IGNORED).all()
+    whole_NT, _ = pack(pieces, context, padding=0, pad=False)
+    assert np.array_equal(whole_NT, tokens_NT[: pairs // context])
+
+
+def test_a_target_is_the_next_token_of_its_row(tmp_path):
+    corpus = load(write_jsonl(tmp_path / "chat.jsonl", chats(40)))
+    inner, targets = corpus.tokens[:, 1:], corpus.targets[:, :-1]
+    assert ((targets == inner) | (targets == IGNORED)).all()
+    assert corpus.tokens.dtype == corpus.targets.dtype == corpus.supervised.dtype == np.int32
+    assert corpus.supervised.tolist() == (corpus.targets != IGNORED).sum(1).tolist()
+    assert corpus.supervised.min() > 0
+
+
+def test_every_reply_is_learned_once(tmp_path):
+    records = chats(40)
+    corpus = load(write_jsonl(tmp_path / "chat.jsonl", records), context=5, validation_rows=0)
+    learned = BYTES.decode(corpus.targets[corpus.targets != IGNORED])
+    replies = [record["messages"][1]["content"] + BYTE_MARKS[-1] for record in records]
+    assert sorted(learned.split(BYTE_MARKS[-1])[:-1]) == sorted(reply.removesuffix(BYTE_MARKS[-1]) for reply in replies)
+
+
+def test_plain_text_is_learned_whole(tmp_path):
+    file = tmp_path / "plain.txt"
+    file.write_text("\n\n".join(f"paragraph number {i}" for i in range(9)) + "\n")
+    corpus = load(file, context=8, validation_rows=1)
+    assert (corpus.targets[:-1] != IGNORED).all()
+
+
+def test_rows_without_a_target_are_dropped_and_counted(tmp_path):
+    records = [chat(["a long question " * 9, "yes"]) for _ in range(8)]
+    corpus = load(write_jsonl(tmp_path / "chat.jsonl", records), context=8, validation_rows=1)
+    every = load(write_jsonl(tmp_path / "chat.jsonl", records), context=8, validation_rows=0)
+    assert (corpus.targets != IGNORED).any(axis=1).all()
+    length = len(BYTES.render(records[0]["messages"])[0])
+    rows = -(-(8 * length - 1) // 8)
+    assert f"{rows - len(every.tokens)} rows without a target dropped" in every.description
+
+
+# Held-out rows, smaller corpora, digests
+
+
+def documents_of(tokens_NT):
+    """The numbers of the documents that rows show a whole number of."""
+    text = "\n".join(BYTES.decode(row) for row in tokens_NT)
+    return {word for word in text.split("#") if word.isdigit()}
+
+
+@pytest.mark.parametrize("max_rows", [None, 5])
+def test_held_out_rows_share_no_document_with_training_rows(tmp_path, max_rows):
+    records = [{"text": f"#{i}#" * 9} for i in range(60)]
+    corpus = load(write_jsonl(tmp_path / "text.jsonl", records), 24, 7, max_rows=max_rows)
+    assert len(corpus.validation_tokens) == 7
+    held_out, trained = documents_of(corpus.validation_tokens), documents_of(corpus.tokens)
+    assert held_out
+    assert trained
+    assert not held_out & trained
+
+
+def test_a_smaller_corpus_is_the_start_of_a_larger_one(tmp_path):
+    data = write_jsonl(tmp_path / "chat.jsonl", chats(80))
+    full = load(data)
+    for max_rows in (1, 7, 50):
+        part = load(data, max_rows=max_rows)
+        assert np.array_equal(part.tokens, full.tokens[:max_rows])
+        assert np.array_equal(part.targets, full.targets[:max_rows])
+        assert np.array_equal(part.validation_tokens, full.validation_tokens)
+
+
+def test_the_digest_names_the_arrays_and_the_tokenizer(tmp_path):
+    data = write_jsonl(tmp_path / "chat.jsonl", chats(80))
+    first = load(data, max_rows=9)
+    assert first.digest == load(data, max_rows=9).digest
+    others = [load(data, max_rows=8), load(data, context=15, max_rows=9)]
+    others.append(load(data, max_rows=9, validation_rows=1))
+    others.append(load(data, max_rows=9, tokenizer=SMALL_BPE))
+    assert len({corpus.digest for corpus in [first, *others]}) == 5
+
+
+# Order
+
+
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 40), lengths=st.tuples(*[st.integers(0, 99)] * 2))
+def test_a_longer_order_only_extends_a_shorter_one(seed, rows, lengths):
+    short, long = (batch_order(seed, rows, length) for length in sorted(lengths))
+    assert short.dtype == np.int32
+    assert len(long) == max(lengths)
+    assert np.array_equal(short, long[: len(short)])
+
+
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 40))
+def test_every_epoch_visits_every_row_once(seed, rows):
+    epochs = batch_order(seed, rows, 3 * rows).reshape(3, rows)
+    assert (np.sort(epochs, axis=1) == np.arange(rows)).all()
+
+
+def test_orders_differ_between_seeds_and_epochs():
+    orders = [batch_order(seed, 100, 200).reshape(2, 100) for seed in range(3)]
+    epochs = [tuple(epoch) for order in orders for epoch in order]
+    assert len(set(epochs)) == 6
+
+
+def test_a_permutation_is_the_same_on_every_machine():
+    assert permutation(3, 1, 8).tolist() == [7, 3, 5, 6, 4, 0, 2, 1]
+
+
+# Sources
+
+
+def test_chitchat_alternates_and_the_second_speaker_answers():
+    source = read_source("chitchat", None, "train")
+    assert source.count == 7168
+    for index in range(0, 7168, 97):
+        roles = [message["role"] for message in to_document(source.record(index), "")]
+        assert roles[0] == "user"
+        assert all(left != right for left, right in pairwise(roles))
+
+
+def test_chitchat_is_packed_and_held_out():
+    corpus = load("chitchat", context=64, validation_rows=16, max_rows=100)
+    assert corpus.tokens.shape == (100, 64)
+    assert corpus.validation_targets.shape == (16, 64)
+    assert "100 rows of 64 tokens" in corpus.description
+    assert "\n" not in corpus.description
+    check_vocabulary(corpus, BYTES.vocabulary)
+
+
+RECORDS = [
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+    ({"prompt": "q", "completion": "a"}),
+    ({"question": "q", "answer": "a", "source": "x"}),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: next(iter(record)))
+def test_known_layouts_give_the_same_conversation(record):
+    assert to_document(record, "") == RECORDS[0]["messages"]
+    assert to_document({"text": "plain"}, "") == "plain"
+
+
+def test_text_that_is_no_unicode_becomes_question_marks():
+    assert to_document({"text": json.loads('"a\\ud800b"')}, "") == "a?b"
+
+
+def test_the_same_records_give_the_same_corpus_from_any_container(tmp_path):
+    records = chats(30)
+    jsonl = write_jsonl(tmp_path / "chat.jsonl", records)
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "chat.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", records[:10])
+    write_jsonl(folder / "b.jsonl", records[10:])
+    hub = tmp_path / "hub"
+    (hub / "short").mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(records), hub / "short" / "train-00000-of-00001.parquet")
+    write_jsonl(hub / "short" / "test.jsonl", records[:1])
+    digests = {load(data).digest for data in (jsonl, tmp_path / "chat.parquet", folder)}
+    digests.add(load(hub, data_config="short").digest)
+    assert len(digests) == 1
+
+
+def test_a_dataset_comes_through_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "hub"
+    (folder / "short").mkdir(parents=True)
+    write_jsonl(folder / "short" / "train.jsonl", chats(5))
+    write_jsonl(folder / "short" / "test.jsonl", chats(2))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: short\n  data_files:\n"
+        "  - split: train\n    path: short/train.jsonl\n  - split: test\n    path: short/test.jsonl\n---\n"
+    )
+    source = hub_source(str(folder), "short", "train")
+    assert [source.record(i) for i in range(source.count)] == chats(5)
+    assert hub_source(str(folder), "short", "test").count == 2
+    assert source.place(3).endswith("hub row 3")
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*split.*: check the three names"):
+        hub_source(str(folder), "short", "validation")
+    with pytest.raises(ValueError, match=r"nothing \(config None, split train\) cannot be loaded"):
+        hub_source(str(tmp_path / "nothing"), None, "train")
+
+
+@pytest.mark.skipif(not EVALS.is_dir(), reason="../shared/evals is absent")
+def test_real_questions_are_rendered_and_masked(tmp_path):
+    items = [json.loads(line) for line in (EVALS / "arc_easy.jsonl").read_text().splitlines()]
+    records = [{"prompt": item["query"], "completion": item["choices"][item["gold"]]} for item in items]
+    corpus = load(write_jsonl(tmp_path / "arc.jsonl", records), 128, 8, max_rows=200)
+    learned = BYTES.decode(corpus.targets[corpus.targets != IGNORED])
+    answers = {record["completion"] for record in records}
+    replies = learned.split(BYTE_MARKS[-1])[:-1]
+    assert len(replies) > 50
+    assert set(replies) <= answers
+
+
+# What a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a.jsonl line 2 is not JSON \(.*\): mend"),
+        ("a.jsonl", "\n[1]\n", r"a.jsonl line 2 is a JSON list, expected an object: mend"),
+        ("a.jsonl", '{"body": "x"}\n', r"line 1 has fields \['body'\], expected messages, .*text: rename"),
+        ("a.jsonl", '{"text": 3}\n', r"line 1: text is int, expected text: mend"),
+        ("a.jsonl", '{"messages": "x"}\n', r"line 1: messages is str, expected a list of turns"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"line 1: a turn is .* role and content"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "bot", "content": ""}]}\n',
+            r"line 1: role 'bot' is unknown, expected one of system, .*: rename",
+        ),
+        ("a.jsonl", json.dumps(chat(["only a question"])) + "\n", r"no assistant turn in its 1 conv"),
+        ("a.txt", "four", r"context 16 is longer than the data .* \(5 tokens\): give a shorter"),
+        ("a.txt", "", r"context 16 is longer than the data .* \(0 tokens\)"),
+        ("a.txt", "one paragraph only " * 9, r"rows of context 16, expected 2 to hold out and at least 1"),
+        ("a.txt", b"\xff\xfe", r"a.txt is not UTF-8 text \(byte 0\): convert"),
+        ("a.parquet", "no parquet", r"a.parquet is not a readable parquet file \(.*\): write"),
+        ("a.csv", "x", r"a.csv ends in .csv, expected one of .txt, .jsonl, .parquet: convert"),
+    ],
+)
+def test_a_faulty_file_is_named_with_its_place(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        load(file)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_data_is_named(tmp_path):
+    for missing in ("absent.jsonl", "./absent", str(tmp_path / "absent")):
+        with pytest.raises(ValueError, match=r"absent.* does not exist: give chitchat, a .txt"):
+            load(missing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no .txt, .jsonl, .parquet file: give"):
+        load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty has no folder fine: give another --data-config"):
+        load(tmp_path / "empty", data_config="fine")
+
+
+def test_impossible_sizes_are_refused():
+    for options in ({"context": 0}, {"validation_rows": -1}, {"max_rows": 0}):
+        with pytest.raises(ValueError, match="expected context and max rows of at least 1"):
+            load("chitchat", **options)
+
+
+def test_more_held_out_rows_than_the_data_have_are_refused(tmp_path):
+    data = write_jsonl(tmp_path / "chat.jsonl", chats(20))
+    with pytest.raises(ValueError, match=r"expected 1000 to hold out .*: give fewer validation rows"):
+        load(data, validation_rows=1000)
+
+
+def test_a_token_beyond_the_models_vocabulary_is_refused(tmp_path):
+    corpus = load(write_jsonl(tmp_path / "chat.jsonl", chats(40)))
+    check_vocabulary(corpus, BYTES.assistant_end + 1)
+    with pytest.raises(ValueError, match=r"token id 260 .* vocabulary of 256: give .* at least 320"):
+        check_vocabulary(corpus, 256)
