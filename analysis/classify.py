@@ -1,0 +1,151 @@
+"""Labels and the convergence value of every cell, computed from a store's raw numbers.
+
+Nothing here is stored: other thresholds give other maps of the same measurements. A language-model
+cell is labelled by its losses (engine.outcome); a cell of the paper's network by the paper's own rule,
+the sign of the stored `measure`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from engine.command import parse, user_errors
+from engine.outcome import (
+    CONVERGED,
+    DONE,
+    INVALID,
+    LABELS,
+    MARGINAL,
+    MISSING,
+    NONFINITE,
+    UNDERTRAINED,
+    WORSENED,
+    Thresholds,
+    label,
+)
+from engine.store import Store, open_store
+
+TRAINS = (CONVERGED, MARGINAL, UNDERTRAINED)  # the run did not break
+BREAKS = (WORSENED, NONFINITE)  # it did; missing and invalid cells say nothing about either
+LARGEST_RATIO = 1e6  # what a non-finite or larger loss ratio counts as (Sohl-Dickstein 2024)
+
+
+def classify(store: Store, thresholds: Thresholds) -> np.ndarray:
+    """Label codes [row, col] uint8 into engine.outcome.LABELS.
+
+    A store with `measure` (the paper's network) has no marginal or undertrained cells: a cell is
+    converged where its measure is negative, else nonfinite if its loss or weights ever were, else worsened.
+    """
+    if "measure" not in store:
+        return label(
+            store.status, store.read("first_loss"), store.read("last_loss"), store.read("nonfinite_step"), thresholds
+        )
+    measure = store.read("measure")
+    codes = np.select(
+        [store.status != DONE, np.isnan(measure), measure < 0, store.read("nonfinite_step") >= 0],
+        [MISSING, INVALID, CONVERGED, NONFINITE],
+        default=WORSENED,
+    )
+    return codes.astype(np.uint8)
+
+
+def trains(codes: np.ndarray) -> np.ndarray:
+    """Whether a cell's run did not break, bool of the same shape; meaningful where `measured`."""
+    return np.isin(codes, TRAINS)
+
+
+def measured(codes: np.ndarray) -> np.ndarray:
+    """Whether a cell says anything about training: neither missing nor invalid, bool of the same shape."""
+    return np.isin(codes, TRAINS + BREAKS)
+
+
+def convergence_value(store: Store, codes: np.ndarray) -> np.ndarray:
+    """The signed value behind a convergence map, float64 [row, col], NaN where not measured.
+
+    Negative where training works, positive where it breaks; nearer 0 is farther from the boundary on
+    the broken side, and quicker convergence on the other. The paper's network has its stored measure
+    (-sum v, or +sum 1/v, over v = loss / first loss). For language models it is the same in means over
+    the planned steps, so that columns of different length compare: -mean v, or +mean 1/v with the steps
+    after a non-finite one counted as v = 1e6. Without stored traces v is the last loss over the first.
+    """
+    if "measure" in store:
+        return np.where(measured(codes), store.read("measure"), np.nan)
+    first, planned = store.read("first_loss").astype(np.float64), planned_steps(store)
+    good = trains(codes)
+    if "losses" not in store:
+        ratio = loss_ratio(store.read("last_loss"), first)
+        return np.where(measured(codes), np.where(good, -ratio, 1 / ratio), np.nan)
+    value = np.full(codes.shape, np.nan)
+    for row in range(len(codes)):  # one row of traces at a time bounds the memory
+        losses = store.read("losses", rows=slice(row, row + 1))[0]
+        ratio = loss_ratio(losses, first[row, :, None])
+        within = np.arange(losses.shape[-1]) < planned[row, :, None]
+        terms = np.where(good[row, :, None], -ratio, 1 / ratio)
+        value[row] = np.where(within, terms, 0).sum(-1) / planned[row]
+    return np.where(measured(codes), value, np.nan)
+
+
+def planned_steps(store: Store) -> np.ndarray:
+    """Steps each cell was to train, had nothing broken, int [row, col]."""
+    config, grid = store.config, store.grid
+    if config.network == "mlp":
+        return np.full(grid.shape, config.steps)
+    at = {"tokens": config.tokens, "batch": config.batch}
+    at |= {grid.y.name: grid.y.values[:, None], grid.x.name: grid.x.values}
+    steps = np.ceil(at["tokens"] / (at["batch"] * config.context)).astype(int)
+    return np.broadcast_to(steps, grid.shape)
+
+
+def loss_ratio(losses: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """losses / first as float64, in [1 / LARGEST_RATIO, LARGEST_RATIO]; not finite counts as LARGEST_RATIO."""
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        ratio = np.asarray(losses, np.float64) / first
+    return np.clip(np.where(np.isfinite(ratio), ratio, LARGEST_RATIO), 1 / LARGEST_RATIO, LARGEST_RATIO)
+
+
+def counts(codes: np.ndarray) -> dict[str, int]:
+    """Number of cells of each label that occurs."""
+    found = np.bincount(codes.ravel(), minlength=len(LABELS))
+    return {name: int(n) for name, n in zip(LABELS, found) if n}
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Thresholds on last loss / first loss, shared by the commands that read labels."""
+
+    converged: float = 0.85  # at or below this last/first loss: converged
+    moved: float = 0.02  # within 1 +- moved: undertrained; above: worsened; between moved and converged: marginal
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The thresholds, checked. Raises ValueError when they overlap."""
+        if not 0 < self.converged <= 1 - self.moved < 1:
+            raise ValueError(
+                f"converged {self.converged:g} and moved {self.moved:g}, expected 0 < converged <= 1 - moved < 1"
+            )
+        return Thresholds(self.converged, self.moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Labelling):
+    """Which store to label, and how."""
+
+    store: str  # path of the sweep's store
+
+
+def main() -> None:
+    """Print how many cells carry each label."""
+    options = parse(Options, "Label every cell of a store and count the labels. Stored numbers stay as they are.")
+    with user_errors():
+        store = open_store(options.store)
+        codes = classify(store, options.thresholds)
+        table = Table("label", "cells", "share", title=f"{store.path}: {codes.shape[0]} x {codes.shape[1]} cells")
+        for name, count in counts(codes).items():
+            table.add_row(name, f"{count}", f"{count / codes.size:.1%}")
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
