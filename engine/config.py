@@ -47,6 +47,7 @@ class SweepConfig:
     )
     data_config: str = ""  # configuration name of a hub data set
     split: str = "train"  # split of a hub data set
+    data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
     validation_rows: int = 16  # held-out sequences behind val_loss
 
     optimizer: str = "adamw"  # adamw or sgd
@@ -202,7 +203,14 @@ def check(config: SweepConfig) -> None:
         value = config.fixed(name)
         if value is not None and not rule.low <= value <= rule.high:
             raise ValueError(f"{name} is {value:g}, expected a value in [{rule.low:g}, {rule.high:g}]")
-    for name, low in (("context", 1), ("micro_batch", 0), ("validation_rows", 1), ("steps", 1), ("minibatch", 0)):
+    for name, low in (
+        ("context", 1),
+        ("micro_batch", 0),
+        ("validation_rows", 1),
+        ("steps", 1),
+        ("minibatch", 0),
+        ("data_rows", 0),
+    ):
         at_least(name, getattr(config, name), low)
     for name in ("momentum", "floor", "decay"):
         if not 0 <= getattr(config, name) <= 1:

@@ -157,8 +157,6 @@ def create_store(path: str | Path, config: SweepConfig, steps: int, rows_per_chu
             fill_value=spec.fill,
             dimension_names=("row", "col") + (("step",) if spec.steps else ()),
             attributes={"long_name": spec.long_name, "units": spec.units, "coordinates": "y x"},
-            # an all-fill chunk is a result like any other
-            config={"write_empty_chunks": True},
         )
     # sub-groups, so that what is kept inside the store is part of its hierarchy
     for name in ("figures", "zoom", "noise"):
@@ -202,7 +200,8 @@ class Writer(Store):
         assert start % chunk == 0, (start, chunk)
         assert count <= chunk, (count, chunk)
         for name in sorted(block, key=lambda name: name == "status"):
-            array = self.group[name]
+            # an all-fill chunk is a result like any other
+            array = self.group[name].with_config({"write_empty_chunks": True})
             array[start : start + count] = block[name]
             folder = self.path / name / "c" / str(start // chunk)
             for file in folder.rglob("*"):

@@ -1,0 +1,98 @@
+"""R replicas of a network as one stack of tensors; torch.func.vmap makes the stack.
+
+The network is written for one replica. Its parameters live in flat [R, P] buffers: the fp32 master that
+the optimizer updates, and the weights the network computes with (a bf16 copy, or the master itself).
+Each parameter is a view of them, contiguous within a replica. Autograd runs outside vmap.
+
+Letters: R replica, B batch, T time, P flat parameters.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from engine.network import Network
+from kernels.adamw import round_to_weight
+from kernels.digest import digest
+
+ALIGNMENT = 64  # elements: parameters start on 128 bytes, which the tensor copy engine needs at least 16 of
+
+
+class Span(NamedTuple):
+    """Where a parameter lies in the flat buffers; `elements` counts the real ones before it."""
+
+    name: str
+    group: str
+    shape: tuple[int, ...]
+    slice: slice
+    elements: int
+
+
+def spans_of(network: Network) -> list[Span]:
+    """Every parameter's place, in the module's order."""
+    spans, start, elements = [], 0, 0
+    for name, shape in network.shapes.items():
+        size = torch.Size(shape).numel()
+        spans.append(Span(name, network.groups[name], shape, slice(start, start + size), elements))
+        elements += size
+        start += -(-size // ALIGNMENT) * ALIGNMENT
+    return spans
+
+
+class Stack:
+    """The parameters of R replicas, and their losses and gradients."""
+
+    def __init__(self, network: Network, replicas: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate zero parameters for `replicas`; dtype is the network's (bf16 or fp32)."""
+        self.network = network
+        self.spans = spans_of(network)
+        self.replicas = replicas
+        self.mixed = dtype != torch.float32
+        size = -(-self.spans[-1].slice.stop // ALIGNMENT) * ALIGNMENT
+        self.master_RP = torch.zeros(replicas, size, device=device)
+        self.weight_RP = torch.zeros(replicas, size, dtype=dtype, device=device) if self.mixed else self.master_RP
+        self.weights = {name: w.requires_grad_() for name, w in self.views(self.weight_RP.detach()).items()}
+
+    def views(self, flat_RP: Tensor) -> dict[str, Tensor]:
+        """Every parameter as [R, *shape] views of a flat buffer."""
+        return {s.name: flat_RP[:, s.slice].unflatten(1, s.shape) for s in self.spans}
+
+    def losses(
+        self, weights: dict[str, Tensor], tokens_RBT: Tensor, targets_RBT: Tensor, smoothing_R: Tensor
+    ) -> Tensor:
+        """Summed loss of each replica's micro-batch, fp32 [R]."""
+
+        def one_replica(weights, tokens_BT, targets_BT, smoothing):
+            return functional_call(self.network.module, weights, (tokens_BT, targets_BT, smoothing))
+
+        return vmap(one_replica)(weights, tokens_RBT, targets_RBT, smoothing_R)
+
+    def losses_and_gradients(
+        self, tokens_RBT: Tensor, targets_RBT: Tensor, smoothing_R: Tensor, count_R: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Summed losses [R], and the gradients of loss / count, one [R, n] a parameter.
+
+        The gradient of a sum over replicas is each replica's own: a NaN neighbour adds nothing.
+        """
+        loss_R = self.losses(self.weights, tokens_RBT, targets_RBT, smoothing_R)
+        gradients = torch.autograd.grad((loss_R / count_R).sum(), list(self.weights.values()))
+        return loss_R.detach(), [gradient.flatten(1) for gradient in gradients]
+
+    def load(self, slot: int, initial: dict[str, Tensor], scale: float) -> None:
+        """Put initial weights, times `scale` where they are matrices, into one slot."""
+        for span in self.spans:
+            values = initial[span.name].to(self.master_RP.device).flatten()
+            if len(span.shape) > 1:
+                values = values * scale
+            self.master_RP[slot, span.slice] = values
+        if self.mixed:
+            self.weight_RP[slot] = round_to_weight(self.master_RP[slot], self.weight_RP.dtype)
+
+    def digest(self, slots: Tensor) -> Tensor:
+        """64-bit digests of the fp32 master weights of some slots, int64 [len(slots)]."""
+        total = torch.zeros(len(slots), dtype=torch.int64, device=self.master_RP.device)
+        for span in self.spans:
+            total += digest(self.master_RP[slots, span.slice], span.elements)
+        return total

@@ -1,0 +1,376 @@
+"""Train every cell of a grid and keep the results: `uv run engine/sweep.py --rows-per-launch 16`.
+
+Read from the bottom up: `main` reads the arguments, `run_sweep` trains or resumes a grid.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as distributed
+from rich.console import Console
+from rich.table import Table
+
+from engine import descent, plan, progress, tracking
+from engine.command import parser, user_errors
+from engine.config import PRESETS, SweepConfig, resolve
+from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.network import Network, load_network
+from engine.outcome import DONE, NOT_COMPUTED
+from engine.provenance import provenance
+from engine.store import Store, Writer, array_specs, check_same_configuration, create_store
+from engine.trainer import Harvest, Trainer, bit_exact_at_any_width
+
+FLUSH = 10.0  # seconds between two writes of an unfinished launch
+CPU_MEMORY = 1.25  # GiB a stack may take on a CPU
+GPU_MEMORY = 0.9  # share of a GPU's free memory a stack may take
+CPU_SLOTS, GPU_SLOTS = 64, 256  # replicas beyond which a wider stack gains nothing
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how to run; none of it changes a cell."""
+
+    store: str = ""  # the Zarr store to make or resume (default: results/<network>-<y axis>-<x axis>)
+    device: str = "auto"  # cpu or cuda; auto: cuda if there is one
+    slots: int = 0  # replicas trained at once (0: what fits)
+    figures: bool = True  # draw the maps and print the summary at the end
+    quiet: bool = False  # no progress
+    dry_run: bool = False  # print launches, stacks, memory, FLOPs and a time estimate, then stop
+    wandb: str = "off"  # off, offline or online
+    wandb_project: str = "fractal-llm"  # W&B project
+    wandb_entity: str = ""  # W&B entity (default: your own)
+
+
+class Rank(NamedTuple):
+    """This process among those torchrun started; launches are shared out, replicas never communicate."""
+
+    index: int
+    count: int
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.count > 1:
+            distributed.barrier()
+
+
+def this_rank() -> Rank:
+    """The rank torchrun gave this process; (0, 1) without torchrun."""
+    rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if rank.count > 1 and not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    return rank
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of `--device`. Raises ValueError for an unknown or absent one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {name!r}, expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA GPU; use --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def default_store(config: SweepConfig) -> Path:
+    """results/<network>-<y axis>-<x axis>."""
+    return Path("results", "-".join((config.network, *config.swept)))
+
+
+class Setup(NamedTuple):
+    """Everything a sweep needs before it trains."""
+
+    config: SweepConfig
+    device: torch.device
+    slots: int
+    rows_per_launch: int
+    network: Network | None
+    corpus: Corpus | None
+    memory: plan.Memory | None
+
+
+def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store | None) -> Setup:
+    """Load network and data, choose launches and slots. Raises ValueError before any training."""
+    device = choose_device(options.device)
+    config = resolve(config, device.type)
+    if config.network == "mlp":
+        rows = automatic_mlp_rows(config, rank) if config.rows_per_launch == "auto" else int(config.rows_per_launch)
+        config = adopt_rows(config, rows, stored)
+        return Setup(config, device, 0, int(config.rows_per_launch), None, None, None)
+    network = load_network(config, device)
+    corpus = load_corpus(
+        config.data,
+        config.data_config or None,
+        config.split,
+        network.tokenizer,
+        config.context,
+        config.validation_rows,
+        config.data_rows or None,
+    )
+    check_vocabulary(corpus, network.vocabulary)
+    automatic = min(plan.automatic_rows(config, device.type), -(-config.grid.shape[0] // rank.count))
+    rows = automatic if config.rows_per_launch == "auto" else int(config.rows_per_launch)
+    config = adopt_rows(config, rows, stored)
+    rows = int(config.rows_per_launch)
+
+    element = 2 if config.precision == "bf16" else 4
+    activations = network.activation_bytes(config.micro_batch * config.context, element)
+    memory = plan.replica_memory(config, network.parameters, activations)
+    widest = max(len(plan.trajectories(config, launch)) for launch in plan.launches(config, rows))
+    if stored is not None and not bit_exact_at_any_width(device):
+        slots = stored.attributes["slots"]
+        torch.set_num_threads(stored.attributes["provenance"]["threads"])
+    else:
+        fit = plan.slots_that_fit(memory, memory_budget(device))
+        slots = min(options.slots or (CPU_SLOTS if device.type == "cpu" else GPU_SLOTS), fit, widest)
+    return Setup(config, device, slots, rows, network, corpus, memory)
+
+
+def adopt_rows(config: SweepConfig, rows: int, stored: Store | None) -> SweepConfig:
+    """The configuration with its rows a launch: a resumed sweep keeps the store's where they are automatic."""
+    if stored is not None and config.rows_per_launch == "auto":
+        return replace(config, rows_per_launch=stored.config.rows_per_launch)
+    return replace(config, rows_per_launch=str(min(rows, config.grid.shape[0])))
+
+
+def automatic_mlp_rows(config: SweepConfig, rank: Rank) -> int:
+    """Rows of 2^20 cells, at least one launch a rank."""
+    rows, cols = config.grid.shape
+    return max(min(2**20 // cols, -(-rows // rank.count)), 1)
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes a stack may take."""
+    if device.type == "cpu":
+        return int(CPU_MEMORY * 2**30)
+    return int(GPU_MEMORY * torch.cuda.mem_get_info(device)[0])
+
+
+# ---- training a launch, block by block
+
+
+def empty_block(config: SweepConfig, rows: range, steps: int) -> dict[str, np.ndarray]:
+    """The stored arrays of some rows, nothing computed."""
+    shape = (len(rows), config.grid.shape[1])
+    return {
+        name: np.full(shape + ((steps,) if spec.steps else ()), spec.fill, spec.dtype)
+        for name, spec in array_specs(config).items()
+    }
+
+
+def put(block: dict[str, np.ndarray], harvest: Harvest, first_row: int) -> None:
+    """Write one harvest into every cell of its mark."""
+    for row, col in harvest.mark.cells:
+        at = row - first_row, col
+        for name in ("first_loss", "last_loss", "val_loss", "steps", "nonfinite_step", "weights_digest"):
+            block[name][at] = getattr(harvest, name)
+        if "losses" in block:
+            block["losses"][at][: len(harvest.losses)] = harvest.losses
+        block["status"][at] = DONE
+
+
+def pending(work: list[plan.Trajectory], status: np.ndarray) -> list[plan.Trajectory]:
+    """The trajectories with cells still to compute, their marks cut to those."""
+    left = []
+    for run in work:
+        marks = tuple(m for m in run.marks if any(status[cell] == NOT_COMPUTED for cell in m.cells))
+        if marks:
+            left.append(replace(run, marks=marks))
+    return left
+
+
+def train_launch(setup: Setup, trainer: Trainer, writer: Writer, rows: range, watch: progress.Progress) -> None:
+    """Train what is missing of some rows; write them now and then, and when they are complete."""
+    config = setup.config
+    block = {name: writer.read(name, rows=slice(rows.start, rows.stop)) for name in array_specs(config)}
+    work = plan.trajectories(config, rows)
+    if bit_exact_at_any_width(setup.device):
+        work = pending(work, writer.status)
+    else:
+        # bits depend on the company here, so an interrupted launch is run again whole
+        block = empty_block(config, rows, plan.longest(config))
+    written = time.monotonic()
+    for harvests in trainer.train(work, watch.tokens):
+        for harvest in harvests:
+            put(block, harvest, rows.start)
+            watch.skip(harvest, config)
+        watch.show(rows, block)
+        if time.monotonic() - written > FLUSH:
+            writer.write_rows(rows.start, block)
+            written = time.monotonic()
+    writer.write_rows(rows.start, block)
+
+
+def missing_launches(setup: Setup, writer: Writer, rank: Rank) -> Iterator[range]:
+    """This rank's launches that have cells to compute."""
+    status = writer.status
+    for launch in plan.launches(setup.config, setup.rows_per_launch)[rank.index :: rank.count]:
+        if (status[launch.start : launch.stop] == NOT_COMPUTED).any():
+            yield launch
+
+
+def train_grid(setup: Setup, writer: Writer, rank: Rank, options: RunOptions, track: tracking.Tracking) -> None:
+    """Train every launch of this rank that the store does not hold yet."""
+    config = setup.config
+    todo = list(missing_launches(setup, writer, rank))
+    if not todo:
+        return
+    with progress.Progress(config, writer.status, todo, options.quiet or rank.index > 0) as watch:
+        trainer = None
+        for launch in todo:
+            if config.network == "mlp":
+                block = descent.train_rows(config, slice(launch.start, launch.stop), str(setup.device))
+                block["status"] = np.full((len(launch), config.grid.shape[1]), DONE, np.uint8)
+                writer.write_rows(launch.start, block)
+                watch.show(launch, block)
+            else:
+                trainer = trainer or Trainer(config, setup.network, setup.corpus, setup.slots, setup.device)
+                train_launch(setup, trainer, writer, launch, watch)
+            watch.launched(launch)
+            track.launch(watch)
+
+
+# ---- the whole sweep
+
+
+def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -> Writer:
+    """The store to write: a new one, or one of the same configuration."""
+    if rank.index == 0:
+        if stored is None:
+            extra = {
+                "provenance": provenance(setup.device),
+                "slots": setup.slots,
+                "exact": "at any width" if exact_at_any_width(setup) else "in the same launch",
+                "data": setup.corpus.description if setup.corpus else "",
+                "data_digest": setup.corpus.digest if setup.corpus else "",
+            }
+            create_store(path, setup.config, plan.longest(setup.config), setup.rows_per_launch, extra)
+        else:
+            check_same_configuration(path, stored.config, setup.config)
+    rank.barrier()
+    return Writer(path, lock=rank.index == 0)
+
+
+def exact_at_any_width(setup: Setup) -> bool:
+    """Whether this sweep's cells have the same bits at any number of replicas."""
+    return bit_exact_at_any_width(setup.device)
+
+
+def dry_run_table(setup: Setup) -> Table:
+    """What a sweep would do, without doing it."""
+    config = setup.config
+    table = Table(title="dry run: nothing is trained or stored", show_header=False, title_justify="left")
+    rows, cols = config.grid.shape
+    table.add_row("grid", f"{rows} x {cols} = {rows * cols:,} cells; y {config.grid.y}; x {config.grid.x}")
+    launches = plan.launches(config, setup.rows_per_launch)
+    table.add_row("launches", f"{len(launches)} of up to {setup.rows_per_launch} rows")
+    if setup.network is None:
+        table.add_row("steps", f"{config.steps} a cell, {rows * cols * config.steps:,} in all")
+        return table
+    work = [run for launch in launches for run in plan.trajectories(config, launch)]
+    tokens = sum(run.steps * run.hyper["batch"] * config.context for run in work)
+    widest = max(len(plan.trajectories(config, launch)) for launch in launches)
+    flops = tokens * setup.network.flops_per_token
+    table.add_row("trajectories", f"{len(work):,} runs serve {rows * cols:,} cells")
+    table.add_row("stack", f"{setup.slots} replicas at once (a launch holds up to {widest} trajectories)")
+    table.add_row("network", f"{config.network}, {setup.network.parameters:,} parameters, {config.precision}")
+    table.add_row("data", setup.corpus.description)
+    memory = setup.memory
+    table.add_row(
+        "memory",
+        f"{memory.total * setup.slots / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
+        f"{memory.activations / 2**20:.1f} MiB of activations",
+    )
+    table.add_row("work", f"{tokens:,.0f} tokens, {flops:.3g} FLOPs")
+    rate = 3e10 if setup.device.type == "cpu" else 2.5e14
+    table.add_row("time", f"about {flops / rate:,.0f} s at {rate:.1g} FLOP/s, a typical rate of this kind of device")
+    return table
+
+
+def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
+    """Train (or resume) a whole grid into its store; the store's path.
+
+    Raises:
+        ValueError: anything a user gave that cannot be done, before any training.
+    """
+    rank = this_rank()
+    console = Console(stderr=True, soft_wrap=True)
+    tracking.check(options.wandb)
+    path = Path(options.store) if options.store else default_store(resolve(config, "cpu"))
+    stored = Store(path) if path.exists() else None
+    rank.barrier()
+    setup = prepare(config, options, rank, stored)
+    if options.dry_run:
+        if rank.index == 0:
+            Console().print(dry_run_table(setup))
+        return path
+    writer = open_or_create(setup, path, stored, rank)
+    if not options.quiet and rank.index == 0:
+        announce(setup, path, stored, console)
+    track = tracking.start(options.wandb, options.wandb_project, options.wandb_entity, setup.config, rank.index == 0)
+    train_grid(setup, writer, rank, options, track)
+    rank.barrier()
+    writer.close()
+    if rank.index == 0 and options.figures:
+        # a process of its own: the engine does not import the analysis, which reads stores
+        subprocess.run([sys.executable, "-m", "analysis.plot", "--store", str(path)], check=True)
+    track.finish(path)
+    return path
+
+
+def announce(setup: Setup, path: Path, stored: Store | None, console: Console) -> None:
+    """Say what is about to be trained, and how exact it is."""
+    rows, cols = setup.config.grid.shape
+    doing = "resuming" if stored is not None else "sweeping"
+    console.print(f"{doing} {rows} x {cols} cells into {path} on {provenance(setup.device)['device']}")
+    if setup.network is None:
+        return
+    launches = plan.launches(setup.config, setup.rows_per_launch)
+    widest = max(len(plan.trajectories(setup.config, launch)) for launch in launches)
+    if widest > setup.slots:
+        console.print(
+            f"a launch of {setup.rows_per_launch} rows is {widest} trajectories; {setup.slots} replicas train at once "
+            "and slots are refilled: the cells are the same"
+        )
+    if not exact_at_any_width(setup):
+        console.print("on a CPU a cell's bits repeat when its launch is run again: `replay` does that")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where the defaults below come from."""
+
+    preset: str = "default"  # default, or smollm2-sft: fine-tune SmolLM2-135M over lr x tokens
+
+
+def main() -> None:
+    """The command."""
+    first = parser("")
+    first.add_arguments(Preset, dest="preset")
+    chosen = first.parse_known_args([a for a in sys.argv[1:] if a not in ("-h", "--help")])[0].preset.preset
+    with user_errors():
+        if chosen not in PRESETS:
+            raise ValueError(f"preset is {chosen!r}, expected one of {', '.join(PRESETS)}")
+        reader = parser(
+            "Train every cell of a grid of hyper-parameters, many at once, and map where training works and where "
+            "it breaks. The same command again resumes; finished cells are never trained twice."
+        )
+        reader.add_arguments(Preset, dest="preset")
+        reader.add_arguments(RunOptions, dest="options")
+        reader.add_arguments(SweepConfig, dest="config", default=PRESETS[chosen])
+        arguments = reader.parse_args()
+        run_sweep(arguments.config, arguments.options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""The slot engine: trains trajectories in the slots of a stack until all have been read off.
+
+A stack has R slots. Each holds one trajectory with its own step, position in the data, hyper-parameters
+and end, all on the device. One micro-step of every slot is a fixed sequence of device work with no
+host synchronisation; on a GPU it is one CUDA graph. The host looks in now and then, reads off the
+slots that have reached a mark or are no longer finite, and refills those that are finished.
+
+A cell's numbers do not depend on its company where every operator of the network is invariant to the
+number of replicas: that holds on a GPU with the kernels of this project. On a CPU the same launch,
+run again, gives the same bits.
+
+Letters: R replica (slot), B batch (of one micro-step), T time, S step.
+"""
+
+import ctypes
+import platform
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine import optim
+from engine.config import SweepConfig
+from engine.data import Corpus, batch_order
+from engine.network import Network
+from engine.plan import Mark, Trajectory, largest_batch, longest, seeds
+from engine.schedule import factor
+from engine.stack import Stack
+from kernels.adamw import accumulate_, global_norm
+
+LOOK = 32  # micro-steps between two looks of the host, at most
+IDLE = 0.03  # share of a stack's slots that may wait, finished, until the next look
+LAST = 20  # steps that last_loss is the mean of
+RATES = ("attention", "mlp", "embedding", "unembedding")
+HYPER = (*RATES, "warmup", "weight_decay", "clip", "beta1", "beta2", "label_smoothing")
+RESIDENT = 4 * 2**30  # bytes of initial weights kept on the device, at most
+EVALUATE = 8  # replicas evaluated at once
+
+
+class Harvest(NamedTuple):
+    """What one mark of a trajectory measured; every cell of the mark gets it.
+
+    The weights behind it are still in `slot` while the consumer of `Trainer.train` holds the harvest.
+    """
+
+    mark: Mark
+    slot: int
+    first_loss: float
+    last_loss: float
+    val_loss: float
+    steps: int
+    nonfinite_step: int
+    weights_digest: int
+    losses: np.ndarray
+
+
+class Occupant(NamedTuple):
+    """A trajectory in a slot and the index of its next mark."""
+
+    trajectory: Trajectory
+    mark: int
+
+
+def matmul_precision(precision: str) -> str:
+    """torch's name for how fp32 matrix products are made."""
+    return "high" if precision == "tf32" else "highest"
+
+
+class Trainer:
+    """A stack of slots on one device, and everything a step of it reads and writes."""
+
+    def __init__(
+        self, config: SweepConfig, network: Network, corpus: Corpus, slots: int, device: torch.device, steps: int = 0
+    ) -> None:
+        """Allocate the stack and its data on the device.
+
+        Args:
+            config: resolved configuration.
+            slots: R.
+            steps: length of the longest run these slots will hold (0: of the whole sweep's).
+        """
+        torch.set_float32_matmul_precision(matmul_precision(config.precision))
+        self.config, self.device, self.slots = config, device, slots
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.stack = Stack(network, slots, dtype, device)
+        self.network = network
+        keep_freed_memory(device)
+        self.initial = {seed: network.initial(seed) for seed in seeds(config)}
+        if len(self.initial) * network.parameters * 4 <= RESIDENT:
+            self.initial = {seed: {n: w.to(device) for n, w in ws.items()} for seed, ws in self.initial.items()}
+        adamw = config.optimizer == "adamw"
+        self.state = (optim.adamw_init if adamw else optim.sgd_init)(self.stack.master_RP)
+
+        self.longest = steps or longest(config)
+        length = self.longest * largest_batch(config)
+        self.seed_row = {seed: row for row, seed in enumerate(self.initial)}
+        orders = [batch_order(seed, len(corpus.tokens), length) for seed in self.initial]
+        self.order = torch.from_numpy(np.stack(orders)).to(device)
+        self.tokens = torch.from_numpy(corpus.tokens).to(device)
+        self.targets = torch.from_numpy(corpus.targets).to(device)
+        self.supervised = torch.from_numpy(corpus.supervised).to(device)
+        self.validation_tokens = torch.from_numpy(corpus.validation_tokens).to(device)
+        self.validation_targets = torch.from_numpy(corpus.validation_targets).to(device)
+        self.validation_count = int((corpus.validation_targets >= 0).sum())
+
+        self.micro_batch = config.micro_batch
+        self.accumulates = largest_batch(config) > self.micro_batch
+        self.accumulator_RP = torch.zeros_like(self.stack.master_RP) if self.accumulates else None
+        self.clips = config.clip > 0 or "clip" in config.swept
+
+        # an empty slot: stop is 0, so it never trains; a slot waits, inactive, at its stop
+        empty = {"step": 0, "stop": 0, "total": 1, "micro": 0, "micros": 1, "batch": 1, "seed": 0, "nonfinite": -1}
+        self.whole = torch.tensor(list(empty.values()), device=device)[:, None].repeat(1, slots)
+        self.step_R, self.stop_R, self.total_R, self.micro_R = self.whole[:4]
+        self.micros_R, self.batch_R, self.seed_R, self.nonfinite_R = self.whole[4:]
+        self.hyper = torch.zeros(len(HYPER), slots, dtype=torch.float64, device=device)
+        self.hyper_R = dict(zip(HYPER, self.hyper, strict=True))
+        self.broken_R = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.loss_R = torch.zeros(slots, device=device)
+        self.losses_RS = torch.full((slots, self.longest), torch.nan, device=device)
+        self.occupants: list[Occupant | None] = [None] * slots
+        self.left = np.zeros(slots, dtype=np.int64)  # micro-steps until each slot's next mark, as the host knows
+        self.trained = self.spent = 0  # slot micro-steps that trained, and all of them
+        self.graph = capture(self.micro_step) if device.type == "cuda" else None
+
+    # ---- the device's side: one micro-step of every slot
+
+    def gather(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The micro-batch of every slot: tokens, targets [R, B, T], and the targets of its whole batch [R]."""
+        first_R = self.step_R * self.batch_R
+        offset_B = torch.arange(self.micro_batch, device=self.device)
+        within_RB = self.micro_R[:, None] * self.micro_batch + offset_B
+        rows_RB = self.rows(first_R, within_RB)
+        tokens_RBT = self.tokens[rows_RB]
+        outside_RB = within_RB >= self.batch_R[:, None]
+        targets_RBT = self.targets[rows_RB].masked_fill(outside_RB[:, :, None], -100)
+        whole_B = torch.arange(largest_batch(self.config), device=self.device).expand(self.slots, -1)
+        counts_RB = self.supervised[self.rows(first_R, whole_B)].masked_fill(whole_B >= self.batch_R[:, None], 0)
+        return tokens_RBT, targets_RBT, counts_RB.sum(1)
+
+    def rows(self, first_R: Tensor, within_RB: Tensor) -> Tensor:
+        """Corpus rows at some places of each slot's current batch, int64 [R, B]."""
+        position_RB = (first_R[:, None] + within_RB).clamp(max=self.order.shape[1] - 1)
+        return self.order[self.seed_R[:, None], position_RB].long()
+
+    def micro_step(self) -> None:
+        """Forward, backward and, where a batch is complete, the update of every active slot."""
+        active_R = (self.step_R < self.stop_R) & (self.nonfinite_R < 0)
+        tokens_RBT, targets_RBT, count_R = self.gather()
+        smoothing_R = self.hyper_R["label_smoothing"].float()
+        sum_R, gradients = self.stack.losses_and_gradients(tokens_RBT, targets_RBT, smoothing_R, count_R)
+        fresh_R = self.micro_R == 0
+        self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
+        if self.accumulates:
+            pieces = [self.accumulator_RP[:, span.slice] for span in self.stack.spans]
+            for piece, gradient in zip(pieces, gradients, strict=True):
+                accumulate_(piece, gradient, fresh_R, active_R)
+            gradients = pieces
+        self.micro_R.copy_(torch.where(active_R, self.micro_R + 1, self.micro_R))
+        update_R = active_R & (self.micro_R == self.micros_R)
+        self.update(gradients, update_R)
+
+        loss_R = self.loss_R / count_R
+        place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]
+        self.losses_RS.scatter_(
+            1, place_R1, torch.where(update_R[:, None], loss_R[:, None], self.losses_RS.gather(1, place_R1))
+        )
+        bad_R = update_R & (~torch.isfinite(loss_R) | (self.broken_R > 0))
+        self.nonfinite_R.copy_(torch.where(bad_R, self.step_R, self.nonfinite_R))
+        self.step_R.add_(update_R)
+        self.micro_R.copy_(torch.where(update_R, 0, self.micro_R))
+
+    def update(self, gradients: list[Tensor], update_R: Tensor) -> None:
+        """The optimizer's step in every slot whose batch is complete."""
+        hyper_R, config = self.hyper_R, self.config
+        factor_R = factor(config.schedule, self.step_R, self.total_R, hyper_R["warmup"], config.decay, config.floor)
+        scale_R = None
+        if self.clips:
+            norm_R = global_norm(gradients).double()
+            # NaN norms give NaN scales: a comparison that fails must not hide them
+            scale_R = torch.where(norm_R <= hyper_R["clip"], 1.0, hyper_R["clip"] / norm_R).float()
+        update = optim.Update(
+            rate_R={group: (hyper_R[group] * factor_R).float() for group in RATES},
+            decay_R=hyper_R["weight_decay"].float(),
+            beta1_R=hyper_R["beta1"].float(),
+            beta2_R=hyper_R["beta2"].float(),
+            count_R=self.step_R + 1,
+            scale_R=scale_R,
+            active_R=update_R,
+            nonfinite_R=self.broken_R,
+        )
+        if config.optimizer == "adamw":
+            optim.adamw_update(self.stack, self.state, gradients, update, config.eps)
+        else:
+            optim.sgd_update(self.stack, self.state, gradients, update, config.momentum)
+
+    def run(self, count: int) -> None:
+        """Enqueue `count` micro-steps."""
+        for _ in range(count):
+            self.micro_step() if self.graph is None else self.graph.replay()
+
+    # ---- the host's side: filling, looking, reading off
+
+    def fill(self, slot: int, trajectory: Trajectory) -> None:
+        """Put a trajectory, at step 0, into a slot."""
+        hyper = trajectory.hyper
+        seed, batch = int(hyper["seed"]), int(hyper["batch"])
+        self.stack.load(slot, self.initial[seed], hyper["init_scale"])
+        for buffer in self.state:
+            buffer[slot] = 0
+        micros = -(-batch // self.micro_batch)
+        stop = trajectory.marks[0].step
+        whole = (0, stop, trajectory.total, 0, micros, batch, self.seed_row[seed], -1)
+        self.whole[:, slot] = torch.tensor(whole).to(self.device)
+        values = slot_hyper(hyper)
+        self.hyper[:, slot] = torch.tensor([values[name] for name in HYPER], dtype=torch.float64).to(self.device)
+        self.broken_R[slot] = 0
+        self.losses_RS[slot] = torch.nan
+        self.occupants[slot] = Occupant(trajectory, 0)
+        self.left[slot] = trajectory.marks[0].step * micros
+
+    def train(
+        self, work: list[Trajectory], progress: Callable[[int], None] = lambda trained: None
+    ) -> Iterator[list[Harvest]]:
+        """Train every trajectory; yields what each look of the host read off.
+
+        Args:
+            work: trajectories; slots take them in order.
+            progress: called after each look with the tokens trained since the last.
+        """
+        queue = list(reversed(work))
+        for slot in range(self.slots):
+            if queue:
+                self.fill(slot, queue.pop())
+        while any(self.occupants):
+            count = self.next_look()
+            self.run(count)
+            running = np.minimum(self.left, count)
+            self.left -= running
+            nonfinite_R = self.nonfinite_R.cpu().numpy()
+            self.trained += int(running.sum())
+            self.spent += count * self.slots
+            progress(int(running.sum()) * self.micro_batch * self.config.context)
+            ready = [s for s, o in enumerate(self.occupants) if o and (self.left[s] == 0 or nonfinite_R[s] >= 0)]
+            if ready:
+                yield self.read_off(ready, nonfinite_R)
+            for slot in ready:
+                self.advance(slot, ended=nonfinite_R[slot] >= 0)
+                if self.occupants[slot] is None and queue:
+                    self.fill(slot, queue.pop())
+
+    def next_look(self) -> int:
+        """Micro-steps until the host should look again.
+
+        As far as possible while the slots that reach their mark before then waste at most IDLE of the
+        stack, at least to the first mark, at most LOOK.
+        """
+        left = np.sort(self.left[[o is not None for o in self.occupants]])
+        count = left[0]
+        for candidate in left[1:]:
+            if np.maximum(candidate - left, 0).sum() > IDLE * candidate * len(left):
+                break
+            count = candidate
+        return int(min(count, LOOK))
+
+    def read_off(self, ready: list[int], nonfinite_R: np.ndarray) -> list[Harvest]:
+        """Measure slots at their marks; a slot that is no longer finite is measured for all that remain."""
+        slots = torch.tensor(ready, device=self.device)
+        val = self.evaluate(slots).cpu().numpy()
+        digest = self.stack.digest(slots).cpu().numpy().view(np.uint64)
+        losses = self.losses_RS[slots].cpu().numpy()
+        harvests = []
+        for i, slot in enumerate(ready):
+            trajectory, mark = self.occupants[slot]
+            stopped = int(nonfinite_R[slot])
+            marks = trajectory.marks[mark:] if stopped >= 0 else trajectory.marks[mark : mark + 1]
+            for each in marks:
+                trace = losses[i, : each.step]
+                harvests.append(
+                    Harvest(
+                        each,
+                        slot,
+                        float(trace[0]),
+                        float(trace[-LAST:].mean(dtype=np.float64)),
+                        float(val[i]),
+                        stopped + 1 if stopped >= 0 else each.step,
+                        stopped,
+                        int(digest[i]),
+                        trace,
+                    )
+                )
+        return harvests
+
+    def advance(self, slot: int, ended: bool) -> None:
+        """Send a slot on to its trajectory's next mark, or empty it."""
+        trajectory, mark = self.occupants[slot]
+        if ended or mark + 1 == len(trajectory.marks):
+            self.occupants[slot] = None
+            self.stop_R[slot] = 0
+            self.left[slot] = 0
+            return
+        self.occupants[slot] = Occupant(trajectory, mark + 1)
+        self.stop_R[slot] = trajectory.marks[mark + 1].step
+        micros = -(-int(trajectory.hyper["batch"]) // self.micro_batch)
+        self.left[slot] = (trajectory.marks[mark + 1].step - trajectory.marks[mark].step) * micros
+
+    @torch.no_grad()
+    def evaluate(self, slots: Tensor) -> Tensor:
+        """Mean held-out loss of some slots' weights, fp32 [len(slots)], without label smoothing."""
+        means = []
+        for chosen in slots.split(EVALUATE):
+            weights = self.stack.views(self.stack.weight_RP[chosen])
+            smoothing_R = torch.zeros(len(chosen), device=self.device)
+            sum_R = torch.zeros(len(chosen), device=self.device)
+            pieces = zip(
+                self.validation_tokens.split(self.micro_batch),
+                self.validation_targets.split(self.micro_batch),
+                strict=True,
+            )
+            for tokens_BT, targets_BT in pieces:
+                tokens_RBT = tokens_BT.expand(len(chosen), *tokens_BT.shape)
+                targets_RBT = targets_BT.expand(len(chosen), *targets_BT.shape)
+                sum_R += self.stack.losses(weights, tokens_RBT, targets_RBT, smoothing_R)
+            means.append(sum_R / self.validation_count)
+        return torch.cat(means)
+
+
+def slot_hyper(hyper: dict[str, float | None]) -> dict[str, float]:
+    """A slot's hyper-parameters: the groups' learning rates resolved.
+
+    lr.attention and lr.mlp follow lr.matrix, which like lr.embedding and lr.unembedding follows lr.
+    """
+
+    def first(*names: str) -> float:
+        return next(hyper[name] for name in names if hyper[name] is not None)
+
+    rates = {
+        "attention": first("lr.attention", "lr.matrix", "lr"),
+        "mlp": first("lr.mlp", "lr.matrix", "lr"),
+        "embedding": first("lr.embedding", "lr"),
+        "unembedding": first("lr.unembedding", "lr"),
+    }
+    own = ("warmup", "weight_decay", "beta1", "beta2", "clip", "label_smoothing")
+    values = rates | {name: hyper[name] for name in own}
+    values["clip"] = values["clip"] or np.inf
+    return values
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep freed memory instead of handing it back to the kernel after every operation.
+
+    On a CPU the temporaries of a stacked step are megabytes each; mapping and clearing their pages anew
+    takes several times as long as the arithmetic on them.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+        libc = ctypes.CDLL("libc.so.6")
+        assert libc.mallopt(mmap_threshold, 2**30)
+        assert libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """One call of `step` as a CUDA graph.
+
+    The call before the capture compiles the kernels; every slot is empty then, so it changes nothing.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def bit_exact_at_any_width(device: torch.device) -> bool:
+    """Whether a cell's bits are the same at any number of replicas, or only in the same launch."""
+    return device.type == "cuda"
