@@ -199,11 +199,12 @@ def activation_bytes(config: LlamaConfig, tokens: int, bytes_per_element: int) -
     """Bytes of activations one replica holds at the peak of a micro-step of `tokens` tokens.
 
     A layer keeps the stream and its norm twice, q/k/v, the attention's output (with one fp32
-    log-sum a head), gate, up and their product; then the logits and
-    their gradient, and in the backward the gradients of gate, up and product.
+    log-sum a head), gate, up and their product; then the logits, which their gradient overwrites,
+    and in the backward the gradients of gate, up and product. That is what the GPU kernels keep;
+    plain torch on a CPU keeps up to twice as much.
     """
     projected = (config.heads + 2 * config.kv_heads) * config.head_dim
     layer = 5 * config.width + projected + 3 * config.mlp_width
-    elements = config.depth * layer + 2 * config.vocabulary
+    elements = config.depth * layer + config.vocabulary
     elements += 3 * config.mlp_width + 4 * config.width
     return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)
