@@ -1,0 +1,57 @@
+"""SwiGLU and squared ReLU: against float64, NaN kept, and in any company."""
+
+import pytest
+import torch
+from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, normal
+
+from kernels.activation import relu2_reference, relu2_triton, swiglu_reference, swiglu_triton
+
+FORMS = {"swiglu": (swiglu_triton, swiglu_reference), "relu2": (relu2_triton, relu2_reference)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 1, 1, 2), (2, 1, 63, 14), (1, 2, 3, 3000)])
+def test_matches_float64(form, shape):
+    assert_close_to_float64(*FORMS[form], [normal(0, *shape)], 1e-6)  # measured: 6e-8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blind_to_company(form):
+    assert_blind_to_company(FORMS[form][0], [normal(1, 5, 2, 9, 12)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keeps_nan(form):
+    x = normal(2, 3, 8)
+    x[1, 2] = float("nan")
+    operator, reference = FORMS[form]
+    assert torch.equal(operator(x).isnan(), reference(x).isnan())
+
+
+def test_swiglu_refuses_an_odd_width():
+    with pytest.raises(ValueError, match="even number"):
+        swiglu_triton(normal(0, 2, 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(3, 8, 128, 1024), (2, 8, 127, 3072), (1, 1, 1000, 6)])
+def test_bf16_matches_float64(form, shape):
+    # One rounding to bf16 of the output and one of each gradient, 2^-9 relative; the reference
+    # rounds what relu2 squares, so twice that.
+    assert_close_to_float64(*FORMS[form], [normal(3, *shape, dtype=torch.bfloat16)], 4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_more_than_2_to_the_31_elements(form):
+    x = torch.zeros(2**31 // 4096 + 3, 4096, dtype=torch.bfloat16, device=DEVICE)
+    x[-1] = normal(4, 4096, dtype=torch.bfloat16)
+    x.requires_grad_()
+    y = FORMS[form][0](x)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    last = x[-1].detach().requires_grad_()
+    y_last = FORMS[form][0](last)
+    (dx_last,) = torch.autograd.grad(y_last, last, y_last.detach())
+    assert torch.equal(y[-1], y_last)
+    assert torch.equal(dx[-1], dx_last)

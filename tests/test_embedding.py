@@ -1,0 +1,71 @@
+"""Embedding: gradients added in token order, rows nobody asked for zero, and in any company."""
+
+import pytest
+import torch
+from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
+
+from kernels.embedding import embedding_reference, embedding_triton
+
+
+def random_tokens(seed, vocabulary, *shape, dtype=torch.int64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, shape, generator=generator).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(("T", "V", "D"), [(1, 5, 3), (63, 7, 24), (100, 1000, 16)])
+def test_matches_float64(T, V, D, dtype):
+    inputs = [random_tokens(0, V, 2, 2, T, dtype=dtype), normal(1, 2, V, D)]
+    assert_close_to_float64(embedding_triton, embedding_reference, inputs, 1e-6)  # measured: 5e-8
+
+
+def test_all_tokens_equal():
+    inputs = [torch.full((1, 2, 63), 3, device=DEVICE), normal(2, 1, 5, 8)]
+    assert_close_to_float64(embedding_triton, embedding_reference, inputs, 2e-6)  # 126 additions in a row
+
+
+def test_gradients_add_up_in_token_order():
+    """1e8 + 1 + 1 is 1e8 in float32, 1 + 1 + 1e8 is not: the order shows in the bits."""
+    tokens = torch.tensor([[0, 1, 0, 1, 0, 1]], device=DEVICE)
+    upstream = torch.tensor([[1e8, 4.0, 4.0, 4.0, 4.0, 1e8]], device=DEVICE)[..., None]
+    _, (dweight,), _ = differentiate(embedding_triton, [tokens, normal(3, 2, 1)], [upstream])
+    assert dweight.flatten().tolist() == [1e8, 1e8 + 8]
+
+
+def test_blind_to_company():
+    assert_blind_to_company(embedding_triton, [random_tokens(4, 9, 5, 2, 20), normal(5, 5, 9, 16)])
+
+
+def test_tokens_may_be_shared_and_weights_views_of_one_buffer():
+    tokens, flat_RP = random_tokens(6, 6, 1, 10), normal(7, 3, 100)
+    weight_RVD = flat_RP[:, 20:68].unflatten(1, (6, 8))
+    stacked = torch.func.vmap(embedding_triton, in_dims=(None, 0))(tokens, weight_RVD)
+    assert torch.equal(stacked, weight_RVD[:, tokens])
+
+
+def test_an_unknown_token_is_nan_and_moves_nothing():
+    tokens = torch.tensor([[0, 7, -1, 2]], device=DEVICE)
+    (y,), (dweight,), upstream = differentiate(embedding_triton, [tokens, normal(8, 7, 4)])
+    assert y.isnan().all(-1).tolist() == [[False, True, True, False]]
+    assert torch.equal(dweight[[0, 2]], upstream[0][0, [0, 3]])
+    assert dweight[[1, 3, 4, 5, 6]].eq(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("V", "D"), [(4096, 256), (49152, 576), (32768, 768), (301, 1280)])
+def test_bf16_matches_float64_and_is_blind_to_company(V, D):
+    inputs = [random_tokens(9, V, 5, 8, 128), normal(10, 5, V, D, dtype=torch.bfloat16)]
+    assert_close_to_float64(embedding_triton, embedding_reference, inputs, 3e-3)  # one rounding to bf16
+    assert_blind_to_company(embedding_triton, inputs)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    R, V, D = 86, 32768, 768
+    tokens = random_tokens(11, V, R, 8, 128)
+    weight = torch.zeros(R, V, D, dtype=torch.bfloat16, device=DEVICE)
+    weight[-1] = normal(12, V, D, dtype=torch.bfloat16)
+    y, g, upstream = differentiate(torch.func.vmap(embedding_triton), [tokens, weight])
+    lone_y, lone_g, _ = differentiate(embedding_triton, [tokens[-1], weight[-1]], [upstream[0][-1]])
+    assert torch.equal(y[0][-1], lone_y[0])
+    assert torch.equal(g[0][-1], lone_g[0])

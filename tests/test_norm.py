@@ -1,0 +1,93 @@
+"""RMS norm with and without residual and weight: against float64, and in any company."""
+
+import pytest
+import torch
+from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
+
+from kernels.norm import (
+    add_rms_norm_reference,
+    add_rms_norm_triton,
+    rms_norm_reference,
+    rms_norm_triton,
+)
+
+FORMS = {
+    "plain": (rms_norm_triton, rms_norm_reference, 1, False),
+    "weight": (rms_norm_triton, rms_norm_reference, 1, True),
+    "residual": (add_rms_norm_triton, add_rms_norm_reference, 2, False),
+    "residual and weight": (add_rms_norm_triton, add_rms_norm_reference, 2, True),
+}
+
+
+def make_inputs(tensors, weighted, shape, dtype=torch.float32):
+    R, D = shape[0], shape[-1]
+    return [normal(i, *shape, dtype=dtype) for i in range(tensors)] + [normal(9, R, D, dtype=dtype)] * weighted
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 1, 1, 48), (2, 1, 63, 7), (1, 2, 50, 256)])
+def test_matches_float64(form, shape):
+    operator, reference, tensors, weighted = FORMS[form]
+    assert_close_to_float64(operator, reference, make_inputs(tensors, weighted, shape), 1e-6)  # measured: 2e-7
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blind_to_company(form):
+    operator, _, tensors, weighted = FORMS[form]
+    assert_blind_to_company(operator, make_inputs(tensors, weighted, (5, 1, 40, 24)))
+
+
+def test_a_total_that_goes_nowhere_has_no_gradient_to_add():
+    x, residual = normal(0, 6, 16).requires_grad_(), normal(1, 6, 16)
+    upstream = normal(2, 6, 16)
+    (used,) = torch.autograd.grad(add_rms_norm_triton(x, residual)[0], x, upstream)
+    (expected,) = torch.autograd.grad(add_rms_norm_reference(x, residual)[0], x, upstream)
+    torch.testing.assert_close(used, expected)
+    (straight,) = torch.autograd.grad(add_rms_norm_triton(x, residual)[1], x, upstream)
+    assert torch.equal(straight, upstream)
+
+
+def test_weights_are_read_from_one_flat_buffer():
+    """The stack's parameters are views [R, D] of one [R, P] buffer."""
+    flat_RP, x = normal(3, 3, 100), normal(4, 3, 5, 16)
+    view_RD = flat_RP[:, 40:56]
+    stacked = torch.func.vmap(rms_norm_triton)
+    assert torch.equal(stacked(x, view_RD), stacked(x, view_RD.contiguous()))
+
+
+def test_a_shared_weight_gathers_every_replicas_gradient():
+    x, weight = normal(5, 3, 4, 16), normal(6, 16).requires_grad_()
+    upstream = normal(7, 3, 4, 16)
+    results = [torch.func.vmap(f, in_dims=(0, None))(x, weight) for f in (rms_norm_triton, rms_norm_reference)]
+    used, expected = (torch.autograd.grad(y, weight, upstream)[0] for y in results)
+    torch.testing.assert_close(used, expected)
+
+
+def test_refuses_a_weight_of_another_width():
+    with pytest.raises(ValueError, match=r"a weight \(3,\), expected \(4,\)"):
+        rms_norm_triton(normal(0, 2, 4), normal(0, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 128, 256), (2, 8, 127, 576), (2, 8, 128, 768), (2, 1, 1000, 1280), (1, 1, 63, 8192)]
+)
+def test_bf16_matches_float64_and_is_blind_to_company(form, shape):
+    operator, reference, tensors, weighted = FORMS[form]
+    # bf16: the output, the sum and the gradients are each rounded once or twice, 2^-9 relative.
+    assert_close_to_float64(operator, reference, make_inputs(tensors, weighted, shape, torch.bfloat16), 6e-3)
+    assert_blind_to_company(operator, make_inputs(tensors, weighted, (5, *shape[1:]), torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    N, D = 4096, 4096
+    R = 2**31 // (N * D) + 1
+    x = torch.zeros(R, N, D, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.ones(R, D, dtype=torch.bfloat16, device=DEVICE)
+    x[-1], weight[-1] = normal(0, N, D, dtype=torch.bfloat16), normal(1, D, dtype=torch.bfloat16)
+    upstream = x.clone()
+    y, g, _ = differentiate(torch.func.vmap(rms_norm_triton), [x, weight], [upstream])
+    lone_y, lone_g, _ = differentiate(rms_norm_triton, [x[-1], weight[-1]], [upstream[-1]])
+    assert all(torch.equal(a[-1], b) for a, b in zip(y + g, lone_y + lone_g, strict=True))
