@@ -125,6 +125,8 @@ def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store 
 
     element = 2 if config.precision == "bf16" else 4
     activations = network.activation_bytes(config.micro_batch * config.context, element)
+    if device.type == "cpu":
+        activations *= 2  # plain torch keeps intermediates that the kernels recompute
     memory = plan.replica_memory(config, network.parameters, activations)
     widest = max(len(plan.trajectories(config, launch)) for launch in plan.launches(config, rows))
     if stored is not None and not bit_exact_at_any_width(device):

@@ -36,7 +36,8 @@ LAST = 20  # steps that last_loss is the mean of
 RATES = ("attention", "mlp", "embedding", "unembedding")
 HYPER = (*RATES, "warmup", "weight_decay", "clip", "beta1", "beta2", "label_smoothing")
 RESIDENT = 4 * 2**30  # bytes of initial weights kept on the device, at most
-EVALUATE = 8  # replicas evaluated at once
+EVALUATE = 4096  # tokens of one forward pass when evaluating
+LOGITS = 2**30  # bytes of logits when evaluating, at most
 
 
 class Harvest(NamedTuple):
@@ -309,16 +310,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, slots: Tensor) -> Tensor:
         """Mean held-out loss of some slots' weights, fp32 [len(slots)], without label smoothing."""
+        rows = max(EVALUATE // self.config.context, 1)
+        width = max(LOGITS // (rows * self.config.context * self.network.vocabulary * 4), 1)
+        pieces = list(zip(self.validation_tokens.split(rows), self.validation_targets.split(rows), strict=True))
         means = []
-        for chosen in slots.split(EVALUATE):
+        for chosen in slots.split(width):
             weights = self.stack.views(self.stack.weight_RP[chosen])
             smoothing_R = torch.zeros(len(chosen), device=self.device)
             sum_R = torch.zeros(len(chosen), device=self.device)
-            pieces = zip(
-                self.validation_tokens.split(self.micro_batch),
-                self.validation_targets.split(self.micro_batch),
-                strict=True,
-            )
             for tokens_BT, targets_BT in pieces:
                 tokens_RBT = tokens_BT.expand(len(chosen), *tokens_BT.shape)
                 targets_RBT = targets_BT.expand(len(chosen), *targets_BT.shape)
