@@ -123,7 +123,7 @@ def extent(axis: Axis) -> tuple[float, float]:
 def ticks(axis: Axis) -> tuple[np.ndarray, list[str], str]:
     """Where an axis has ticks (drawing units), what they say, and the axis's name.
 
-    Decades where there are two or more, round numbers in narrower ranges; in a zoom too narrow for
+    Decades where there are three or more, round numbers in narrower ranges; in a zoom too narrow for
     four digits to tell ticks apart, distances from the middle.
     """
     from matplotlib.ticker import MaxNLocator
@@ -132,20 +132,32 @@ def ticks(axis: Axis) -> tuple[np.ndarray, list[str], str]:
     log = axis.scale == "log"
     first, last = (10.0**low, 10.0**high) if log else (low, high)
     decades = np.arange(math.ceil(low), math.floor(high) + 1)
-    if log and len(decades) >= 2:
+    if log and len(decades) >= 3:
         decades = decades[:: -(-len(decades) // 7)]
         return decades, [f"$10^{{{d}}}$" for d in decades], axis.name
+    if log and last > 8 * first:
+        steps = [m * 10.0**d for d in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)]
+        steps = [v for v in steps if first <= v <= last]
+        return np.log10(steps), [number(v) for v in steps], axis.name
     middle = (first + last) / 2
     if last - first > 2e-3 * abs(middle):
-        values = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(first, last)
+        values = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(first, last)
         values = values[(values >= first) & (values <= last) & ((values > 0) | (not log))]
-        return (np.log10(values) if log else values), [f"{v:.4g}" for v in values], axis.name
+        return (np.log10(values) if log else values), [number(v) for v in values], axis.name
     offsets = MaxNLocator(4, symmetric=True).tick_values(first - middle, last - middle)
     offsets = offsets[np.abs(offsets) <= (last - first) / 2]
     power = math.floor(math.log10(np.abs(offsets).max()))
     at = np.log10(middle) + offsets / middle / math.log(10) if log else middle + offsets
     texts = [f"{o / 10.0**power:+.2g}" if o else "0" for o in offsets]
     return at, texts, f"{axis.name} $-$ {middle!r}   ($10^{{{power}}}$)"
+
+
+def number(value: float) -> str:
+    """A tick's number: plain, or times a power of ten."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.6g}"
+    power = math.floor(math.log10(abs(value)) + 1e-9)
+    return f"${value / 10.0**power:.4g}\\times10^{{{power}}}$"
 
 
 def boundary_segments(codes: np.ndarray) -> np.ndarray:
