@@ -64,6 +64,7 @@ def main() -> None:
         device = choose_device("cuda")
         config = resolve(
             SweepConfig(
+                x="tokens:log:1e5:1e6:2",
                 depth=options.depth,
                 vocabulary=options.vocabulary,
                 context=options.context,
