@@ -148,7 +148,7 @@ def main() -> None:
         title = f"{store.path}: {blocks.sum()} of {blocks.size} blocks straddle the boundary"
         table = Table(found.other.name, f"critical {found.lr.name}", "trains at", "breaks at", "", title=title)
         for at, value, below, above, verdict in zip(
-            found.other.values, found.value, found.below, found.above, found.verdict
+            found.other.values, found.value, found.below, found.above, found.verdict, strict=True
         ):
             table.add_row(f"{at:.4g}", f"{value:.3g}", f"{below:.3g}", f"{above:.3g}", VERDICTS[verdict])
         Console().print(table)

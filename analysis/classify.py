@@ -92,7 +92,7 @@ def planned_steps(store: Store) -> np.ndarray:
     config, grid = store.config, store.grid
     if config.network == "mlp":
         return np.full(grid.shape, config.steps)
-    at = {"tokens": config.tokens, "batch": config.batch}
+    at: dict[str, float | np.ndarray] = {"tokens": config.tokens, "batch": config.batch}
     at |= {grid.y.name: grid.y.values[:, None], grid.x.name: grid.x.values}
     steps = np.ceil(at["tokens"] / (at["batch"] * config.context)).astype(int)
     return np.broadcast_to(steps, grid.shape)
@@ -108,7 +108,7 @@ def loss_ratio(losses: np.ndarray, first: np.ndarray) -> np.ndarray:
 def counts(codes: np.ndarray) -> dict[str, int]:
     """Number of cells of each label that occurs."""
     found = np.bincount(codes.ravel(), minlength=len(LABELS))
-    return {name: int(n) for name, n in zip(LABELS, found) if n}
+    return {name: int(n) for name, n in zip(LABELS, found, strict=True) if n}
 
 
 @dataclass(frozen=True)

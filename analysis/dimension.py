@@ -90,7 +90,8 @@ def measure(mask: np.ndarray, fit: tuple[int, int] | None = None) -> Dimension |
     value, intercept = np.polyfit(x, y, 1)
     draws = bootstrap(x, y, y - (value * x + intercept), by_tile[:, fitted])
     bounds = np.percentile(draws, (2.5, 97.5))
-    return Dimension(float(value), *map(float, bounds), (low, high), sizes, counts, local_slopes(sizes, counts))
+    slopes = local_slopes(sizes, counts)
+    return Dimension(float(value), float(bounds[0]), float(bounds[1]), (low, high), sizes, counts, slopes)
 
 
 def local_slopes(sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -150,7 +151,7 @@ def tile_counts(cover: np.ndarray, shift: tuple[int, int], box: int, shape: tupl
     i, j = np.nonzero(cover)
     tiles = [
         np.clip(((index + 0.5) * box - offset) / side * TILES, 0, TILES - 1).astype(int)
-        for index, offset, side in zip((i, j), shift, shape)
+        for index, offset, side in zip((i, j), shift, shape, strict=True)
     ]
     return np.bincount(tiles[0] * TILES + tiles[1], minlength=TILES**2)
 
@@ -235,7 +236,7 @@ def parse_fit(text: str) -> tuple[int, int] | None:
 def dimension_table(found: Dimension, shape: tuple[int, int]) -> Table:
     """The dimension with its interval beside the nulls, for the terminal."""
     table = Table("map", "dimension", "95% interval", "local slopes", title=f"fit {found.fit[0]}-{found.fit[1]} cells")
-    rows: dict[str, Dimension | None] = {"this boundary": found} | nulls(shape, found.fit)
+    rows: dict[str, Dimension | None] = {"this boundary": found, **nulls(shape, found.fit)}
     for name, d in rows.items():
         if d is None:
             table.add_row(name, "no boundary", "", "")

@@ -8,7 +8,7 @@ boundary is drawn between the cells it separates, never at the picture's frame.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -50,11 +50,11 @@ CONVERGENCE_COLOURS = (
     (0.80, "#d7301f"),
     (1.00, "#67000d"),
 )
-MISSING_STYLE = {"facecolor": "#eeeeee", "edgecolor": "#b5b5b5", "hatch": "////"}
+MISSING_STYLE: dict[str, Any] = {"facecolor": "#eeeeee", "edgecolor": "#b5b5b5", "hatch": "////"}
 GAP = 0.25  # share of each side's colours left out around 0, so that the two sides never look alike
 MOST_SEGMENTS = 20_000  # boundary segments drawn as lines; more are drawn as pixels
 DOTS = 200  # dots an inch of the PNGs
-TEXT = {"font.size": 8.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
+TEXT: dict[Any, Any] = {"font.size": 8.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
 
 
 # ---- numbers to colours
@@ -136,15 +136,16 @@ def ticks(axis: Axis) -> tuple[np.ndarray, list[str], str]:
         decades = decades[:: -(-len(decades) // 7)]
         return decades, [f"$10^{{{d}}}$" for d in decades], axis.name
     if log and last > 8 * first:
-        steps = [m * 10.0**d for d in range(math.floor(low), math.ceil(high)) for m in (1, 2, 5)]
-        steps = [v for v in steps if first <= v <= last]
-        return np.log10(steps), [number(v) for v in steps], axis.name
+        powers = 10.0 ** np.arange(math.floor(low), math.ceil(high))
+        values = (powers[:, None] * (1, 2, 5)).ravel()
+        values = values[(values >= first) & (values <= last)]
+        return np.log10(values), [number(float(v)) for v in values], axis.name
     middle = (first + last) / 2
     if last - first > 2e-3 * abs(middle):
-        values = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(first, last)
+        values = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(first, last))
         values = values[(values >= first) & (values <= last) & ((values > 0) | (not log))]
-        return (np.log10(values) if log else values), [number(v) for v in values], axis.name
-    offsets = MaxNLocator(4, symmetric=True).tick_values(first - middle, last - middle)
+        return (np.log10(values) if log else values), [number(float(v)) for v in values], axis.name
+    offsets = np.asarray(MaxNLocator(4, symmetric=True).tick_values(first - middle, last - middle))
     offsets = offsets[np.abs(offsets) <= (last - first) / 2]
     power = math.floor(math.log10(np.abs(offsets).max()))
     at = np.log10(middle) + offsets / middle / math.log(10) if log else middle + offsets
@@ -229,10 +230,12 @@ def draw_boundary(axes: "Axes", store: Store, codes: np.ndarray, colour: str, ca
         low, high = extent(axis)
         segments[..., column] = low + segments[..., column] * (high - low) / axis.points
     width = np.clip(48 / max(store.grid.shape), 0.35, 1.4)
-    style = {"capstyle": "projecting", "zorder": 2}
-    if casing:
-        axes.add_collection(LineCollection(segments, colors=casing, linewidths=width * 2.4, **style))
-    axes.add_collection(LineCollection(segments, colors=colour, linewidths=width, **style))
+    for shade, scale in ((casing, 2.4), (colour, 1.0)):
+        if shade:
+            thickness = float(width) * scale
+            axes.add_collection(
+                LineCollection(list(segments), colors=shade, linewidths=thickness, capstyle="projecting", zorder=2)
+            )
 
 
 def draw_labels(axes: "Axes", store: Store, codes: np.ndarray) -> None:
@@ -244,7 +247,9 @@ def draw_labels(axes: "Axes", store: Store, codes: np.ndarray) -> None:
     draw_boundary(axes, store, codes, "black", "white")
     patches = []
     for name, count in counts(codes).items():
-        style = MISSING_STYLE if name == "missing" else {"facecolor": LABEL_COLOURS[name], "edgecolor": "#777777"}
+        style: dict[str, Any] = (
+            MISSING_STYLE if name == "missing" else {"facecolor": LABEL_COLOURS[name], "edgecolor": "#777777"}
+        )
         patches.append(Patch(label=f"{name} {count / codes.size:.0%}", linewidth=0.4, **style))
     axes.legend(
         handles=patches,
@@ -301,8 +306,9 @@ def draw_convergence(axes: "Axes", store: Store, codes: np.ndarray, value: np.nd
     bar = colour_bar(axes, ScalarMappable(Normalize(-1, 1), ListedColormap(colour_scale() / 255)))
     bar.set_ticks([-1, 0, 1], labels=["trains slowly", "at once", "breaks late"])
     bar.ax.tick_params(length=0)
-    for text, side in zip(bar.ax.get_xticklabels(), ("left", "center", "right")):
-        text.set_ha(side)
+    texts = bar.ax.get_xticklabels()
+    texts[0].set_horizontalalignment("left")
+    texts[-1].set_horizontalalignment("right")
 
 
 def colour_bar(axes: "Axes", mappable: "ScalarMappable", extend: str = "neither") -> "Colorbar":

@@ -7,6 +7,7 @@ soon do the first losses of a run tell how it will end.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,10 +86,16 @@ def power_law(found: Critical) -> PowerLaw:
     varied = np.ptp(drawn_x, axis=1) > 0
     slopes, levels = straight_lines(drawn_x[varied], drawn_y[varied])
     band = np.percentile(slopes[:, None] * at + levels[:, None], (2.5, 97.5), axis=0)
-    interval = np.percentile(slopes, (2.5, 97.5))
-    fitted = np.exp(exponent * at + intercept)
+    bounds = np.percentile(slopes, (2.5, 97.5))
     return PowerLaw(
-        found.other.values, fitted, *np.exp(band), math.exp(intercept), float(exponent), *map(float, interval)
+        at=found.other.values,
+        fitted=np.exp(exponent * at + intercept),
+        low=np.exp(band[0]),
+        high=np.exp(band[1]),
+        scale=math.exp(intercept),
+        exponent=float(exponent),
+        exponent_low=float(bounds[0]),
+        exponent_high=float(bounds[1]),
     )
 
 
@@ -219,7 +226,7 @@ def early_warning(store: Store, codes: np.ndarray, chosen: np.ndarray | None = N
     for k in first:
         long = planned > k
         signs = (ratio[:, k - 1], ratio[:, :k].max(1), rise[:, : k - 1].max(1), rate)
-        for name, sign in zip(SIGNS, signs):
+        for name, sign in zip(SIGNS, signs, strict=True):
             areas[name].append(roc_area(sign[long], broke[long]))
         runs.append(long.sum())
         stopped = np.isinf(losses[:, k - 1]) & long & broke
@@ -262,8 +269,7 @@ class Rules:
     safe_measured: Safety
     safe_predicted: Safety
     best: np.ndarray  # [line]
-    early: EarlyWarning | None  # over the whole map; None without traces
-    early_near: EarlyWarning | None  # over cells near the boundary
+    early: tuple[EarlyWarning, ...]  # over the whole map, and over cells near the boundary; empty without traces
 
 
 def rules(store: Store, codes: np.ndarray) -> Rules:
@@ -282,8 +288,7 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
         safety(store, codes, found, found.value),
         safety(store, codes, found, unseen.predicted),
         best_rates(store, codes, found),
-        early_warning(store, codes) if traced else None,
-        early_warning(store, codes, near_boundary(store, found)) if traced else None,
+        (early_warning(store, codes), early_warning(store, codes, near_boundary(store, found))) if traced else (),
     )
 
 
@@ -310,11 +315,10 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
     if len(ratio):
         low, middle, high = np.percentile(ratio, (0, 50, 100))
         said.append(("best rate", f"{middle:.2g} x critical in the median column ({low:.2g} to {high:.2g})"))
-    for name, early in (("early warning", r.early), (f"within {NEAR:g}x of critical", r.early_near)):
-        if early is not None:
-            soon = f"{early.soon} losses tell" if early.soon else "no number of first losses tells"
-            alone = early.areas[SIGNS[3]][0]
-            said.append((name, f"{soon} the label with ROC area {SURE:g}; the learning rate alone {alone:.3f}"))
+    for name, early in zip(("early warning", f"within {NEAR:g}x of critical"), r.early, strict=False):
+        soon = f"{early.soon} losses tell" if early.soon else "no number of first losses tells"
+        alone = early.areas[SIGNS[3]][0]
+        said.append((name, f"{soon} the label with ROC area {SURE:g}; the learning rate alone {alone:.3f}"))
     return said
 
 
@@ -344,7 +348,7 @@ def draw_rates(axes: "Axes", r: Rules) -> None:
 def draw_early(axes: "Axes", early: EarlyWarning, title: str) -> None:
     """ROC areas against the number of losses looked at."""
     styles = (("#0b559f", "-"), ("#5ba3d0", "-"), ("#fd8d3c", "-"), ("#555555", "--"))
-    for name, (colour, line) in zip(SIGNS, styles):
+    for name, (colour, line) in zip(SIGNS, styles, strict=True):
         axes.plot(early.first, early.areas[name], line, color=colour, marker="o", ms=3, lw=1.3, label=name)
     axes.axhline(0.5, color="#999999", lw=0.8, ls=":")
     axes.text(early.first[-1], 0.505, "coin", ha="right", va="bottom", fontsize=7, color="#777777")
@@ -354,19 +358,19 @@ def draw_early(axes: "Axes", early: EarlyWarning, title: str) -> None:
     axes.legend(frameon=False, fontsize=7.5, loc="center left")
 
 
-def draw(store: Store, r: Rules, pdf: bool) -> list:
+def draw(store: Store, r: Rules, pdf: bool) -> list[Path]:
     """Write figures/rules.png (and .pdf); the paths written."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(TEXT):
-        panels = 1 if r.early is None else 3
+        panels = 1 + len(r.early)
         figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, panels))
         draw_rates(axes[0], r)
-        if r.early is not None:
-            draw_early(axes[1], r.early, "Early warning, whole map")
-            draw_early(axes[2], r.early_near, f"Within {NEAR:g}x of critical")
+        titles = ("Early warning, whole map", f"Within {NEAR:g}x of critical")
+        for panel, early, title in zip(axes[1:], r.early, titles, strict=False):
+            draw_early(panel, early, title)
         for panel in axes:
             panel.spines[["top", "right"]].set_visible(False)
         return save(figure, store.figures, "rules", pdf)
@@ -398,9 +402,8 @@ def main() -> None:
             table.add_row(*row)
         console = Console()
         console.print(table)
-        if options.early_warning and found.early is not None:
-            console.print(early_table(found.early, "ROC area, whole map"))
-            console.print(early_table(found.early_near, f"ROC area, cells within {NEAR:g}x of critical"))
+        for early, where in zip(found.early, ("whole map", f"cells within {NEAR:g}x of critical"), strict=False):
+            console.print(early_table(early, f"ROC area, {where}"))
         console.print(f"pictures: {', '.join(map(str, draw(store, found, options.pdf)))}", soft_wrap=True)
 
 

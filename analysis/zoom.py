@@ -88,7 +88,7 @@ def tile_around(grid: Grid, target: tuple[float, float], height: int, width: int
         ValueError: the point lies outside the grid.
     """
     starts = []
-    for axis, value, size in zip((grid.y, grid.x), target, (height, width)):
+    for axis, value, size in zip((grid.y, grid.x), target, (height, width), strict=True):
         low, high = extent(axis)
         place = (math.log10(value) if axis.scale == "log" and value > 0 else value) - low
         if not 0 <= place <= high - low or (axis.scale == "log" and value <= 0):
@@ -265,7 +265,7 @@ def frames(levels: list[Level], pixels: int, count: int) -> Iterator[np.ndarray]
         count: pictures for each step from a level to the next.
     """
     along = (np.arange(pixels) + 0.5) / pixels
-    for level, (here, here_next, there, there_next) in zip(levels, places_of(levels)):
+    for level, (here, here_next, there, there_next) in zip(levels[:-1], places_of(levels), strict=True):
         rows, cols = here.shape
         tile = level.tile
         assert tile is not None
@@ -332,9 +332,8 @@ def write_movie(path: Path, pictures: Iterator[np.ndarray], per_second: int) -> 
 
         images = []
         for indices in pictures:
-            image = Image.fromarray(indices, mode=None)
-            image.putpalette(palette().tobytes())
-            images.append(image)
+            images.append(Image.fromarray(np.ascontiguousarray(indices)))
+            images[-1].putpalette(palette().tobytes())
         images[0].save(
             path, save_all=True, append_images=images[1:], duration=1000 // per_second, loop=0, optimize=False
         )
@@ -346,12 +345,12 @@ def write_movie(path: Path, pictures: Iterator[np.ndarray], per_second: int) -> 
     colours, first = palette(), next(pictures)
     figure = Figure(figsize=(first.shape[1] / 100, first.shape[0] / 100), dpi=100)
     FigureCanvasAgg(figure)
-    image = figure.figimage(colours[first])
+    shown_frame = figure.figimage(colours[first])
     writer = FFMpegWriter(fps=per_second, bitrate=8000)
     with writer.saving(figure, str(path), dpi=100):
         writer.grab_frame()
         for indices in pictures:
-            image.set_data(colours[indices])
+            shown_frame.set_data(colours[indices])
             writer.grab_frame()
 
 
@@ -367,7 +366,7 @@ def draw_zoom(levels: list[Level], folder: Path, name: str, pdf: bool) -> list[P
     with rc_context(TEXT):
         figure = Figure(figsize=(4.3 * len(levels), 4.5), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(levels)))
-        for axes, level in zip(panels, levels):
+        for axes, level in zip(panels, levels, strict=True):
             rows, cols = level.store.grid.shape
             times = width(levels[0].store.grid.x) / width(level.store.grid.x)
             draw_frame(axes, level.store, f"{times:,.0f} x" if times > 1.5 else f"{rows} x {cols} cells")

@@ -1,0 +1,251 @@
+"""The noise floor of a map: `uv run analysis/noise.py --store S --share 0.1`.
+
+Whole lines of the grid (columns where the learning rate is on the y axis, so that every line crosses
+the boundary; else rows) are trained again, each as a sweep of its own with exactly the parent's
+coordinates, stored inside it as `noise/<variant>-<line>`. Variants:
+
+- repeat: nothing changed but the company a cell trains in; no label should change.
+- precision: the network's other precision.
+- order: other seed, thus other initial weights and data order (language models).
+- permuted: the same hidden units in another order (the paper's network): the same mathematics,
+  rounded differently.
+
+What changes near the boundary says how deep a zoom can go: a map is signal while fewer labels change
+there than half of what two unrelated maps would differ by.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from analysis.boundary import learning_rate_axis, map_edges, near
+from analysis.classify import Labelling, classify, measured, trains
+from analysis.dimension import measure
+from analysis.zoom import train
+from engine.command import parse, user_errors
+from engine.config import PRECISIONS, SweepConfig
+from engine.grid import Axis, Grid
+from engine.store import Store, open_store
+
+BAND = 2  # cells from the boundary that count as near
+VARIANTS = ("repeat", "precision", "order", "permuted")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What one variant changed."""
+
+    variant: str
+    lines: int  # lines trained again
+    near: int  # measured cells within BAND of the boundary
+    away: int  # the others
+    labels_near: float  # share of the near cells whose label changed
+    labels_away: float
+    flips_near: float  # share of the near cells that changed between training and breaking
+    flips_away: float
+    chance: float  # share of the near cells that would flip between two unrelated maps
+
+    @property
+    def is_signal(self) -> bool:
+        """Whether fewer near cells flip than half of chance."""
+        return self.flips_near < self.chance / 2
+
+    def depth(self, exponent: float) -> float:
+        """Linear zoom beyond this map at which half of chance flips: (chance / 2 / flips)^(1 / exponent).
+
+        The share of uncertain cells near a boundary of dimension D grows as zoom^(2 - D) (the uncertainty
+        exponent, Grebogi et al. 1983). Without a flip, three flips are taken (their 95% bound), so the
+        depth is a lower bound.
+
+        Args:
+            exponent: 2 - D.
+        """
+        flips = max(self.flips_near, 3 / self.near if self.flips_near == 0 else 0)
+        return max(self.chance / 2 / flips, 1e-9) ** (1 / exponent) if flips else math.inf
+
+
+# ---- training
+
+
+def line_axis(grid: Grid) -> int:
+    """0 when a line is a row, 1 when it is a column: lines run along the learning rate."""
+    rated = any(name == "lr" or name.startswith("lr.") for name in (grid.y.name, grid.x.name))
+    return 1 - learning_rate_axis(grid) if rated else 0
+
+
+def chosen_lines(points: int, share: float) -> list[int]:
+    """Evenly spaced lines, `share` of all and at least one.
+
+    Raises:
+        ValueError: the share is not in (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share:g}, expected a value above 0 and at most 1")
+    count = max(round(points * share), 1)
+    return [int(i) for i in (np.arange(count) + 0.5) / count * points]
+
+
+def line_config(config: SweepConfig, line: int) -> SweepConfig:
+    """The configuration of one line of a grid, its coordinates bit for bit the grid's."""
+    position = line_axis(config.grid)
+    axis = (config.grid.y, config.grid.x)[position]
+    value = float(axis.values[line])
+    alone = Axis(axis.name, axis.scale, value, value, 1)
+    assert alone.values[0] == axis.values[line]
+    y, x = (str(alone), config.x) if position == 0 else (config.y, str(alone))
+    return replace(config, y=y, x=x, rows_per_launch="auto")
+
+
+def variants(store: Store) -> dict[str, SweepConfig]:
+    """The configurations that a map of this store is compared with."""
+    config = store.config
+    made = {"repeat": config, "precision": replace(config, precision=other_precision(config))}
+    if config.network == "mlp":
+        made["permuted"] = replace(config, problem=str(permuted_problem(store)))
+    elif "seed" not in config.swept:
+        made["order"] = replace(config, seed=config.seed + 1)
+    return made
+
+
+def other_precision(config: SweepConfig) -> str:
+    """The precision to compare with: the finest one, or the next to it where that is the map's own."""
+    finest_first = PRECISIONS[config.network][::-1]
+    return finest_first[0] if config.precision != finest_first[0] else finest_first[-1]
+
+
+def permuted_problem(store: Store) -> Path:
+    """Write the store's problem with its hidden units in another order, once; its .npz's path."""
+    from engine.descent import make_problem
+
+    path = store.path / "noise" / "permuted.npz"
+    if not path.exists():
+        problem = make_problem(store.config)
+        order = np.random.default_rng(0).permutation(problem["W0"].shape[1])
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, **problem | {"W0": problem["W0"][:, order], "W1": problem["W1"][order]})
+    return path
+
+
+def train_lines(store: Store, share: float, chosen: list[str], device: str, console: Console) -> None:
+    """Train the lines of every chosen variant that are not stored yet."""
+    points = store.grid.shape[line_axis(store.grid)]
+    lines = chosen_lines(points, share)
+    for variant, config in variants(store).items():
+        if variant not in chosen:
+            continue
+        for line in lines:
+            train(line_config(config, line), store.path / "noise" / f"{variant}-{line:05d}", device, quiet=True)
+        console.print(f"{variant}: {len(lines)} of {points} lines trained again", highlight=False)
+
+
+# ---- reading
+
+
+def read_noise(store: Store, labelling: Labelling) -> list[Floor]:
+    """What every variant stored inside a store changed, in the order of VARIANTS."""
+    codes = classify(store, labelling.thresholds)
+    close = near(map_edges(codes), BAND)
+    position = line_axis(store.grid)
+    if position == 1:
+        codes, close = codes.T, close.T
+    found = []
+    for variant in VARIANTS:
+        paths = sorted(p for p in (store.path / "noise").glob(f"{variant}-*") if (p / "zarr.json").is_file())
+        if not paths:
+            continue
+        lines = [int(path.name.rsplit("-", 1)[1]) for path in paths]
+        again = np.stack([classify(open_store(path), labelling.thresholds).ravel() for path in paths])
+        found.append(compare(variant, codes[lines], again, close[lines]))
+    return found
+
+
+def compare(variant: str, before: np.ndarray, after: np.ndarray, close: np.ndarray) -> Floor:
+    """Compare label codes [line, cell] of two trainings; `close` marks the cells near the boundary."""
+    known = measured(before) & measured(after)
+    near_cells, away = known & close, known & ~close
+    changed, flipped = before != after, trains(before) != trains(after)
+    trained = trains(before)[near_cells].mean() if near_cells.any() else 0.0
+
+    def share(what: np.ndarray, where: np.ndarray) -> float:
+        return float(what[where].mean()) if where.any() else 0.0
+
+    return Floor(
+        variant=variant,
+        lines=len(before),
+        near=int(near_cells.sum()),
+        away=int(away.sum()),
+        labels_near=share(changed, near_cells),
+        labels_away=share(changed, away),
+        flips_near=share(flipped, near_cells),
+        flips_away=share(flipped, away),
+        chance=float(2 * trained * (1 - trained)),
+    )
+
+
+def exponent_of(store: Store, labelling: Labelling) -> float:
+    """2 - D of a store's boundary, kept in [0.1, 1]; 1, a smooth boundary's, where no dimension is to be had."""
+    blocks = map_edges(classify(store, labelling.thresholds))
+    found = measure(blocks) if min(blocks.shape) >= 8 else None
+    return float(np.clip(2 - found.value, 0.1, 1)) if found else 1.0
+
+
+def verdict(floor: Floor, exponent: float) -> str:
+    """How deep the map is signal by this variant, in words."""
+    if not floor.near:
+        return "no cell near a boundary was trained again"
+    if not floor.is_signal:
+        return "noise: this map is already beyond its floor"
+    zoom = floor.depth(exponent)
+    bound = "at least " if floor.flips_near == 0 else "about "
+    return f"signal, {bound}down to a {zoom:.3g}x zoom ({math.log(max(zoom, 1), 4):.1f} zooms of 4x)"
+
+
+def noise_table(store: Store, floors: list[Floor], exponent: float) -> Table:
+    """The floors of one store, for the terminal."""
+    title = f"noise floor: {store.path}, uncertainty exponent {exponent:.2f}"
+    table = Table("variant", "lines", "cells near/away", "labels changed", "flips", "chance", "verdict", title=title)
+    for f in floors:
+        table.add_row(
+            f.variant,
+            str(f.lines),
+            f"{f.near} / {f.away}",
+            f"{f.labels_near:.2%} / {f.labels_away:.2%}",
+            f"{f.flips_near:.2%} / {f.flips_away:.2%}",
+            f"{f.chance:.0%}",
+            verdict(f, exponent),
+        )
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Labelling):
+    """What to train again."""
+
+    store: str  # path of the sweep's store
+    share: float = 0.1  # share of the grid's lines trained again, evenly spaced
+    variants: str = ""  # which variants, comma-separated: repeat, precision, order, permuted (default: all that apply)
+    zooms: bool = False  # do the same for every zoom stored inside the store
+    device: str = "auto"  # cpu or cuda; auto: cuda if there is one
+
+
+def main() -> None:
+    """Train a share of a map again and print what changed."""
+    options = parse(Options, "Train a share of a map again, differently rounded or ordered, and count changed labels.")
+    with user_errors():
+        chosen = [name.strip() for name in options.variants.split(",")] if options.variants else list(VARIANTS)
+        unknown = [name for name in chosen if name not in VARIANTS]
+        if unknown:
+            raise ValueError(f"variants has {', '.join(unknown)}, expected some of {', '.join(VARIANTS)}")
+        console, store = Console(), open_store(options.store)
+        for path in [store.path, *(store.children() if options.zooms else [])]:
+            current = open_store(path)
+            train_lines(current, options.share, chosen, options.device, console)
+            console.print(noise_table(current, read_noise(current, options), exponent_of(current, options)))
+
+
+if __name__ == "__main__":
+    main()
