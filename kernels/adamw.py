@@ -65,8 +65,7 @@ def adamw_reference_(
     nonfinite_R: Tensor,
 ) -> None:
     learning_rate, decay, beta1, beta2, bias1, bias2 = (
-        scalar_R[:, None]
-        for scalar_R in (learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R)
+        scalar_R[:, None] for scalar_R in (learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R)
     )
     active = active_R[:, None]
     gradient = gradient.float() if scale_R is None else gradient.float() * scale_R[:, None]
@@ -147,14 +146,10 @@ def adamw_split_(
     moments = (first_moment, second_moment)
     if remainder.device.type == "cpu":
         master = join_master(weight, remainder)
-        adamw_reference_(
-            master, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R
-        )
+        adamw_reference_(master, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R)
         remainder.copy_(split_master(master)[1])
     else:
-        launch_adamw_(
-            remainder, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R
-        )
+        launch_adamw_(remainder, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R)
 
 
 @triton.jit
@@ -174,9 +169,7 @@ def join_bits(weight, remainder):
 
 
 @triton.jit
-def adamw_step(
-    master, gradient, first, second, learning_rate, decay, beta1, beta2, bias1, bias2, eps
-):
+def adamw_step(master, gradient, first, second, learning_rate, decay, beta1, beta2, bias1, bias2, eps):
     first = beta1 * first + (1 - beta1) * gradient
     second = beta2 * second + ((1 - beta2) * gradient) * gradient
     denominator = tl.sqrt_rn(tl.div_rn(second, bias2)) + eps
@@ -332,18 +325,14 @@ def accumulate_(accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R
         launch_accumulate_(accumulator, gradient, fresh_R, active_R)
 
 
-def accumulate_reference_(
-    accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R: Tensor
-) -> None:
+def accumulate_reference_(accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R: Tensor) -> None:
     gradient = gradient.float()
     total = torch.where(fresh_R[:, None], gradient, accumulator + gradient)
     accumulator.copy_(torch.where(active_R[:, None], total, accumulator))
 
 
 @triton.jit
-def accumulate_kernel(
-    accumulator, gradient, fresh_R, active_R, n, stride, gradient_stride, BLOCK: tl.constexpr
-):
+def accumulate_kernel(accumulator, gradient, fresh_R, active_R, n, stride, gradient_stride, BLOCK: tl.constexpr):
     replica = tl.program_id(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < tl.where(tl.load(active_R + replica), n, 0)
@@ -355,9 +344,7 @@ def accumulate_kernel(
     tl.store(accumulator, total, mask=inside)
 
 
-def launch_accumulate_(
-    accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R: Tensor
-) -> None:
+def launch_accumulate_(accumulator: Tensor, gradient: Tensor, fresh_R: Tensor, active_R: Tensor) -> None:
     replicas, n = gradient.shape
     assert accumulator.stride(1) == 1 and gradient.stride(1) == 1
     accumulate_kernel[(triton.cdiv(n, BLOCK), replicas)](

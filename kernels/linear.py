@@ -34,23 +34,20 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     Accumulates in fp32. fp32 operands follow `torch.get_float32_matmul_precision`: "highest" is
     IEEE fp32, anything else tf32. Raises ValueError on other dtypes and on widths that differ.
     """
-    if x.device.type == "cpu":
-        return linear_reference(x, weight_OI)
-    return _one(linear_op(_tokens(x), weight_OI[None]), x)
+    form = linear_reference if x.device.type == "cpu" else linear_triton
+    return form(x, weight_OI)
 
 
 def linear_add(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
     """residual + x W^T in one kernel, rounded once: residual [..., O]; the rest as `linear`."""
-    if x.device.type == "cpu":
-        return linear_add_reference(x, weight_OI, residual)
-    return _one(linear_add_op(_tokens(x), weight_OI[None], _tokens(residual)), x)
+    form = linear_add_reference if x.device.type == "cpu" else linear_add_triton
+    return form(x, weight_OI, residual)
 
 
 def linear_relu2(x: Tensor, weight_OI: Tensor) -> Tensor:
     """relu(x W^T)^2 in one kernel; arguments as `linear`. Backward takes relu(h) = sqrt(result)."""
-    if x.device.type == "cpu":
-        return linear_relu2_reference(x, weight_OI)
-    return _one(linear_relu2_op(_tokens(x), weight_OI[None]), x)
+    form = linear_relu2_reference if x.device.type == "cpu" else linear_relu2_triton
+    return form(x, weight_OI)
 
 
 def relu2_mlp(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
@@ -58,9 +55,8 @@ def relu2_mlp(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Te
 
     x, residual [..., D] -> [..., D]; the same bits as `linear_add` of `linear_relu2`.
     """
-    if x.device.type == "cpu":
-        return relu2_mlp_reference(x, up_FD, down_DF, residual)
-    return _one(relu2_mlp_op(_tokens(x), up_FD[None], down_DF[None], _tokens(residual))[0], x)
+    form = relu2_mlp_reference if x.device.type == "cpu" else relu2_mlp_triton
+    return form(x, up_FD, down_DF, residual)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -69,6 +65,22 @@ def _tokens(x: Tensor) -> Tensor:
 
 def _one(y_1NO: Tensor, x: Tensor) -> Tensor:
     return y_1NO.reshape(*x.shape[:-1], y_1NO.shape[-1])
+
+
+def linear_triton(x: Tensor, weight_OI: Tensor) -> Tensor:
+    return _one(linear_op(_tokens(x), weight_OI[None]), x)
+
+
+def linear_add_triton(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
+    return _one(linear_add_op(_tokens(x), weight_OI[None], _tokens(residual)), x)
+
+
+def linear_relu2_triton(x: Tensor, weight_OI: Tensor) -> Tensor:
+    return _one(linear_relu2_op(_tokens(x), weight_OI[None]), x)
+
+
+def relu2_mlp_triton(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
+    return _one(relu2_mlp_op(_tokens(x), up_FD[None], down_DF[None], _tokens(residual))[0], x)
 
 
 def linear_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -121,12 +133,36 @@ def _store(
 
 
 @triton.jit
+def _finish(
+    product, c, extra, replica, row, column, m, n, alpha, beta, c_R, c_row, extra_R, extra_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EPILOGUE: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if EPILOGUE == "add":
+        addend = _load(
+            extra, replica, row, column, m, n, extra_R, extra_row, ROWS, COLUMNS, TMA
+        ).to(tl.float32)  # fmt: skip
+        product = alpha * product + beta * addend
+    if EPILOGUE == "relu2":
+        hidden = product.to(DTYPE).to(tl.float32)
+        hidden = tl.where(hidden < 0, 0.0, hidden)  # keeps NaN
+        product = hidden * hidden
+    if EPILOGUE == "relu2_backward":
+        squared = _load(
+            extra, replica, row, column, m, n, extra_R, extra_row, ROWS, COLUMNS, TMA
+        ).to(tl.float32)  # fmt: skip
+        product = product.to(DTYPE).to(tl.float32) * (2 * tl.sqrt(squared))
+    _store(c, product.to(DTYPE), replica, row, column, m, n, c_R, c_row, ROWS, COLUMNS, TMA)
+
+
+@triton.jit
 def _tile(
     tile, a, b, c, extra, scale_R, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, HALVES: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -156,25 +192,21 @@ def _tile(
 
     if SCALED:
         accumulator *= tl.load(scale_R + replica)
-    if EPILOGUE == "add":
-        addend = _load(
-            extra, replica, row, column, m, n, extra_R, extra_row, BLOCK_M, BLOCK_N, TMA_STORE
-        )
-        accumulator = alpha * accumulator + beta * addend.to(tl.float32)
-    if EPILOGUE == "relu2":
-        hidden = accumulator.to(DTYPE).to(tl.float32)
-        hidden = tl.where(hidden < 0, 0.0, hidden)  # keeps NaN
-        accumulator = hidden * hidden
-    if EPILOGUE == "relu2_backward":
-        squared = _load(
-            extra, replica, row, column, m, n, extra_R, extra_row, BLOCK_M, BLOCK_N, TMA_STORE
-        )
-        accumulator = accumulator.to(DTYPE).to(tl.float32)
-        accumulator *= 2 * tl.sqrt_rn(squared.to(tl.float32))
-    _store(
-        c, accumulator.to(DTYPE), replica, row, column, m, n, c_R, c_row,
-        BLOCK_M, BLOCK_N, TMA_STORE,
-    )  # fmt: skip
+    if HALVES:
+        left, right = accumulator.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        _finish(
+            left, c, extra, replica, row, column, m, n, alpha, beta, c_R, c_row, extra_R,
+            extra_row, BLOCK_M, BLOCK_N // 2, EPILOGUE, DTYPE, TMA_STORE,
+        )  # fmt: skip
+        _finish(
+            right, c, extra, replica, row, column + BLOCK_N // 2, m, n, alpha, beta, c_R, c_row,
+            extra_R, extra_row, BLOCK_M, BLOCK_N // 2, EPILOGUE, DTYPE, TMA_STORE,
+        )  # fmt: skip
+    else:
+        _finish(
+            accumulator, c, extra, replica, row, column, m, n, alpha, beta, c_R, c_row, extra_R,
+            extra_row, BLOCK_M, BLOCK_N, EPILOGUE, DTYPE, TMA_STORE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles"])  # one compiled kernel for any R
@@ -183,8 +215,8 @@ def stacked_matmul_kernel(
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, WIDEN: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, HALVES: tl.constexpr,
+    WIDEN: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -192,14 +224,14 @@ def stacked_matmul_kernel(
                 tile, a, b, c, extra, scale_R, m, n, k, alpha, beta,
                 a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-                FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
+                FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, HALVES, WIDEN,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), a, b, c, extra, scale_R, m, n, k, alpha, beta,
             a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
+            FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, HALVES, WIDEN,
         )  # fmt: skip
 
 
@@ -243,6 +275,8 @@ def stacked_matmul(
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if tile is None:
         tile = tile_for(form, m, n, k, a.dtype, precision)
+        if extra is not None:  # its tiles take the shared memory that persistence needs
+            tile = tile._replace(residents=0)
     # Decided by one replica's shape: a stack that is not aligned for TMA is copied, not rerouted.
     rows_whole = a.shape[2] % 8 == 0 and b.shape[2] % 8 == 0
     tma = a.dtype == torch.bfloat16 and rows_whole
@@ -250,7 +284,7 @@ def stacked_matmul(
     a, b = (_aligned(operand) if tma else dense_replicas(operand) for operand in (a, b))
     block_a = (tile.block_k, tile.block_m) if form == "tn" else (tile.block_m, tile.block_k)
     block_b = (tile.block_n, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n)
-    block_c = (tile.block_m, tile.block_n)
+    block_c = (tile.block_m, tile.block_n // 2 if tile.halves else tile.block_n)
     if extra is not None:
         extra = _aligned(extra) if tma_store else dense_replicas(extra)
     tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
@@ -270,8 +304,9 @@ def stacked_matmul(
         c.stride(0), c.stride(1), other.stride(0), other.stride(1),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         FORM=form, EPILOGUE=epilogue, SCALED=scale_R is not None, DTYPE=DTYPES[a.dtype],
-        PRECISION=precision, TMA=tma, TMA_STORE=tma_store, WIDEN=INTERPRETED,
-        PERSISTENT=tile.residents > 0, num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION=precision, TMA=tma, TMA_STORE=tma_store, HALVES=tile.halves,
+        WIDEN=INTERPRETED, PERSISTENT=tile.residents > 0,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return c
 
@@ -284,9 +319,7 @@ def _aligned(operand: Tensor) -> Tensor:
 
 
 def _described(operand: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    return TensorDescriptor(
-        operand, list(operand.shape), list(operand.stride()), [1, block[0], block[1]]
-    )
+    return TensorDescriptor(operand, list(operand.shape), list(operand.stride()), [1, block[0], block[1]])
 
 
 # ---- stacked operators ---------------------------------------------------------------------------
@@ -383,9 +416,7 @@ linear_relu2_op.register_autograd(_linear_relu2_backward, setup_context=_linear_
 
 @fold_vmap
 @torch.library.custom_op("fractal::relu2_mlp", mutates_args=())
-def relu2_mlp_op(
-    x_RND: Tensor, up_RFD: Tensor, down_RDF: Tensor, residual_RND: Tensor
-) -> tuple[Tensor, Tensor]:
+def relu2_mlp_op(x_RND: Tensor, up_RFD: Tensor, down_RDF: Tensor, residual_RND: Tensor) -> tuple[Tensor, Tensor]:
     hidden_RNF = stacked_matmul(x_RND, up_RFD, "nt", "relu2")
     return stacked_matmul(hidden_RNF, down_RDF, "nt", "add", residual_RND), hidden_RNF
 

@@ -17,6 +17,8 @@ from kernels.linear import gradients, stacked_matmul
 from kernels.stacking import fold_vmap
 
 IGNORED = -100
+IN_REGISTERS = 8192  # the longest row that is read once
+BLOCK = 4096  # of a longer row
 
 
 def linear_cross_entropy(
@@ -30,8 +32,14 @@ def linear_cross_entropy(
     softcap > 0. With no supervised target the loss and its gradients are 0. Under
     `torch.no_grad` no gradient is computed.
     """
-    if x_ND.device.type == "cpu":
-        return linear_cross_entropy_reference(x_ND, weight_VD, targets_N, softcap, label_smoothing)
+    on_cpu = x_ND.device.type == "cpu"
+    form = linear_cross_entropy_reference if on_cpu else linear_cross_entropy_triton
+    return form(x_ND, weight_VD, targets_N, softcap, label_smoothing)
+
+
+def linear_cross_entropy_triton(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
+) -> Tensor:
     loss_1, _ = linear_cross_entropy_op(
         x_ND[None],
         weight_VD[None],
@@ -40,7 +48,7 @@ def linear_cross_entropy(
         softcap,
         torch.is_grad_enabled(),
     )
-    return loss_1[0]
+    return loss_1.squeeze(0)
 
 
 def linear_cross_entropy_reference(
@@ -97,9 +105,8 @@ def cross_entropy_kernel(
             inside = v < vocabulary
             z = _capped(tl.load(row + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
             mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / vocabulary
-            z = tl.where(inside, z, -float("inf"))
-            peak = tl.max(z, axis=0)
-            lse = peak + tl.log(tl.sum(tl.exp(z - peak), axis=0))
+            peak = tl.max(tl.where(inside, z, -float("inf")), axis=0)
+            lse = peak + tl.log(tl.sum(tl.where(inside, tl.exp(z - peak), 0.0), axis=0))
             if GRADIENT:
                 gradient = _gradient(z, v == target, lse, smoothing, vocabulary, SOFTCAP)
                 tl.debug_barrier()  # every thread has read the target's logit
@@ -110,9 +117,7 @@ def cross_entropy_kernel(
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, vocabulary, BLOCK):
                 inside = start + v < vocabulary
-                z = _capped(
-                    tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP
-                )
+                z = _capped(tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
                 total += tl.where(inside, z, 0.0)
                 z = tl.where(inside, z, -float("inf"))
                 higher = tl.maximum(peak, tl.max(z, axis=0))
@@ -124,12 +129,8 @@ def cross_entropy_kernel(
                 tl.debug_barrier()  # every thread has read the target's logit
                 for start in range(0, vocabulary, BLOCK):
                     inside = start + v < vocabulary
-                    z = _capped(
-                        tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP
-                    )
-                    gradient = _gradient(
-                        z, start + v == target, lse, smoothing, vocabulary, SOFTCAP
-                    )
+                    z = _capped(tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
+                    gradient = _gradient(z, start + v == target, lse, smoothing, vocabulary, SOFTCAP)
                     tl.store(row + start + v, gradient.to(logits.dtype.element_ty), mask=inside)
         tl.store(loss_RN + token, lse - ((1 - smoothing) * hit + smoothing * mean))
 
@@ -151,8 +152,8 @@ def cross_entropy_(
     replicas, tokens, vocabulary = logits_RNV.shape
     loss_RN = torch.empty((replicas, tokens), dtype=torch.float32, device=logits_RNV.device)
     loss_R = torch.empty(replicas, dtype=torch.float32, device=logits_RNV.device)
-    one_block = vocabulary <= 8192
-    block = triton.next_power_of_2(vocabulary) if one_block else 4096
+    one_block = vocabulary <= IN_REGISTERS
+    block = triton.next_power_of_2(vocabulary) if one_block else BLOCK
     cross_entropy_kernel[(replicas * tokens,)](
         logits_RNV, targets_RN.contiguous(), smoothing_R.contiguous(), loss_RN, tokens, vocabulary,
         IGNORED, SOFTCAP=softcap, GRADIENT=gradient, BLOCK=block, ONE_BLOCK=one_block,

@@ -22,16 +22,13 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     residents: int = 0  # persistent programs a multiprocessor; 0: one program a tile
+    halves: bool = False  # finish and store in two halves: half the shared memory for it
     store: bool = True  # write the result through the tensor-map engine
     group_m: int = 8  # rows of tiles that share columns of b while both are in L2
 
 
 TABLE = Path(__file__).with_name("tuned_tiles.json")
-TUNED = (
-    {key: Tile(*values) for key, values in json.loads(TABLE.read_text()).items()}
-    if TABLE.exists()
-    else {}
-)
+TUNED = {key: Tile(*values) for key, values in json.loads(TABLE.read_text()).items()} if TABLE.exists() else {}
 
 
 def tile_key(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:
@@ -53,5 +50,5 @@ def default_tile(m: int, n: int, k: int) -> Tile:
     if m <= 64 or n <= 64:
         return Tile(64, 64, 64, 4, 4)
     if m >= 512 and n >= 512 and k >= 512:
-        return Tile(128, 256, 64, 8, 3, residents=1)
+        return Tile(128, 256, 64, 8, 3, residents=1, halves=True)
     return Tile(128, 128, 64, 8, 3)

@@ -1,0 +1,86 @@
+"""Timing on a GPU by CUDA-graph replays, and benchmark rows that say where they come from."""
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import triton
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def milliseconds(calls: list[Callable[[], object]], budget: float = 8.0, replays: int = 5) -> float:
+    """Median time of one call, over replays of one CUDA graph that runs all of `calls` in turn.
+
+    The calls do the same work on different buffers, together larger than L2. The graph repeats them
+    until it takes about `budget` ms.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        rounds = max(1, min(50, round(budget / max(start.elapsed_time(end), 1e-3))))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    times = []
+    for _ in range(replays + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[1:]) / (rounds * len(calls))
+
+
+def copy_terabytes() -> float:
+    """Measured ceiling of memory traffic: bytes read plus bytes written by a device copy, TB/s."""
+    source = torch.randn(1 << 29, device="cuda")  # 2 GiB
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / milliseconds([lambda: target.copy_(source)], budget=20) / 1e9
+
+
+def commit() -> str:
+    """The commit being measured, from $COMMIT where the tree travels without its history."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
+    """Appends rows, each with date, gpu, versions, commit and command, to results/`name`."""
+    source = {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / name
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*source, *rows[0]])
+        if fresh:
+            writer.writeheader()
+        writer.writerows({**source, **row} for row in rows)
+    return path

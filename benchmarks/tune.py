@@ -1,0 +1,151 @@
+"""Measures tiles for every matrix product of the networks and writes kernels/tuned_tiles.json.
+
+    python benchmarks/tune.py
+
+Run on the GPU the table is for. A tile is kept only if its result agrees with torch.bmm.
+"""
+
+import json
+import math
+import multiprocessing
+import statistics
+from functools import partial
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.timing import append_rows, milliseconds
+from kernels.linear import stacked_matmul
+from kernels.tiles import TABLE, Tile, default_tile, tile_key
+
+TOKENS = 1024
+# name: (replicas measured, width, vocabulary)
+NETWORKS = {
+    "d4": (64, 256, 4096),
+    "d8": (32, 512, 4096),
+    "d12": (16, 768, 32768),
+    "d20": (5, 1280, 65536),
+}
+# replicas measured, (output, input) widths: qkv, output, gate and up, down, vocabulary
+SMOLLM2 = (16, [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)])
+
+CANDIDATES = [
+    Tile(64, 64, 64, 4, 4),
+    Tile(128, 64, 64, 4, 4),
+    Tile(64, 128, 64, 4, 4),
+    Tile(64, 256, 64, 4, 3),
+    Tile(128, 128, 64, 4, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 128, 64, 8, 3, store=False),
+    Tile(128, 128, 64, 8, 4),
+    Tile(128, 128, 128, 8, 2),
+    Tile(128, 128, 64, 4, 3, residents=2, halves=True),
+    Tile(128, 128, 64, 8, 4, residents=1, halves=True),
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 256, 64, 8, 3, residents=1, halves=True),
+    Tile(128, 256, 64, 8, 4, residents=1, halves=True),
+    Tile(128, 256, 64, 8, 4, residents=1, store=False),
+    Tile(256, 128, 64, 8, 3),
+    Tile(256, 128, 64, 8, 4),
+    Tile(256, 128, 64, 8, 3, residents=1, halves=True),
+    Tile(256, 128, 64, 8, 4, residents=1, halves=True),
+]
+
+
+def layers() -> list[tuple[str, int, int, int]]:
+    """(network, replicas, output width, input width) of every weight matrix."""
+    found = []
+    for name, (replicas, d, vocabulary) in NETWORKS.items():
+        widths = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d), (vocabulary, d)]
+        found += [(name, replicas, *width) for width in widths]
+    return found + [("SmolLM2", SMOLLM2[0], *width) for width in SMOLLM2[1]]
+
+
+def problems() -> list[tuple[str, int, str, int, int, int]]:
+    """(network, replicas, form, m, n, k) of every product: forward, dX, dW."""
+    found = []
+    for name, replicas, o, i in layers():
+        found.append((name, replicas, "nt", TOKENS, o, i))
+        found.append((name, replicas, "nn", TOKENS, i, o))
+        found.append((name, replicas, "tn", o, i, TOKENS))
+    return found
+
+
+def operands(replicas: int, form: str, m: int, n: int, k: int, dtype=torch.bfloat16):
+    a = torch.randn((replicas, k, m) if form == "tn" else (replicas, m, k), device="cuda")
+    b = torch.randn((replicas, n, k) if form == "nt" else (replicas, k, n), device="cuda")
+    return a.to(dtype), b.to(dtype), torch.empty(replicas, m, n, device="cuda", dtype=dtype)
+
+
+def rotated(replicas: int, form: str, m: int, n: int, k: int):
+    """Enough sets of operands to outgrow a 50 MB L2 cache twice."""
+    size = 2 * replicas * (m * k + k * n + m * n)
+    return [operands(replicas, form, m, n, k) for _ in range(max(1, math.ceil(100e6 / size)))]
+
+
+def bmm(a, b, out, form: str):
+    return torch.bmm(a.mT if form == "tn" else a, b.mT if form == "nt" else b, out=out)
+
+
+def compile_one(job: tuple[str, Tile]) -> str:
+    """Into the on-disk cache, from a process of its own; says why where a tile does not fit."""
+    form, tile = job
+    a, b, out = operands(2, form, 256, 256, 256)
+    try:
+        stacked_matmul(a, b, form, tile=tile, out=out)
+    except (OutOfResources, RuntimeError) as error:
+        return f"{form} {tuple(tile)}: {error}"
+    return ""
+
+
+def measure(form: str, sets, tile: Tile) -> float:
+    a, b, out = sets[0]
+    wanted = bmm(a, b, torch.empty_like(out), form).float()
+    out.fill_(float("nan"))
+    stacked_matmul(a, b, form, tile=tile, out=out)
+    error = ((out.float() - wanted).norm() / wanted.norm()).item()
+    assert error < 1e-2, f"{form} {tile} is off by {error}"
+    return milliseconds([partial(stacked_matmul, a, b, form, tile=tile, out=out) for a, b, out in sets])
+
+
+def main() -> None:
+    jobs = [(form, tile) for form in ("nt", "nn", "tn") for tile in CANDIDATES]
+    with multiprocessing.get_context("fork").Pool(12) as pool:
+        failures = pool.map(compile_one, jobs, chunksize=1)
+    fitting = {job for job, failure in zip(jobs, failures, strict=True) if not failure}
+    print("\n".join(filter(None, failures)))
+    table, rows, gains = {}, [], []
+    for network, replicas, form, m, n, k in problems():
+        sets = rotated(replicas, form, m, n, k)
+        bmm_ms = milliseconds([partial(bmm, a, b, out, form) for a, b, out in sets])
+        times = {
+            tile: measure(form, sets, tile)
+            for tile in CANDIDATES
+            if (form, tile) in fitting and tile.block_m <= max(m, 64) and tile.block_n <= max(n, 64)
+        }
+        for tile, ms in times.items():
+            rows.append(
+                dict(network=network, replicas=replicas, form=form, m=m, n=n, k=k)
+                | tile._asdict()
+                | dict(ms=round(ms, 5), bmm_ms=round(bmm_ms, 5), ratio=round(bmm_ms / ms, 4))
+            )
+        best = min(times, key=times.get)
+        table[tile_key(form, m, n, k, torch.bfloat16)] = best
+        rule = times.get(default_tile(m, n, k), float("nan"))
+        gains.append(bmm_ms / times[best])
+        tflops = 2e-9 * replicas * m * n * k / times[best]
+        print(
+            f"{network:8}{form} {m:6}{n:6}{k:6} {tflops:6.0f} TFLOP/s  bmm/best "
+            f"{bmm_ms / times[best]:5.2f}  rule/best {rule / times[best]:5.2f}  {tuple(best)}",
+            flush=True,
+        )
+        del sets
+    print(f"geometric mean of bmm / best: {statistics.geometric_mean(gains):.3f}")
+    lines = [f"  {json.dumps(key)}: {json.dumps(list(tile))}" for key, tile in sorted(table.items())]
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    append_rows("tiles.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

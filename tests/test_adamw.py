@@ -1,0 +1,208 @@
+"""Stacked AdamW: bit-equal to its reference and to the split form, inactive memory, norms."""
+
+import pytest
+import torch
+from stacked import DEVICE, normal
+
+from kernels.adamw import (
+    NORM_BLOCK,
+    accumulate_reference_,
+    adamw_,
+    adamw_reference_,
+    adamw_split_,
+    global_norm_reference,
+    join_master,
+    launch_accumulate_,
+    launch_adamw_,
+    launch_global_norm,
+    round_to_weight,
+    split_master,
+)
+
+EPS = 1e-8
+
+
+def bits(x):
+    return x.contiguous().view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def same(a, b):
+    return torch.equal(bits(a), bits(b)) if a.is_floating_point() else torch.equal(a, b)
+
+
+def special_masters():
+    """Ties, infinities, zeros, the largest finite number, subnormals, quiet NaNs, and random bits."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (100_000,), generator=generator)
+    ties = (words[:1000] & ~0xFFFF) | 0x8000
+    named = [0x7F800000, -0x800000, 0x7F7FFFFF, 0, -(2**31), 1, 0x7FFFFFFF, 0x7FC00000, 0x7F7F8000]
+    words = torch.cat([words, ties, torch.tensor(named)]).to(torch.int32)
+    signalling = (words & 0x7FFFFFFF > 0x7F800000) & (words & 0x400000 == 0)
+    return words[~signalling].view(torch.float32)
+
+
+def test_master_splits_exactly():
+    master = special_masters()
+    weight, remainder = split_master(master)
+    assert same(join_master(weight, remainder), master)
+    assert torch.equal(weight.isnan(), master.isnan())
+    finite = master.isfinite()
+    to_even = master.to(torch.bfloat16)
+    tie = bits(master) & 0xFFFF == 0x8000
+    assert same(weight[finite & ~tie], to_even[finite & ~tie])
+    assert (weight.abs() >= to_even.abs())[finite & tie].all()
+
+
+class State:
+    """Views of flat [R, P] buffers, as a stack keeps them, with moments as after some steps."""
+
+    def __init__(self, R, n, seed=0, gradient_dtype=torch.bfloat16):
+        flat = normal(seed, 3, R, n + 24)
+        flat[2] = flat[2].square()
+        self.master, self.first, self.second = (buffer[:, 16 : 16 + n] for buffer in flat)
+        weights = torch.zeros(R, n + 24, dtype=torch.bfloat16, device=DEVICE)
+        self.weight = weights[:, 16 : 16 + n].copy_(round_to_weight(self.master, torch.bfloat16))
+        self.remainder = split_master(self.master)[1]
+        self.gradient = normal(seed + 1, R, n, dtype=gradient_dtype)
+        draw = torch.rand(6, R, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+        rate, decay, beta1, beta2, bias1, bias2 = draw * 0.9 + 0.05
+        self.scalars = (rate, decay, beta1, beta2, bias1, bias2, EPS)
+        self.active = torch.ones(R, dtype=torch.bool, device=DEVICE)
+        self.nonfinite = torch.zeros(R, dtype=torch.int32, device=DEVICE)
+
+    def run(self, step, weight=True, split=False, scale_R=None):
+        weight = self.weight if weight else None
+        master = self.remainder if split else self.master
+        moments = (self.first, self.second)
+        step(master, self.gradient, weight, *moments, *self.scalars, scale_R, self.active, self.nonfinite)
+        return self
+
+    def tensors(self):
+        master = self.master
+        return [master, self.weight, self.first, self.second, self.nonfinite]
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize(("R", "n"), [(1, 1), (2, 63), (5, 1300)])
+def test_kernel_has_the_references_bits(R, n, weight, gradient_dtype):
+    scale_R = torch.linspace(0.1, 1, R, device=DEVICE)
+    wanted = State(R, n, gradient_dtype=gradient_dtype).run(adamw_reference_, weight, scale_R=scale_R)
+    got = State(R, n, gradient_dtype=gradient_dtype).run(launch_adamw_, weight, scale_R=scale_R)
+    assert all(map(same, got.tensors(), wanted.tensors()))
+
+
+def test_reference_is_adamw():
+    """Against torch's own optimizer in float64, three steps from rest."""
+    R, n = 1, 50
+    start, gradients = normal(0, n).cpu(), normal(1, 3, n).cpu()
+    parameter = start.double().requires_grad_()
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.8, 0.9), eps=EPS, weight_decay=0.3)
+    master, first, second = start[None].clone(), torch.zeros(R, n), torch.zeros(R, n)
+    for step in range(1, 4):
+        parameter.grad = gradients[step - 1].double()
+        optimizer.step()
+        rates = (0.1, 0.3, 0.8, 0.9, 1 - 0.8**step, 1 - 0.9**step)
+        scalars = [torch.tensor([value]) for value in rates]
+        flags = (torch.ones(R, dtype=torch.bool), torch.zeros(R, dtype=torch.int32))
+        adamw_(master, gradients[None, step - 1], None, first, second, *scalars, EPS, None, *flags)
+    torch.testing.assert_close(master[0], parameter.detach().float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
+@pytest.mark.parametrize("step", [launch_adamw_, adamw_split_], ids=["kernel", "dispatch"])
+def test_split_master_has_the_plain_forms_bits(step):
+    plain, split = State(3, 700), State(3, 700)
+    for state in (plain, split):
+        state.gradient[1, 5] = float("inf")
+        state.gradient[2, 6] = float("nan")
+    plain.run(launch_adamw_)
+    split.run(step, split=True)
+    assert same(join_master(split.weight, split.remainder), plain.master)
+    assert all(map(same, split.tensors()[1:], plain.tensors()[1:]))
+    assert plain.nonfinite.tolist() == [0, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
+@pytest.mark.parametrize("split", [True, False])
+def test_inactive_replicas_are_not_touched(split):
+    before, after = State(3, 300), State(3, 300)
+    after.active[1] = False
+    after.gradient[1] = float("nan")
+    after.run(launch_adamw_, split=split)
+    kept = zip(before.tensors() + [before.remainder], after.tensors() + [after.remainder], strict=True)
+    assert all(same(old[1], new[1]) for old, new in kept)
+    assert after.nonfinite.tolist() == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
+def test_a_replicas_bits_do_not_depend_on_company():
+    everyone, beside_nan = State(5, 300).run(launch_adamw_), State(5, 300)
+    beside_nan.gradient[0], beside_nan.master[2] = float("nan"), float("inf")
+    beside_nan.run(launch_adamw_)
+    for replica in (1, 3, 4):
+        pairs = zip(everyone.tensors(), beside_nan.tensors(), strict=True)
+        assert all(same(a[replica], b[replica]) for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
+def test_global_norm():
+    gradients = [normal(i, 5, n) for i, n in enumerate((1, 63, NORM_BLOCK + 5, 3 * NORM_BLOCK))]
+    gradients[1] = gradients[1].bfloat16()
+    norm_R = launch_global_norm(gradients)
+    true = torch.cat([g.double() for g in gradients], dim=1).norm(dim=1)
+    torch.testing.assert_close(norm_R.double(), true, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm_R, global_norm_reference(gradients), rtol=1e-6, atol=0)
+    for lone in (0, 3):
+        assert torch.equal(launch_global_norm([g[lone : lone + 1] for g in gradients]), norm_R[lone : lone + 1])
+    gradients[2][0, 7], gradients[2][1, 7] = float("nan"), float("inf")
+    beside = launch_global_norm(gradients)
+    assert torch.equal(beside[2:], norm_R[2:])
+    assert beside[0].isnan()
+    assert beside[1].isinf()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_accumulation(dtype):
+    fresh = torch.tensor([True, False, False, True], device=DEVICE)
+    active = torch.tensor([True, True, False, False], device=DEVICE)
+    gradient = normal(0, 4, 1100, dtype=dtype)
+    wanted = normal(1, 4, 1111)[:, 3:1103]
+    wanted[0] = float("nan")  # a fresh accumulator's past does not count
+    got = wanted.clone()
+    accumulate_reference_(wanted, gradient, fresh, active)
+    launch_accumulate_(got, gradient, fresh, active)
+    assert same(got, wanted)
+    assert same(got[0], gradient[0].float())
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 1000, 1024 * 1024 + 3])
+def test_gpu_bits_equal_the_references_on_both_devices(n):
+    kernel, reference = State(4, n).run(launch_adamw_), State(4, n).run(adamw_reference_)
+    assert all(map(same, kernel.tensors(), reference.tensors()))
+    host = State(4, n)
+    moved = [t.cpu() for t in (host.master, host.gradient, host.weight, host.first, host.second)]
+    scalars = [s.cpu() if isinstance(s, torch.Tensor) else s for s in host.scalars]
+    adamw_reference_(*moved, *scalars, None, host.active.cpu(), host.nonfinite.cpu())
+    for on_gpu, on_cpu in zip(
+        (kernel.master, kernel.weight, kernel.first), (moved[0], moved[2], moved[3]), strict=True
+    ):
+        assert same(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_two_to_the_31():
+    R, n = 3, 2**30  # 3.2e9 elements
+    gradient = torch.zeros(R, n, dtype=torch.bfloat16, device=DEVICE)
+    master, first, second = (torch.zeros(R, n, device=DEVICE) for _ in range(3))
+    gradient[-1, -5:] = 1
+    ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 0.1, 0.1)]
+    flags = (torch.ones(R, dtype=torch.bool, device=DEVICE), torch.zeros(R, dtype=torch.int32, device=DEVICE))
+    launch_adamw_(master, gradient, None, first, second, *ones, EPS, None, *flags)
+    assert torch.equal(master.count_nonzero(dim=1).cpu(), torch.tensor([0, 0, 5]))
+    assert (master[-1, -5:] < -0.09).all()
+    torch.testing.assert_close(launch_global_norm([gradient]).cpu(), torch.tensor([0.0, 0.0, 5**0.5]))

@@ -1,0 +1,206 @@
+"""Stacked matrix products and their operators: against float64, in any company, at any address."""
+
+import pytest
+import torch
+from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
+
+from kernels.linear import (
+    linear_add_reference,
+    linear_add_triton,
+    linear_op,
+    linear_reference,
+    linear_relu2_reference,
+    linear_relu2_triton,
+    linear_triton,
+    relu2_mlp_reference,
+    relu2_mlp_triton,
+    stacked_matmul,
+)
+from kernels.tiles import TUNED, Tile, tile_for
+
+SMALL = Tile(32, 32, 32, 4, 2)
+
+
+def plain_inputs(R, N, outputs, inputs, dtype=torch.float32):
+    return [
+        normal(0, R, N, inputs, dtype=dtype),
+        normal(1, R, outputs, inputs, dtype=dtype) / inputs**0.5,
+    ]
+
+
+def mlp_inputs(R, N, D, F, dtype=torch.float32):
+    x, up = plain_inputs(R, N, F, D, dtype)
+    return [x, up, normal(2, R, D, F, dtype=dtype) / F**0.5, normal(3, R, N, D, dtype=dtype)]
+
+
+def add_inputs(R, N, outputs, inputs, dtype=torch.float32):
+    return [*plain_inputs(R, N, outputs, inputs, dtype), normal(3, R, N, outputs, dtype=dtype)]
+
+
+OPERATORS = {
+    "linear": (linear_triton, linear_reference, plain_inputs),
+    "linear_add": (linear_add_triton, linear_add_reference, add_inputs),
+    "linear_relu2": (linear_relu2_triton, linear_relu2_reference, plain_inputs),
+    "relu2_mlp": (relu2_mlp_triton, relu2_mlp_reference, mlp_inputs),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", [(2, 1, 24, 16), (1, 63, 40, 48), (2, 127, 33, 17)])
+def test_matches_float64(name, shape):
+    operator, reference, make = OPERATORS[name]
+    assert_close_to_float64(operator, reference, make(*shape), 1e-6)  # fp32 products: 1e-7
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_blind_to_company(name):
+    operator, _, make = OPERATORS[name]
+    assert_blind_to_company(operator, make(5, 40, 24, 16))
+
+
+@pytest.mark.parametrize("form", ["nt", "nn", "tn"])
+@pytest.mark.parametrize("tile", [SMALL, SMALL._replace(halves=True), SMALL._replace(store=False)], ids=str)
+def test_every_way_to_move_a_bf16_tile(form, tile):
+    """Tensor maps and plain pointers, whole and in halves, on shapes that no tile divides."""
+    a, b = normal(0, 2, 63, 40).bfloat16(), normal(1, 2, 40, 72).bfloat16()
+    true = a.double() @ b.double()
+    a = a.mT.contiguous() if form == "tn" else a
+    b = b.mT.contiguous() if form == "nt" else b
+    out = torch.full_like(true, float("nan"), dtype=torch.bfloat16)
+    stacked_matmul(a, b, form, tile=tile, out=out)
+    # One rounding to bf16 is 2^-9 at most; the interpreter truncates, up to 2^-8.
+    assert (out.double() - true).norm() / true.norm() < 4e-3
+
+
+def test_weights_are_read_from_one_flat_buffer():
+    flat_RP, x = normal(3, 3, 800), normal(4, 3, 5, 16)
+    view_ROI = flat_RP[:, 64 : 64 + 24 * 16].unflatten(1, (24, 16))
+    stacked = torch.func.vmap(linear_triton)
+    assert torch.equal(stacked(x, view_ROI), stacked(x, view_ROI.contiguous()))
+
+
+def test_fused_mlp_has_the_bits_of_its_parts():
+    x, up, down, residual = mlp_inputs(2, 9, 16, 24)
+    fused = torch.func.vmap(relu2_mlp_triton)(x, up, down, residual)
+    parts = torch.func.vmap(lambda x, up, down, r: linear_add_triton(linear_relu2_triton(x, up), down, r))(
+        x, up, down, residual
+    )
+    assert torch.equal(fused, parts)
+
+
+def test_a_shared_weight_gathers_every_replicas_gradient():
+    x, weight = normal(5, 3, 4, 16), normal(6, 24, 16).requires_grad_()
+    upstream = normal(7, 3, 4, 24)
+    y = torch.func.vmap(linear_triton, in_dims=(0, None))(x, weight)
+    (gradient,) = torch.autograd.grad(y, weight, upstream)
+    torch.testing.assert_close(gradient, torch.einsum("rno,rni->oi", upstream, x))
+
+
+def test_operator_is_well_registered():
+    x, weight = plain_inputs(2, 5, 16, 8)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (x.requires_grad_(), weight.requires_grad_())
+    torch.library.opcheck(linear_op, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.zeros(1, 4, 8).half(), torch.zeros(1, 4, 8).half(), "bfloat16"),
+        (torch.zeros(1, 4, 8), torch.zeros(1, 4, 8).bfloat16(), "compute dtype"),
+        (torch.zeros(1, 4, 8), torch.zeros(1, 4, 9), "inner width"),
+    ],
+)
+def test_unsupported_operands_are_named(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        linear_op(x.to(DEVICE), weight.to(DEVICE))
+
+
+def test_tiles_come_from_the_table_or_the_rule():
+    assert tile_for("nt", 1000, 77, 33, torch.bfloat16, "ieee").block_m == 128
+    for key, tile in TUNED.items():
+        form, sides, dtype = key.split()
+        found = tile_for(form, *map(int, sides.split("x")), getattr(torch, dtype), "ieee")
+        assert found == tile
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", [(2, 1, 256, 64), (3, 1000, 768, 256), (2, 1024, 1000, 520)])
+def test_bf16_matches_float64(name, shape):
+    operator, reference, make = OPERATORS[name]
+    # Inputs are bf16 exactly; every result is rounded to bf16 once or twice (2^-9 each).
+    assert_close_to_float64(operator, reference, make(*shape, dtype=torch.bfloat16), 6e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_fp32_precisions(name, precision):
+    operator, reference, make = OPERATORS[name]
+    torch.set_float32_matmul_precision(precision)
+    tolerance = 1e-6 if precision == "highest" else 1e-3  # tf32 keeps 10 bits
+    assert_close_to_float64(operator, reference, make(2, 1000, 320, 256), tolerance)
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_bits_at_networks_shapes(name, dtype):
+    operator, _, make = OPERATORS[name]
+    assert_blind_to_company(operator, make(5, 1024, 1024, 256, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["nt", "nn", "tn"])
+def test_bits_in_a_stack_of_64(form):
+    a = normal(0, 64, 256, 256, dtype=torch.bfloat16)
+    b = normal(1, 64, 256, 256, dtype=torch.bfloat16)
+    stacked = stacked_matmul(a, b, form)
+    for replica in (0, 37, 63):
+        alone = stacked_matmul(a[replica : replica + 1], b[replica : replica + 1], form)
+        assert torch.equal(alone[0], stacked[replica])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["nt", "nn", "tn"])
+def test_how_a_tile_is_moved_does_not_change_it(form):
+    """Persistence, halves and the store's path leave every bit; so does an unaligned stack."""
+    a, b = (normal(i, 3, 512, 512, dtype=torch.bfloat16) for i in range(2))
+    tile = Tile(128, 128, 64, 8, 3)
+    wanted = stacked_matmul(a, b, form, tile=tile)
+    for change in ({"residents": 1}, {"halves": True}, {"store": False}, {"group_m": 1}):
+        assert torch.equal(wanted, stacked_matmul(a, b, form, tile=tile._replace(**change)))
+    flat = torch.zeros(3, 512 * 512 + 3, dtype=torch.bfloat16, device=DEVICE)
+    view = flat[:, 3:].unflatten(1, (512, 512)).copy_(b)
+    assert torch.equal(wanted, stacked_matmul(a, view, form, tile=tile))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_addresses_beyond_two_to_the_31(dtype):
+    width = 32768  # 3 replicas of 32768 x 32768 elements
+    weight = torch.zeros(3, width, width, dtype=dtype, device=DEVICE)
+    weight[2, -64:] = normal(0, 64, width, dtype=dtype)
+    x = normal(1, 3, 64, width, dtype=dtype) / width**0.5
+    y = stacked_matmul(x, weight, "nt")
+    true = x[2].double() @ weight[2, -64:].double().T
+    assert (y[2, :, -64:].double() - true).norm() / true.norm() < 6e-3
+    assert not y[:, :, :-64].any()
+    assert torch.equal(stacked_matmul(x[2:], weight[2:], "nt")[0], y[2])
+
+
+@pytest.mark.gpu
+def test_runs_inside_a_cuda_graph():
+    x, weight = plain_inputs(2, 128, 256, 256, torch.bfloat16)
+    (wanted,), _, _ = differentiate(linear_op, [x, weight])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear_op(x, weight)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, wanted)
