@@ -31,12 +31,12 @@ def swiglu_triton(gate_up):
     """`swiglu` on the Triton kernels whatever the device."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu got {gate_up.shape[-1]} channels, expected an even number: gate and up side by side")
-    return _swiglu(gate_up[None])[0]
+    return _swiglu(gate_up[None]).squeeze(0)
 
 
 def relu2_triton(x):
     """`relu2` on the Triton kernels whatever the device."""
-    return _relu2(x[None])[0]
+    return _relu2(x[None]).squeeze(0)
 
 
 def swiglu_reference(gate_up):

@@ -36,7 +36,7 @@ def embedding_triton(tokens_BT, weight_VD):
         raise ValueError(
             f"embedding got width {weight_VD.shape[-1]}, expected at most {MAX_WIDTH}: use a narrower network"
         )
-    return _embedding(tokens_BT[None], weight_VD[None])[0]
+    return _embedding(tokens_BT[None], weight_VD[None]).squeeze(0)
 
 
 def embedding_reference(tokens_BT, weight_VD):

@@ -44,14 +44,14 @@ def add_rms_norm(x, residual, weight=None, eps=1e-6):
 def rms_norm_triton(x, weight=None, eps=1e-6):
     """`rms_norm` on the Triton kernels whatever the device."""
     _check(x, weight)
-    return _rms_norm(x[None], None if weight is None else weight[None], eps)[0]
+    return _rms_norm(x[None], None if weight is None else weight[None], eps).squeeze(0)
 
 
 def add_rms_norm_triton(x, residual, weight=None, eps=1e-6):
     """`add_rms_norm` on the Triton kernels whatever the device."""
     _check(x, weight)
     normed, total = _add_rms_norm(x[None], residual[None], None if weight is None else weight[None], eps)
-    return normed[0], total[0]
+    return normed.squeeze(0), total.squeeze(0)
 
 
 def rms_norm_reference(x, weight=None, eps=1e-6):
