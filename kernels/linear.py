@@ -429,6 +429,7 @@ def _(x_RND, up_RFD, down_RDF, residual_RND):
 
 def _relu2_mlp_save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.set_materialize_grads(False)  # nothing flows back into the second result: make no zeros for it
 
 
 def _relu2_mlp_backward(ctx, dy_RND, _):

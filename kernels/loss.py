@@ -188,6 +188,7 @@ def _(x_RND, weight_RVD, targets_RN, smoothing_R, softcap, gradient):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(output[1], inputs[0], inputs[1])
+    ctx.set_materialize_grads(False)  # nothing flows back into the second result: make no zeros for it
 
 
 def _backward(ctx, upstream_R, _):
