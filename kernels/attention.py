@@ -44,7 +44,7 @@ def qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps
 def qkv_attention_triton(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
     """`qkv_attention` on the Triton kernels whatever the device."""
     o_RBTD, _ = _attention(qkv_BTC[None], cos_TK2[None], sin_TK2[None], heads, kv_heads, qk_norm, eps)
-    return o_RBTD[0]
+    return o_RBTD.squeeze(0)
 
 
 def qkv_attention_reference(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
@@ -163,6 +163,7 @@ def _attention_backward(
 def _save(ctx, inputs, output):
     qkv_RBTC, cos_RTK2, sin_RTK2, *ctx.settings = inputs
     ctx.save_for_backward(qkv_RBTC, cos_RTK2, sin_RTK2, *output)
+    ctx.set_materialize_grads(False)  # nothing flows back into the second result: make no zeros for it
 
 
 def _differentiate(ctx, do_RBTD, _):
@@ -215,8 +216,8 @@ def _cut(tiles, T, K):
 
 
 @triton.jit
-def _rotate(x_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF: tl.constexpr):
-    """Both halves of q or k [times, HALF] after rotary, float32."""
+def _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr):
+    """Both halves of q or k [times, HALF] after rotary and norm, in the dtype of x, and the norm's 1 / rms."""
     half = tl.arange(0, HALF)
     inside = (time < T)[:, None] & (half < K // 2)[None, :]
     x_at = x_ptr + time[:, None] * ROW + half[None, :]
@@ -225,38 +226,25 @@ def _rotate(x_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF: tl.constexpr):
     x2 = tl.load(x_at + K // 2, mask=inside, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + table_at, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table_at, mask=inside, other=0.0)
-    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
-
-
-@triton.jit
-def _inverse_rms(y1, y2, eps, K):
-    return (1.0 / tl.sqrt((tl.sum(y1 * y1, 1) + tl.sum(y2 * y2, 1)) / K + eps))[:, None]
-
-
-@triton.jit
-def _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr):
-    """Both halves of q or k [times, HALF] after rotary and norm, in the dtype of x."""
-    y1, y2 = _rotate(x_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF)
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    scale = tl.full([time.shape[0]], 1.0, tl.float32)
     if QK_NORM:
-        inverse_rms = _inverse_rms(y1, y2, eps, K)
-        y1 *= inverse_rms
-        y2 *= inverse_rms
-    return y1.to(x_ptr.dtype.element_ty), y2.to(x_ptr.dtype.element_ty)
+        scale = 1.0 / tl.sqrt(tl.sum(y1 * y1 + y2 * y2, 1) / K + eps)
+        y1 *= scale[:, None]
+        y2 *= scale[:, None]
+    return y1.to(x_ptr.dtype.element_ty), y2.to(x_ptr.dtype.element_ty), scale
 
 
 @triton.jit
 def _store_unrotated(
-    dy1, dy2, x_ptr, dx_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr
+    dy1, dy2, y1, y2, scale, dx_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr
 ):
-    """Take the gradient of the rotated, normed halves back through norm and rotary, and store it."""
+    """Take the gradient of `_load_rotated`'s halves back through norm and rotary, and store it."""
     if QK_NORM:
-        y1, y2 = _rotate(x_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF)
-        inverse_rms = _inverse_rms(y1, y2, eps, K)
-        y1 *= inverse_rms
-        y2 *= inverse_rms
-        along = ((tl.sum(dy1 * y1, 1) + tl.sum(dy2 * y2, 1)) / K)[:, None]
-        dy1 = inverse_rms * (dy1 - y1 * along)
-        dy2 = inverse_rms * (dy2 - y2 * along)
+        along = (tl.sum(dy1 * y1.to(tl.float32) + dy2 * y2.to(tl.float32), 1) / K)[:, None]
+        dy1 = scale[:, None] * (dy1 - y1.to(tl.float32) * along)
+        dy2 = scale[:, None] * (dy2 - y2.to(tl.float32) * along)
     half = tl.arange(0, HALF)
     inside = (time < T)[:, None] & (half < K // 2)[None, :]
     table_at = time[:, None] * (K // 2) + half[None, :]
@@ -325,19 +313,19 @@ def _forward_kernel(
     q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k_time = tl.arange(0, BLOCK_K)
     if ONE_BLOCK:
-        k1, k2 = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+        k1, k2, _k = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
         v = _load_rows(v_ptr, k_time, T, K, C, FULL)
     seen = T if ONE_BLOCK else min(T, (block + 1) * BLOCK_Q)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q1, q2 = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+        q1, q2, _q = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
         largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         o = tl.zeros([BLOCK_Q, FULL], tl.float32)
         for start in range(0, seen, BLOCK_K):
             k_time = start + tl.arange(0, BLOCK_K)
             if not ONE_BLOCK:
-                k1, k2 = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+                k1, k2, _k = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
                 v = _load_rows(v_ptr, k_time, T, K, C, FULL)
             s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
             s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
@@ -401,7 +389,7 @@ def _backward_keys_kernel(
     v_at = (H + G + kv_head) * K
 
     k_time = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k1, k2 = _load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+    k1, k2, k_scale = _load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
     v = _load_rows(qkv_ptr + v_at, k_time, T, K, C, FULL)
     dk1 = tl.zeros([BLOCK_K, HALF], tl.float32)
     dk2 = tl.zeros([BLOCK_K, HALF], tl.float32)
@@ -411,14 +399,15 @@ def _backward_keys_kernel(
         head = kv_head * GROUP + member
         for start in range(first, T, BLOCK_Q):
             q_time = start + tl.arange(0, BLOCK_Q)
-            q1, q2 = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+            q1, q2, q_scale = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
             do = _load_rows(do_ptr + head * K, q_time, T, K, H * K, FULL)
             logsumexp = tl.load(logsumexp_ptr + head * T + q_time, mask=q_time < T, other=0.0)
             s = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
             s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION)
             p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[None, :])
             p = tl.where(k_time[:, None] <= q_time[None, :], p, 0.0)
-            dv = tl.dot(p.to(v.dtype), do, dv, input_precision=PRECISION)
+            p = p.to(v.dtype)
+            dv = tl.dot(p, do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             if ONE_BLOCK:
                 delta = tl.sum(p * dp, 0)
@@ -430,13 +419,12 @@ def _backward_keys_kernel(
             if ONE_BLOCK:
                 dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * SCALE
                 dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION) * SCALE
-                q_ptr = qkv_ptr + head * K
                 dq_ptr = dqkv_ptr + head * K
-                _store_unrotated(dq1, dq2, q_ptr, dq_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+                _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, q_time, T, K, C, HALF, QK_NORM)
     _store_rows(dv, dqkv_ptr + v_at, k_time, T, K, C, FULL)
     dk1 *= SCALE
     dk2 *= SCALE
-    _store_unrotated(dk1, dk2, qkv_ptr + k_at, dqkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+    _store_unrotated(dk1, dk2, k1, k2, k_scale, dqkv_ptr + k_at, cos_ptr, sin_ptr, k_time, T, K, C, HALF, QK_NORM)
 
 
 @triton.jit
@@ -485,7 +473,7 @@ def _backward_queries_kernel(
     delta_ptr += (row * H + head) * T
 
     q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q1, q2 = _load_rotated(q_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+    q1, q2, q_scale = _load_rotated(q_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
     do = _load_rows(do_ptr, q_time, T, K, H * K, FULL)
     o = _load_rows(o_ptr, q_time, T, K, H * K, FULL)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
@@ -495,7 +483,7 @@ def _backward_queries_kernel(
     dq2 = tl.zeros([BLOCK_Q, HALF], tl.float32)
     for start in range(0, min(T, (block + 1) * BLOCK_Q), BLOCK_K):
         k_time = start + tl.arange(0, BLOCK_K)
-        k1, k2 = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+        k1, k2, _k = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
         v = _load_rows(v_ptr, k_time, T, K, C, FULL)
         s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
@@ -506,4 +494,4 @@ def _backward_queries_kernel(
         dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
     dq1 *= SCALE
     dq2 *= SCALE
-    _store_unrotated(dq1, dq2, q_ptr, dq_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+    _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, q_time, T, K, C, HALF, QK_NORM)
