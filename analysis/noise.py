@@ -25,7 +25,6 @@ from rich.table import Table
 from analysis.boundary import learning_rate_axis, map_edges, near
 from analysis.classify import Labelling, classify, measured, trains
 from analysis.dimension import measure
-from analysis.zoom import train
 from engine.command import parse, user_errors
 from engine.config import PRECISIONS, SweepConfig
 from engine.grid import Axis, Grid
@@ -132,6 +131,8 @@ def permuted_problem(store: Store) -> Path:
 
 def train_lines(store: Store, share: float, chosen: list[str], device: str, console: Console) -> None:
     """Train the lines of every chosen variant that are not stored yet."""
+    from analysis.zoom import train  # brings torch; reading stored noise does without
+
     points = store.grid.shape[line_axis(store.grid)]
     lines = chosen_lines(points, share)
     for variant, config in variants(store).items():
