@@ -139,9 +139,9 @@ def resolve(config: SweepConfig, device: str) -> SweepConfig:
         config = resolve_shape(config)
     if config.network == "mlp" and config.data_points == 0:
         config = replace(config, data_points=16 if config.nonlinearity == "identity" else 272)
+    check(config)
     if config.micro_batch == 0 and config.network != "mlp":
         config = replace(config, micro_batch=automatic_micro_batch(config))
-    check(config)
     return config
 
 
@@ -164,20 +164,19 @@ def batch_values(config: SweepConfig) -> np.ndarray:
 
 
 def automatic_micro_batch(config: SweepConfig) -> int:
-    """Sequences a forward pass: the largest that every batch is a multiple of, if that fills a GPU.
+    """Sequences a forward pass: the batches' common divisor, cut evenly where it exceeds 4,096 tokens.
 
     A function of the configuration alone, never of the number of replicas or the free memory, so a
-    cell's sums are cut at the same places whatever machine or launch trains it. Batches up to 4,096
-    tokens are not cut; where the common divisor is below 1,024 tokens, rows are masked instead.
+    cell's sums are cut at the same places whatever machine or launch trains it. Where the common
+    divisor is below 1,024 tokens, too few to fill a GPU, rows are masked instead.
     """
     batches = batch_values(config)
-    largest = max(4096 // config.context, 1)
-    if len(batches) == 1:
-        pieces = -(-int(batches[0]) // largest)
-        return -(-int(batches[0]) // pieces)
     divisor = int(np.gcd.reduce(batches))
     enough = max(1024 // config.context, 1)
-    return min(divisor, largest) if divisor >= enough else min(int(batches.max()), enough)
+    if divisor < enough:
+        return min(int(batches.max()), enough)
+    pieces = -(-divisor // max(4096 // config.context, 1))
+    return -(-divisor // pieces)
 
 
 def check(config: SweepConfig) -> None:
@@ -205,6 +204,7 @@ def check(config: SweepConfig) -> None:
             raise ValueError(f"{name} is {value:g}, expected a value in [{rule.low:g}, {rule.high:g}]")
     for name, low in (
         ("context", 1),
+        ("eps", 0),
         ("micro_batch", 0),
         ("validation_rows", 1),
         ("steps", 1),

@@ -1,0 +1,66 @@
+"""Learning-rate schedules against their formulas, written out step by step."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import SCHEDULES
+from engine.schedule import factor
+
+
+def of_step(schedule: str, step: int, total: int, warmup: float, decay: float, floor: float) -> float:
+    """The factor of one step, in plain Python."""
+    warm = math.ceil(warmup * total)
+    if step < warm:
+        return (step + 1) / warm
+    behind = (step - warm) / max(total - warm, 1)
+    if schedule == "cosine":
+        return floor + (1 - floor) * (1 + math.cos(math.pi * behind)) / 2
+    if schedule == "linear":
+        return 1 - behind
+    if schedule == "wsd":
+        return floor + (1 - floor) * min((total - step) / max(decay * total, 1), 1)
+    return 1.0
+
+
+@given(
+    st.sampled_from(SCHEDULES),
+    st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.0, 0.1, 0.37, 1.0])), min_size=1, max_size=5),
+    st.sampled_from([0.0, 0.2, 1.0]),
+    st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_every_replica_follows_its_own_schedule(schedule, runs, decay, floor):
+    total_R = torch.tensor([total for total, _ in runs])
+    warmup_R = torch.tensor([warmup for _, warmup in runs], dtype=torch.float64)
+    for step in range(60):
+        got = factor(schedule, torch.full_like(total_R, step), total_R, warmup_R, decay, floor)
+        assert got.dtype == torch.float64
+        for (total, warmup), value in zip(runs, got.tolist(), strict=True):
+            if step < total:
+                # the same float64 formula; the cosine of two libraries differs by an ulp
+                assert value == pytest.approx(
+                    of_step(schedule, step, total, warmup, decay, floor), rel=1e-14, abs=1e-15
+                )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_rises_to_the_peak_and_never_rises_again(schedule):
+    total = torch.tensor([100])
+    warmup = torch.tensor([0.1], dtype=torch.float64)
+    values = torch.cat([factor(schedule, torch.tensor([step]), total, warmup, 0.2, 0.1) for step in range(100)])
+    assert torch.equal(values[:10], torch.arange(1, 11).double() / 10)
+    assert values.max() == 1
+    assert (values[10:].diff() <= 0).all()
+    assert values.min() > 0
+    ends = {"constant": 1.0, "cosine": 0.1, "wsd": 0.1, "linear": 0.0}
+    # one step before the end of the run: within a step's fall of the floor
+    assert abs(values[-1].item() - ends[schedule]) < 0.06
+
+
+def test_a_finished_replica_gets_a_finite_factor():
+    for schedule in SCHEDULES:
+        past = factor(schedule, torch.tensor([7, 0]), torch.tensor([5, 1]), torch.tensor([0.5, 1.0]).double(), 0.2, 0.1)
+        assert torch.isfinite(past).all()

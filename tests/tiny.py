@@ -1,0 +1,63 @@
+"""The smallest sweeps that still exercise everything: one layer, 16 wide, 8 tokens, a few steps, on the CPU."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.config import SweepConfig
+from engine.store import Store, open_store
+from engine.sweep import Rank, RunOptions, Setup, prepare, run_sweep
+
+# tensors of a few hundred elements: a second thread only waits
+torch.set_num_threads(1)
+
+WORDS = ["the", "cat", "sat", "on", "a", "red", "mat", "while", "rain", "fell", "over", "stones"]
+
+
+def write_chat(path: Path, dialogues: int = 60) -> Path:
+    """A .jsonl of short dialogues whose replies have different lengths, always the same ones."""
+    random = np.random.default_rng(0)
+    lines = []
+    for _ in range(dialogues):
+        question, reply = (" ".join(random.choice(WORDS, random.integers(1, 9))) for _ in range(2))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def tiny(folder: Path, y: str = "lr:log:1e-3:1e1:3", x: str = "tokens:linear:16:96:4", **changes) -> SweepConfig:
+    """A sweep of 3 x 4 cells of at most 6 steps over a chat file in `folder`."""
+    data = folder / "chat.jsonl"
+    if not data.exists():
+        write_chat(data)
+    config = SweepConfig(
+        y, x, width=16, heads=1, context=8, batch=2, tokens=64, data=str(data), data_rows=24, validation_rows=4
+    )
+    return replace(config, **changes)
+
+
+def sweep(config: SweepConfig, path: Path, **options) -> Store:
+    """The finished store of a sweep."""
+    run_sweep(config, RunOptions(store=str(path), figures=False, quiet=True, device="cpu", **options))
+    return open_store(path)
+
+
+def setup(config: SweepConfig, **options) -> Setup:
+    """What a sweep of this configuration would train with on the CPU."""
+    return prepare(config, RunOptions(device="cpu", **options), Rank(0, 1), None)
+
+
+def arrays(store: Store) -> dict[str, np.ndarray]:
+    """Every array of a store."""
+    return {name: store.read(name) for name in store.group.array_keys() if name not in ("y", "x")}
+
+
+def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """The same arrays, NaN payloads and signs of zero included."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].tobytes() == other[name].tobytes(), name
