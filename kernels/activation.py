@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.stacking import fold_vmap
+from kernels.stacking import custom_operator, fold_vmap
 
 BLOCK = 1024  # elements a program holds at once
 
@@ -50,7 +50,7 @@ def relu2_reference(x):
     return F.relu(x).square()
 
 
-@torch.library.custom_op("fractal::swiglu", mutates_args=())
+@custom_operator("fractal::swiglu")
 def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], width)
@@ -59,7 +59,7 @@ def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@torch.library.custom_op("fractal::swiglu_backward", mutates_args=())
+@custom_operator("fractal::swiglu_backward")
 def _swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(dy.numel(), BLOCK),)
@@ -69,14 +69,14 @@ def _swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return dgate_up
 
 
-@torch.library.custom_op("fractal::relu2", mutates_args=())
+@custom_operator("fractal::relu2")
 def _relu2(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _relu2_kernel[(triton.cdiv(x.numel(), BLOCK),)](x.contiguous(), y, x.numel(), BLOCK=BLOCK)
     return y
 
 
-@torch.library.custom_op("fractal::relu2_backward", mutates_args=())
+@custom_operator("fractal::relu2_backward")
 def _relu2_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _relu2_backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.stacking import dense_replicas, dot_precision, fold_vmap
+from kernels.stacking import custom_operator, dense_replicas, dot_precision, fold_vmap
 
 DTYPES = (torch.bfloat16, torch.float32)
 MAX_TIME = 2048
@@ -98,7 +98,7 @@ def _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads):
         )
 
 
-@torch.library.custom_op("fractal::attention", mutates_args=())
+@custom_operator("fractal::attention")
 def _attention(
     qkv_RBTC: torch.Tensor,
     cos_RTK2: torch.Tensor,
@@ -126,7 +126,7 @@ def _attention(
     return o_RBTD, logsumexp_RBHT
 
 
-@torch.library.custom_op("fractal::attention_backward", mutates_args=())
+@custom_operator("fractal::attention_backward")
 def _attention_backward(
     do_RBTD: torch.Tensor,
     qkv_RBTC: torch.Tensor,
@@ -186,7 +186,7 @@ def _shape(B, T, K, heads, kv_heads, qk_norm):
 def _forward_tiles(T, K, dtype):
     """Tile sizes from one replica's shape and dtype alone; BLOCK_K >= T means one block of keys."""
     if dtype == torch.bfloat16:
-        tiles = (128, 128, 8, 1) if T <= 128 else (128, 64, 8, 2)
+        tiles = (128, 128, 4, 1) if T <= 128 else (128, 64, 8, 2)
     else:
         tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
     return _cut(tiles, T, K)
@@ -195,7 +195,7 @@ def _forward_tiles(T, K, dtype):
 def _backward_tiles(T, K, dtype):
     """As `_forward_tiles`; smaller query blocks, since five products share the registers."""
     if dtype == torch.bfloat16:
-        tiles = (64 if K <= 64 else 32, 128, 8, 1) if T <= 128 else (64, 64, 4 if K <= 64 else 8, 2)
+        tiles = (128 if K <= 64 else 32, 128, 8, 1) if T <= 128 else (64, 64, 4 if K <= 64 else 8, 2)
     else:
         tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
     return _cut(tiles, T, K)

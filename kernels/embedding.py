@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.stacking import dense_replicas, fold_vmap
+from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 
 MAX_WIDTH = 16384
 
@@ -44,7 +44,7 @@ def embedding_reference(tokens_BT, weight_VD):
     return F.embedding(tokens_BT, weight_VD)
 
 
-@torch.library.custom_op("fractal::embedding", mutates_args=())
+@custom_operator("fractal::embedding")
 def _embedding(tokens_RBT: torch.Tensor, weight_RVD: torch.Tensor) -> torch.Tensor:
     R, V, D = weight_RVD.shape
     tokens_RBT, weight_RVD = dense_replicas(tokens_RBT), dense_replicas(weight_RVD)
@@ -57,7 +57,7 @@ def _embedding(tokens_RBT: torch.Tensor, weight_RVD: torch.Tensor) -> torch.Tens
     return y_RBTD
 
 
-@torch.library.custom_op("fractal::embedding_backward", mutates_args=())
+@custom_operator("fractal::embedding_backward")
 def _embedding_backward(dy_RBTD: torch.Tensor, tokens_RBT: torch.Tensor, vocabulary: int) -> torch.Tensor:
     R, _, _, D = dy_RBTD.shape
     tokens_RBT = dense_replicas(tokens_RBT)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.stacking import dense_replicas, fold_vmap
+from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 from kernels.tiles import Tile, tile_for
 
 # The interpreter multiplies bf16 wrongly, so there the tiles are widened first.
@@ -133,11 +133,27 @@ def _store(
 
 
 @triton.jit
-def _finish(
-    product, c, extra, replica, row, column, m, n, alpha, beta, c_R, c_row, extra_R, extra_row,
+def _load_b(
+    b, replica, at, column, k, n, b_R, b_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EPILOGUE: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr,
+    FORM: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
+    if FORM == "nt":
+        tile = _load(b, replica, column, at, n, k, b_R, b_row, COLUMNS, ROWS, TMA).T
+    else:
+        tile = _load(b, replica, at, column, k, n, b_R, b_row, ROWS, COLUMNS, TMA)
+    return tile.to(tl.float32) if WIDEN else tile
+
+
+@triton.jit
+def _finish(
+    product, c, extra, scale, replica, row, column, m, n, alpha, beta,
+    c_R, c_row, extra_R, extra_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EPILOGUE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if SCALED:
+        product *= scale
     if EPILOGUE == "add":
         addend = _load(
             extra, replica, row, column, m, n, extra_R, extra_row, ROWS, COLUMNS, TMA
@@ -157,81 +173,86 @@ def _finish(
 
 @triton.jit
 def _tile(
-    tile, a, b, c, extra, scale_R, m, n, k, alpha, beta,
+    tile, a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, HALVES: tl.constexpr,
+    WIDE: tl.constexpr, FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
+    HALF: tl.constexpr = BLOCK_N // 2
+    COLUMNS: tl.constexpr = BLOCK_N + HALF if WIDE else BLOCK_N
     tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
+    tiles_n = tl.cdiv(n, COLUMNS)
     replica = tile // (tiles_m * tiles_n)
     tile = tile % (tiles_m * tiles_n)
     group = tile // (GROUP_M * tiles_n)
     group_rows = min(tiles_m - group * GROUP_M, GROUP_M)
     in_group = tile % (GROUP_M * tiles_n)
     row = (group * GROUP_M + in_group % group_rows) * BLOCK_M
-    column = (in_group // group_rows) * BLOCK_N
+    column = (in_group // group_rows) * COLUMNS
 
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    third = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         at = step * BLOCK_K
         if FORM == "tn":
             a_tile = _load(a, replica, at, row, k, m, a_R, a_row, BLOCK_K, BLOCK_M, TMA).T
         else:
             a_tile = _load(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, TMA)
-        if FORM == "nt":
-            b_tile = _load(b, replica, column, at, n, k, b_R, b_row, BLOCK_N, BLOCK_K, TMA).T
-        else:
-            b_tile = _load(b, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, TMA)
         if WIDEN:
             a_tile = a_tile.to(tl.float32)
-            b_tile = b_tile.to(tl.float32)
-        accumulator = tl.dot(a_tile, b_tile, accumulator, input_precision=PRECISION)
+        b_tile = _load_b(
+            b, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, FORM, TMA, WIDEN
+        )  # fmt: skip
+        product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
+        if WIDE:
+            b_tile = _load_b(
+                b_half, replica, at, column + BLOCK_N, k, n, b_R, b_row, BLOCK_K, HALF,
+                FORM, TMA, WIDEN,
+            )  # fmt: skip
+            third = tl.dot(a_tile, b_tile, third, input_precision=PRECISION)
 
-    if SCALED:
-        accumulator *= tl.load(scale_R + replica)
-    if HALVES:
-        left, right = accumulator.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    scale = tl.load(scale_R + replica) if SCALED else 1.0
+    first, second = product.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    _finish(
+        first, c, extra, scale, replica, row, column, m, n, alpha, beta,
+        c_R, c_row, extra_R, extra_row, BLOCK_M, HALF, EPILOGUE, SCALED, DTYPE, TMA_STORE,
+    )  # fmt: skip
+    _finish(
+        second, c, extra, scale, replica, row, column + HALF, m, n, alpha, beta,
+        c_R, c_row, extra_R, extra_row, BLOCK_M, HALF, EPILOGUE, SCALED, DTYPE, TMA_STORE,
+    )  # fmt: skip
+    if WIDE:
         _finish(
-            left, c, extra, replica, row, column, m, n, alpha, beta, c_R, c_row, extra_R,
-            extra_row, BLOCK_M, BLOCK_N // 2, EPILOGUE, DTYPE, TMA_STORE,
-        )  # fmt: skip
-        _finish(
-            right, c, extra, replica, row, column + BLOCK_N // 2, m, n, alpha, beta, c_R, c_row,
-            extra_R, extra_row, BLOCK_M, BLOCK_N // 2, EPILOGUE, DTYPE, TMA_STORE,
-        )  # fmt: skip
-    else:
-        _finish(
-            accumulator, c, extra, replica, row, column, m, n, alpha, beta, c_R, c_row, extra_R,
-            extra_row, BLOCK_M, BLOCK_N, EPILOGUE, DTYPE, TMA_STORE,
+            third, c, extra, scale, replica, row, column + BLOCK_N, m, n, alpha, beta,
+            c_R, c_row, extra_R, extra_row, BLOCK_M, HALF, EPILOGUE, SCALED, DTYPE, TMA_STORE,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles"])  # one compiled kernel for any R
 def stacked_matmul_kernel(
-    a, b, c, extra, scale_R, tiles, m, n, k, alpha, beta,
+    a, b, b_half, c, extra, scale_R, tiles, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr, HALVES: tl.constexpr,
+    WIDE: tl.constexpr, FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
     WIDEN: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _tile(
-                tile, a, b, c, extra, scale_R, m, n, k, alpha, beta,
+                tile, a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
                 a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-                FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, HALVES, WIDEN,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, WIDE, FORM, EPILOGUE, SCALED,
+                DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
             )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0), a, b, c, extra, scale_R, m, n, k, alpha, beta,
+            tl.program_id(0), a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
             a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            FORM, EPILOGUE, SCALED, DTYPE, PRECISION, TMA, TMA_STORE, HALVES, WIDEN,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, WIDE, FORM, EPILOGUE, SCALED,
+            DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
         )  # fmt: skip
 
 
@@ -275,19 +296,20 @@ def stacked_matmul(
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if tile is None:
         tile = tile_for(form, m, n, k, a.dtype, precision)
-        if extra is not None:  # its tiles take the shared memory that persistence needs
-            tile = tile._replace(residents=0)
+        if extra is not None:  # its tiles take shared memory too
+            tile = tile._replace(stages=max(2, tile.stages - 1))
     # Decided by one replica's shape: a stack that is not aligned for TMA is copied, not rerouted.
     rows_whole = a.shape[2] % 8 == 0 and b.shape[2] % 8 == 0
     tma = a.dtype == torch.bfloat16 and rows_whole
-    tma_store = tma and tile.store and n % 8 == 0
+    tma_store = tma and n % 8 == 0
     a, b = (_aligned(operand) if tma else dense_replicas(operand) for operand in (a, b))
     block_a = (tile.block_k, tile.block_m) if form == "tn" else (tile.block_m, tile.block_k)
     block_b = (tile.block_n, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n)
-    block_c = (tile.block_m, tile.block_n // 2 if tile.halves else tile.block_n)
+    half_b = (tile.block_n // 2, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n // 2)
+    block_c = (tile.block_m, tile.block_n // 2)
     if extra is not None:
         extra = _aligned(extra) if tma_store else dense_replicas(extra)
-    tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.columns)
     programs = tiles
     if tile.residents:
         processors = torch.cuda.get_device_properties(a.device).multi_processor_count
@@ -296,6 +318,7 @@ def stacked_matmul(
     stacked_matmul_kernel[(programs,)](
         _described(a, block_a) if tma else a,
         _described(b, block_b) if tma else b,
+        _described(b, half_b) if tma else b,
         _described(c, block_c) if tma_store else c,
         _described(other, block_c) if tma_store else other,
         scale_R,
@@ -303,8 +326,8 @@ def stacked_matmul(
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         c.stride(0), c.stride(1), other.stride(0), other.stride(1),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-        FORM=form, EPILOGUE=epilogue, SCALED=scale_R is not None, DTYPE=DTYPES[a.dtype],
-        PRECISION=precision, TMA=tma, TMA_STORE=tma_store, HALVES=tile.halves,
+        WIDE=tile.wide, FORM=form, EPILOGUE=epilogue, SCALED=scale_R is not None,
+        DTYPE=DTYPES[a.dtype], PRECISION=precision, TMA=tma, TMA_STORE=tma_store,
         WIDEN=INTERPRETED, PERSISTENT=tile.residents > 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -325,7 +348,7 @@ def _described(operand: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 # ---- stacked operators ---------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fractal::matmul", mutates_args=())
+@custom_operator("fractal::matmul")
 def matmul_op(
     a: Tensor,
     b: Tensor,
@@ -352,7 +375,7 @@ def gradients(ctx, dy_RNO: Tensor, x_RNI: Tensor, weight_ROI: Tensor, scale_R=No
 
 
 @fold_vmap
-@torch.library.custom_op("fractal::linear", mutates_args=())
+@custom_operator("fractal::linear")
 def linear_op(x_RNI: Tensor, weight_ROI: Tensor) -> Tensor:
     return stacked_matmul(x_RNI, weight_ROI, "nt")
 
@@ -374,7 +397,7 @@ linear_op.register_autograd(_linear_backward, setup_context=_save_operands)
 
 
 @fold_vmap
-@torch.library.custom_op("fractal::linear_add", mutates_args=())
+@custom_operator("fractal::linear_add")
 def linear_add_op(x_RNI: Tensor, weight_ROI: Tensor, residual_RNO: Tensor) -> Tensor:
     return stacked_matmul(x_RNI, weight_ROI, "nt", "add", residual_RNO)
 
@@ -392,7 +415,7 @@ linear_add_op.register_autograd(_linear_add_backward, setup_context=_save_operan
 
 
 @fold_vmap
-@torch.library.custom_op("fractal::linear_relu2", mutates_args=())
+@custom_operator("fractal::linear_relu2")
 def linear_relu2_op(x_RNI: Tensor, weight_ROI: Tensor) -> Tensor:
     return stacked_matmul(x_RNI, weight_ROI, "nt", "relu2")
 
@@ -415,7 +438,7 @@ linear_relu2_op.register_autograd(_linear_relu2_backward, setup_context=_linear_
 
 
 @fold_vmap
-@torch.library.custom_op("fractal::relu2_mlp", mutates_args=())
+@custom_operator("fractal::relu2_mlp")
 def relu2_mlp_op(x_RND: Tensor, up_RFD: Tensor, down_RDF: Tensor, residual_RND: Tensor) -> tuple[Tensor, Tensor]:
     hidden_RNF = stacked_matmul(x_RND, up_RFD, "nt", "relu2")
     return stacked_matmul(hidden_RNF, down_RDF, "nt", "add", residual_RND), hidden_RNF

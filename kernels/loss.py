@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.linear import gradients, stacked_matmul
-from kernels.stacking import fold_vmap
+from kernels.stacking import custom_operator, fold_vmap
 
 IGNORED = -100
 IN_REGISTERS = 8192  # the longest row that is read once
@@ -164,7 +164,7 @@ def cross_entropy_(
 
 
 @fold_vmap
-@torch.library.custom_op("fractal::linear_cross_entropy", mutates_args=())
+@custom_operator("fractal::linear_cross_entropy")
 def linear_cross_entropy_op(
     x_RND: Tensor,
     weight_RVD: Tensor,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.stacking import dense_replicas, fold_vmap
+from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 
 MAX_WIDTH = 16384
 TILE = 4096  # elements a program holds at once
@@ -76,14 +76,14 @@ def _check(x, weight):
         raise ValueError(f"rms_norm got a weight {tuple(weight.shape)}, expected ({x.shape[-1]},): one value a channel")
 
 
-@torch.library.custom_op("fractal::rms_norm", mutates_args=())
+@custom_operator("fractal::rms_norm")
 def _rms_norm(x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float) -> torch.Tensor:
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     _forward(x, None, weight_RD, normed, None, eps)
     return normed
 
 
-@torch.library.custom_op("fractal::add_rms_norm", mutates_args=())
+@custom_operator("fractal::add_rms_norm")
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight_RD: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ def _add_rms_norm(
     return normed, total
 
 
-@torch.library.custom_op("fractal::rms_norm_backward", mutates_args=())
+@custom_operator("fractal::rms_norm_backward")
 def _rms_norm_backward(
     dnormed: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

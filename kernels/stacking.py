@@ -9,6 +9,39 @@ The one-replica function a network calls is the stacked operator at R = 1; under
 import torch
 
 
+class Operator:
+    """An operator of the dispatcher, as `torch.library.custom_op` makes it, without that wrapper's first call.
+
+    The wrapper guards every call against torch.compile's tracer and imports the compiler for it: about
+    four seconds at the start of each process, for something this project does not use. Registered
+    directly, the operator traces, differentiates and vmaps all the same.
+    """
+
+    def __init__(self, name, function):
+        self.name = name
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.impl(name, "default", function)
+        namespace, short = name.split("::")
+        self.call = getattr(getattr(torch.ops, namespace), short).default
+
+    def __call__(self, *arguments, **named):
+        return self.call(*arguments, **named)
+
+    def register_fake(self, function):
+        torch.library.register_fake(self.name, function)
+
+    def register_autograd(self, backward, *, setup_context):
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+    def register_vmap(self, rule):
+        torch.library.register_vmap(self.name, rule)
+
+
+def custom_operator(name):
+    """Decorator: register a function of tensors that mutates none of them as the operator `name`."""
+    return lambda function: Operator(name, function)
+
+
 def fold_vmap(operator):
     """Give the custom operator its vmap rule: fold the mapped dimension into the replicas.
 

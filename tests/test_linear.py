@@ -18,8 +18,6 @@ from kernels.linear import (
 )
 from kernels.tiles import TUNED, Tile, tile_for
 
-SMALL = Tile(32, 32, 32, 4, 2)
-
 
 def plain_inputs(R, N, outputs, inputs, dtype=torch.float32):
     return [
@@ -59,10 +57,12 @@ def test_blind_to_company(name):
 
 
 @pytest.mark.parametrize("form", ["nt", "nn", "tn"])
-@pytest.mark.parametrize("tile", [SMALL, SMALL._replace(halves=True), SMALL._replace(store=False)], ids=str)
-def test_every_way_to_move_a_bf16_tile(form, tile):
-    """Tensor maps and plain pointers, whole and in halves, on shapes that no tile divides."""
-    a, b = normal(0, 2, 63, 40).bfloat16(), normal(1, 2, 40, 72).bfloat16()
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("columns", [72, 70])
+def test_tiles_of_bf16(form, wide, columns):
+    """By tensor maps and by plain pointers, on shapes that no tile divides."""
+    tile = Tile(32, 32, 32, 4, 2, wide=wide)
+    a, b = normal(0, 2, 63, 40).bfloat16(), normal(1, 2, 40, columns).bfloat16()
     true = a.double() @ b.double()
     a = a.mT.contiguous() if form == "tn" else a
     b = b.mT.contiguous() if form == "nt" else b
@@ -100,7 +100,7 @@ def test_operator_is_well_registered():
     x, weight = plain_inputs(2, 5, 16, 8)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (x.requires_grad_(), weight.requires_grad_())
-    torch.library.opcheck(linear_op, arguments, test_utils=checks)
+    torch.library.opcheck(linear_op.call, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_bf16_matches_float64(name, shape):
 def test_fp32_precisions(name, precision):
     operator, reference, make = OPERATORS[name]
     torch.set_float32_matmul_precision(precision)
-    tolerance = 1e-6 if precision == "highest" else 1e-3  # tf32 keeps 10 bits
+    tolerance = 1e-6 if precision == "highest" else 3e-3  # tf32 keeps 10 bits; squares double it
     assert_close_to_float64(operator, reference, make(2, 1000, 320, 256), tolerance)
     torch.set_float32_matmul_precision("highest")
 
@@ -169,11 +169,11 @@ def test_bits_in_a_stack_of_64(form):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["nt", "nn", "tn"])
 def test_how_a_tile_is_moved_does_not_change_it(form):
-    """Persistence, halves and the store's path leave every bit; so does an unaligned stack."""
+    """Persistence, width, stages and order leave every bit; so does an unaligned stack."""
     a, b = (normal(i, 3, 512, 512, dtype=torch.bfloat16) for i in range(2))
     tile = Tile(128, 128, 64, 8, 3)
     wanted = stacked_matmul(a, b, form, tile=tile)
-    for change in ({"residents": 1}, {"halves": True}, {"store": False}, {"group_m": 1}):
+    for change in ({"residents": 1}, {"wide": True}, {"stages": 4}, {"group_m": 1}):
         assert torch.equal(wanted, stacked_matmul(a, b, form, tile=tile._replace(**change)))
     flat = torch.zeros(3, 512 * 512 + 3, dtype=torch.bfloat16, device=DEVICE)
     view = flat[:, 3:].unflatten(1, (512, 512)).copy_(b)
