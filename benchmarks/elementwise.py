@@ -3,7 +3,7 @@
     python benchmarks/elementwise.py [name ...]
 
 Names are the keys of BENCHMARKS below; without any, all run. Same table, columns and file as
-benchmarks/kernels.py. Bytes are the fewest that must move: each input read and each output written once.
+benchmarks/operators.py. Bytes are the fewest that must move: each input read and each output written once.
 
 R replica, B batch, T time, D width, H query heads, G key/value heads, K head dim, F MLP width,
 V vocabulary.
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels import row
+from benchmarks.operators import row
 from benchmarks.timing import append_rows, copy_terabytes, milliseconds
 from kernels.activation import relu2, swiglu
 from kernels.attention import qkv_attention
