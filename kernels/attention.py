@@ -186,7 +186,7 @@ def _shape(B, T, K, heads, kv_heads, qk_norm):
 def _forward_tiles(T, K, dtype):
     """Tile sizes from one replica's shape and dtype alone; BLOCK_K >= T means one block of keys."""
     if dtype == torch.bfloat16:
-        tiles = (128, 128, 4, 1) if T <= 128 else (128, 64, 8, 2)
+        tiles = (64 if K <= 64 else 128, 128, 4, 1) if T <= 128 else (128, 64, 8, 2)
     else:
         tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
     return _cut(tiles, T, K)
