@@ -156,7 +156,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     for r in rows:
         print(f"{r['kernel']:24}{r['case']:44}{r['ms']:9.4f} ms {r['work']:6.2f} TB/s{r['ratio']:7.2f} x {r['peer']}")
-    print(f"rows appended to {append_rows('kernels.csv', rows)}")
+    print(f"rows appended to {append_rows('operators.csv', rows)}")
 
 
 if __name__ == "__main__":
