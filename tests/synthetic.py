@@ -45,7 +45,7 @@ def language_store(
     above = np.log10(lr / critical)
     step = np.arange(steps.max())
     good = 5.5 - 3.0 * np.exp(above)[..., None] * (1 - np.exp(-step * lr[..., None] * 0.3))
-    bad = 5.5 + 2 * np.maximum(above, 0)[..., None] * (1 - np.exp(-step / 3))
+    bad = 5.5 + (0.5 + 2 * np.maximum(above, 0))[..., None] * (1 - np.exp(-step / 3))
     losses = np.where(above[..., None] <= 0, good, bad) + 0.05 * random.standard_normal(good.shape)
     losses[..., 0] = 5.5
     breaks_at = np.where(above > 1, np.clip(12 / np.maximum(above, 1) ** 3, 1, steps - 1).astype(int), -1)
