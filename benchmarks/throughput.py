@@ -1,0 +1,274 @@
+"""How fast a stack trains, beside the other ways to train the same networks: `uv run benchmarks/throughput.py`.
+
+For every network: a plain eager loop, the best sequential loop (torch.compile and one CUDA graph a step),
+torch.func.vmap with torch.compile, JAX's vmap with jit, and this project's stack at several numbers of
+replicas R. Same weights, batches and numerics (see benchmarks/peers.py), 1,024 tokens a replica-step, each in
+a process of its own on an otherwise idle GPU. Needs a CUDA GPU; JAX is left out where it is not installed.
+
+The roofline is FLOPs / peak + 28 bytes a parameter / bandwidth, with nothing overlapped: plain AdamW with
+bf16 gradients moves 28 bytes. It is reported twice, with the ceilings measured in the same run and with fixed
+ones (733 TFLOP/s and 3.0 TB/s, one H100), so that runs can be compared.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import append_rows
+from engine.command import parse, user_errors
+from engine.models import parameter_shapes
+from engine.models.gpt import GPT, GPTConfig, flops_per_token
+
+PEERS = Path(__file__).with_name("peers.py")
+CONTEXT, BATCH = 128, 8
+BYTES = 28  # a parameter and step: bf16 gradient, fp32 master and moments, bf16 weight
+FIXED = {"flops": 733e12, "bytes": 3.0e12}
+SEQUENTIAL = ("eager", "sequential")
+OTHERS = ("eager", "sequential", "vmap", "jax", "jax_cudnn")
+
+
+class Case(NamedTuple):
+    """A network, and the numbers of replicas to train."""
+
+    depth: int
+    vocabulary: int
+    ours: tuple[int, ...]
+    stacked: tuple[int, ...]
+
+
+CASES = {
+    "d4": Case(4, 4096, (1, 16, 64, 128, 256), (64, 256)),
+    "d8": Case(8, 4096, (8, 32), (32,)),
+    "d12": Case(12, 32768, (4, 16), (16,)),
+    "d20": Case(20, 65536, (5, 7), (4,)),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    networks: str = "d4,d8,d12,d20"  # of d4, d8, d12, d20
+    peers: str = "all"  # all, none, or names: eager, sequential, vmap, jax, jax_cudnn
+    replicas: str = ""  # numbers of replicas of our stack (default: the network's own)
+    seconds: float = 1.5  # time spent on timed steps, each
+    timeout: float = 180.0  # seconds after which a peer has failed
+    plot: str = "results/throughput.png"  # where the plot goes
+
+
+def names(text: str, known: tuple[str, ...], option: str) -> list[str]:
+    """A comma-separated option, checked.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    chosen = [name.strip() for name in text.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"--{option} names {name!r}, expected some of {', '.join(known)}")
+    return chosen
+
+
+def plan(options: Options) -> dict[str, list[tuple[str, int]]]:
+    """The (peer, replicas) to measure for every network.
+
+    Raises:
+        ValueError: an option names what does not exist.
+    """
+    peers = names(options.peers, OTHERS, "peers") if options.peers not in ("all", "none") else []
+    if options.peers == "all":
+        with_jax = find_spec("jax") and find_spec("optax")
+        peers = [peer for peer in OTHERS if with_jax or not peer.startswith("jax")]
+    if options.replicas and not all(text.strip().isdecimal() for text in options.replicas.split(",")):
+        raise ValueError(f"--replicas is {options.replicas!r}, expected whole numbers with commas between")
+    work = {}
+    for network in names(options.networks, tuple(CASES), "networks"):
+        case = CASES[network]
+        ours = [int(text) for text in options.replicas.split(",")] if options.replicas else case.ours
+        lone = [(peer, 1) for peer in peers if peer in SEQUENTIAL]
+        stacked = [(peer, count) for peer in peers if peer not in SEQUENTIAL for count in case.stacked]
+        work[network] = lone + stacked + [("ours", count) for count in ours]
+    return work
+
+
+def run_peer(peer: str, timeout: float, **arguments: float) -> dict:
+    """What a process of benchmarks/peers.py measured, or {"error": why it did not}."""
+    command = [sys.executable, str(PEERS), "--peer", peer]
+    for name, value in arguments.items():
+        command += [f"--{name}", str(value)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {timeout:g} s"}
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = [line for line in lines if "Error" in line or "error:" in line] or lines or [f"exit {done.returncode}"]
+        return {"error": said[-1][:200], "log": "\n".join(lines[-20:])}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def roofline_ms(shape: GPTConfig, ceilings: dict[str, float]) -> float:
+    """Milliseconds a replica-step at least takes, its arithmetic and AdamW's traffic one after the other."""
+    flops, moved = work_of(shape)
+    return 1e3 * (flops / ceilings["flops"] + moved / ceilings["bytes"])
+
+
+def work_of(shape: GPTConfig) -> tuple[float, float]:
+    """FLOPs and bytes of one replica-step."""
+    with torch.device("meta"):
+        parameters = sum(prod(sizes) for sizes in parameter_shapes(GPT(shape)).values())
+    return flops_per_token(shape) * CONTEXT * BATCH, float(parameters * BYTES)
+
+
+def row_of(network: str, peer: str, replicas: int, result: dict, ceilings: dict[str, float]) -> dict:
+    """A row of the table and of results/throughput.csv; ratios are put in by `with_ratios`."""
+    case = CASES[network]
+    width, heads = 64 * case.depth, case.depth
+    shape = GPTConfig(case.depth, width, heads, heads, CONTEXT, case.vocabulary)
+    row = {"network": network, "peer": peer, "replicas": replicas}
+    empty = (
+        "replica_step_ms tokens_per_s tflops terabytes_per_s of_roofline_measured of_roofline_fixed peak_gib setup_s "
+        "first_loss last_loss"
+    )
+    row |= dict.fromkeys(empty.split(), "")
+    row |= {"matmul_tflops": round(ceilings["flops"] / 1e12, 1), "copy_terabytes_per_s": ceilings["bytes"] / 1e12}
+    row |= {f"vs_{other}": "" for other in ("eager", "sequential", "vmap", "jax")}
+    row["error"] = result.get("error", "")
+    if row["error"]:
+        return row
+    ms = result["step_ms"] / replicas
+    flops, moved = work_of(shape)
+    return row | {
+        "replica_step_ms": ms,
+        "tokens_per_s": CONTEXT * BATCH / ms * 1e3,
+        "tflops": flops / ms / 1e9,
+        "terabytes_per_s": moved / ms / 1e9,
+        "of_roofline_measured": roofline_ms(shape, ceilings) / ms,
+        "of_roofline_fixed": roofline_ms(shape, FIXED) / ms,
+        "peak_gib": result["peak_bytes"] / 2**30,
+        "setup_s": result["setup_s"],
+        "first_loss": result["first_loss"],
+        "last_loss": result["last_loss"],
+    }
+
+
+def with_ratios(rows: list[dict]) -> list[dict]:
+    """How many times faster every row is than each other way at its best; both forms of JAX count as one."""
+    for other in ("eager", "sequential", "vmap", "jax"):
+        best = [r["replica_step_ms"] for r in rows if r["peer"].split("_")[0] == other and not r["error"]]
+        for row in rows:
+            if best and not row["error"]:
+                row[f"vs_{other}"] = min(best) / row["replica_step_ms"]
+    return rows
+
+
+def rounded(rows: list[dict]) -> list[dict]:
+    """Figures to four significant digits, losses to six."""
+
+    def figure(name: str, value: object) -> object:
+        return float(f"{value:.{6 if 'loss' in name else 4}g}") if isinstance(value, float) else value
+
+    return [{name: figure(name, value) for name, value in row.items()} for row in rows]
+
+
+def table_of(network: str, rows: list[dict]) -> Table:
+    """One network's rows for people."""
+    case, first = CASES[network], rows[0]
+    table = Table(
+        title=f"{network}: {64 * case.depth} wide, V {case.vocabulary:,}; {CONTEXT * BATCH:,} tokens a replica-step; "
+        f"measured ceilings {first['matmul_tflops']:.0f} TFLOP/s, {first['copy_terabytes_per_s']:.2f} TB/s",
+        title_justify="left",
+    )
+    columns = {
+        "ms": ("replica_step_ms", ".4f"),
+        "tokens/s": ("tokens_per_s", ",.0f"),
+        "TFLOP/s": ("tflops", ".0f"),
+        "TB/s": ("terabytes_per_s", ".2f"),
+        "of roofline (measured)": ("of_roofline_measured", ".2f"),
+        "(fixed)": ("of_roofline_fixed", ".2f"),
+        "x eager": ("vs_eager", ".2f"),
+        "x sequential": ("vs_sequential", ".2f"),
+        "x vmap": ("vs_vmap", ".2f"),
+        "x JAX": ("vs_jax", ".2f"),
+        "peak GiB": ("peak_gib", ".1f"),
+        "set-up s": ("setup_s", ".1f"),
+    }
+    table.add_column("peer")
+    for title in ("R", *columns):
+        table.add_column(title, justify="right")
+    for row in rows:
+        start = (row["peer"], str(row["replicas"]))
+        if row["error"]:
+            table.add_row(*start, "failed")
+        else:
+            table.add_row(*start, *("" if row[n] == "" else format(row[n], form) for n, form in columns.values()))
+    return table
+
+
+def draw(measured: dict[str, list[dict]], path: Path) -> None:
+    """Milliseconds a replica-step over R, one panel a network, with the roofline."""
+    figure = Figure(figsize=(4.2 * len(measured), 3.8))
+    axes = figure.subplots(1, len(measured), squeeze=False)
+    colours = dict(zip(("ours", *OTHERS), ("C3", "0.6", "C0", "C2", "C1", "C4"), strict=True))
+    for axis, (network, rows) in zip(axes[0], measured.items(), strict=True):
+        good = [row for row in rows if not row["error"]]
+        for peer, colour in colours.items():
+            mine = [row for row in good if row["peer"] == peer]
+            if peer in SEQUENTIAL and mine:
+                axis.axhline(mine[0]["replica_step_ms"], color=colour, linestyle="--", label=peer)
+            elif mine:
+                points = [row["replicas"] for row in mine], [row["replica_step_ms"] for row in mine]
+                axis.plot(*points, marker="o", color=colour, label=peer)
+        if good:
+            floor = good[0]["replica_step_ms"] * good[0]["of_roofline_measured"]
+            axis.axhline(floor, color="black", linewidth=1, label="roofline")
+        axis.set(title=network, xlabel="replicas R", yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.legend(fontsize=7)
+    axes[0, 0].set_ylabel("ms a replica-step")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """The command."""
+    options = parse(Options, __doc__.split("\n\n")[0])
+    console = Console(soft_wrap=True, highlight=False, width=180)
+    with user_errors():
+        work = plan(options)
+        if not torch.cuda.is_available():
+            raise ValueError("no CUDA GPU is visible, expected one: run this on a machine that has it")
+    ceilings = run_peer("ceilings", options.timeout)
+    if "error" in ceilings:
+        sys.exit(f"the ceilings could not be measured: {ceilings['error']}")
+    measured = {}
+    for network, pairs in work.items():
+        case, rows = CASES[network], []
+        for peer, replicas in pairs:
+            shape = {"depth": case.depth, "vocabulary": case.vocabulary, "context": CONTEXT, "batch": BATCH}
+            result = run_peer(peer, options.timeout, replicas=replicas, seconds=options.seconds, **shape)
+            row = row_of(network, peer, replicas, result, ceilings)
+            took = row["error"] or f"{row['replica_step_ms']:.4f} ms a replica-step, set-up {row['setup_s']:.1f} s"
+            console.print(f"{network} {peer} R={replicas}: {took}", result.get("log", ""), markup=False)
+            rows.append(row)
+        measured[network] = with_ratios(rows)
+        append_rows("throughput.csv", rounded(rows))
+        console.print(table_of(network, rows))
+        draw(measured, Path(options.plot))
+    console.print(f"plot: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The benchmarks compare like with like: every peer trains the same network; rows and ratios are right."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import invariance, peers, throughput
+from engine.config import SweepConfig, resolve
+from engine.models.gpt import GPTConfig
+from engine.network import load_network
+
+CPU = torch.device("cpu")
+STEPS = 8
+
+
+def losses(peer: str, precision: str) -> np.ndarray:
+    """Losses [S, R] of a small GPT trained by a peer on the CPU."""
+    replicas = 1 if peer in throughput.SEQUENTIAL else 3
+    options = peers.Options(peer, 2, 320, replicas, context=16, batch=4, precision=precision, device="cpu")
+    run = peers.build(options)
+    run.advance(STEPS)
+    run.wait()
+    return run.losses(STEPS)
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[str, np.ndarray]:
+    return {precision: losses("ours", precision) for precision in ("fp32", "bf16")}
+
+
+# fp32: sums in another order. bf16: roundings of activations differ, and losses have moved by 0.4 meanwhile.
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-3)])
+@pytest.mark.parametrize("peer", ["eager", "sequential", "vmap", "jax"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # attention under vmap on a CPU
+def test_every_peer_trains_the_network_that_we_train(peer, precision, tolerance, ours):
+    if peer == "jax":
+        pytest.importorskip("jax")
+        pytest.importorskip("optax")
+    theirs = losses(peer, precision)
+    np.testing.assert_allclose(theirs, ours[precision][:, : theirs.shape[1]], rtol=0, atol=tolerance)
+
+
+def test_the_replicas_of_the_comparison_differ(ours):
+    first, last = ours["fp32"][0], ours["fp32"][-1]
+    assert (first == first[0]).all() and np.ptp(last) > 0.1
+
+
+@pytest.mark.parametrize(("name", "milliseconds"), [("d4", 0.085), ("d8", 0.51), ("d12", 2.20), ("d20", 9.26)])
+def test_roofline_of_the_networks(name, milliseconds):
+    case = throughput.CASES[name]
+    shape = GPTConfig(case.depth, 64 * case.depth, case.depth, case.depth, throughput.CONTEXT, case.vocabulary)
+    assert throughput.roofline_ms(shape, throughput.FIXED) == pytest.approx(milliseconds, rel=0.01)
+
+
+def test_rows_keep_failures_and_compare_with_the_best_of_each_peer():
+    def result(ms: float) -> dict:
+        return {"step_ms": ms, "peak_bytes": 2**30, "setup_s": 1.0, "first_loss": 8.3, "last_loss": 8.2}
+
+    ceilings = {"flops": 700e12, "bytes": 3e12}
+    measured = [
+        ("sequential", 1, result(0.8)),
+        ("jax", 64, result(64 * 0.3)),
+        ("jax_cudnn", 64, result(64 * 0.2)),
+        ("vmap", 64, {"error": "not done after 1 s"}),
+        ("ours", 64, result(64 * 0.1)),
+    ]
+    rows = throughput.with_ratios([throughput.row_of("d4", *each, ceilings) for each in measured])
+    assert len({tuple(row) for row in rows}) == 1  # one header for all
+    ours = rows[-1]
+    assert ours["vs_sequential"] == pytest.approx(8) and ours["vs_jax"] == pytest.approx(2)
+    assert ours["vs_vmap"] == "" and rows[3]["error"] == "not done after 1 s"
+    assert ours["tokens_per_s"] == pytest.approx(1024 / 0.1e-3)
+    throughput.table_of("d4", throughput.rounded(rows))
+
+
+def test_plot_and_plan(tmp_path):
+    ceilings = {"flops": 700e12, "bytes": 3e12}
+    result = {"step_ms": 6.4, "peak_bytes": 2**30, "setup_s": 1.0, "first_loss": 8.3, "last_loss": 8.2}
+    rows = [throughput.row_of("d4", "ours", 64, result, ceilings)]
+    throughput.draw({"d4": throughput.with_ratios(rows)}, tmp_path / "made" / "plot.png")
+    assert (tmp_path / "made" / "plot.png").stat().st_size > 0
+    work = throughput.plan(throughput.Options(networks="d8", peers="eager,vmap", replicas="2,4"))
+    assert work == {"d8": [("eager", 1), ("vmap", 32), ("ours", 2), ("ours", 4)]}
+    with pytest.raises(ValueError, match="--networks names 'd5', expected some of d4, d8, d12, d20"):
+        throughput.plan(throughput.Options(networks="d5"))
+
+
+@pytest.mark.parametrize("form", invariance.FORMS)
+def test_a_subject_is_found_in_every_slot_and_has_its_bits_again_in_a_used_one(form):
+    shape = {"depth": 1, "vocabulary": 320, "context": 16, "batch": 8, "precision": "fp32"}
+    config = resolve(SweepConfig(**({"x": "tokens:log:2048:1e9:2"} | invariance.FORMS[form] | shape)), "cpu")
+    network = load_network(config, CPU)
+    corpus = invariance.masked_corpus(config, network.vocabulary)
+    (alone,) = invariance.train(config, network, corpus, 1, [invariance.subject(config, 10)], CPU)
+    assert np.isfinite(alone.losses).all() and len(alone.norms) == (10 if form == "clip" else 0)
+    assert np.isfinite(alone.norms).all()
+    # a CPU's bits are the same at the same width only
+    again = list(invariance.train(config, network, corpus, 1, invariance.company(config, 1, 10), CPU))
+    assert [invariance.difference(alone, other) for other in again] == ["", ""]
+    beside = list(invariance.train(config, network, corpus, 5, invariance.company(config, 5, 10), CPU))
+    assert sorted(other.slot for other in beside) == [0, 1, 2, 4]
+    for other in beside:
+        np.testing.assert_allclose(other.losses, alone.losses, rtol=1e-4)
+
+
+def test_one_changed_bit_is_a_difference():
+    alone = invariance.Measured(0, np.float32([3, 2]), np.float32([1, 1]), 2.0, 7)
+    assert invariance.difference(alone, alone._replace(slot=5)) == ""
+    changed = np.nextafter(alone.losses, np.float32([3, 9]), dtype=np.float32)
+    assert invariance.difference(alone, alone._replace(losses=changed)).startswith("losses, step 1")
+    assert invariance.difference(alone, alone._replace(norms=alone.norms[:1])).startswith("norms: 1 steps")
+    assert invariance.difference(alone, alone._replace(digest=8)).startswith("weights digest")
