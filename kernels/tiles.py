@@ -16,15 +16,24 @@ import torch
 
 
 class Tile(NamedTuple):
+    """A tile of block_m x block_n results, or of block_m x 1.5 block_n where `wide`.
+
+    Results are finished and stored in pieces of block_n / 2 columns, so that their shared memory
+    leaves room for one stage more.
+    """
+
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
     residents: int = 0  # persistent programs a multiprocessor; 0: one program a tile
-    halves: bool = False  # finish and store in two halves: half the shared memory for it
-    store: bool = True  # write the result through the tensor-map engine
+    wide: bool = False
     group_m: int = 8  # rows of tiles that share columns of b while both are in L2
+
+    @property
+    def columns(self) -> int:
+        return self.block_n * 3 // 2 if self.wide else self.block_n
 
 
 TABLE = Path(__file__).with_name("tuned_tiles.json")
@@ -42,13 +51,25 @@ def tile_for(form: str, m: int, n: int, k: int, dtype: torch.dtype, precision: s
             return Tile(64, 64, 16, 4, 2)
         return Tile(64, 128, 32, 4, 3) if min(m, n) > 64 else Tile(64, 64, 32, 4, 3)
     tuned = TUNED.get(tile_key(form, m, n, k, dtype))
-    return tuned if tuned is not None else default_tile(m, n, k)
+    return tuned if tuned is not None else default_tile(m, n)
 
 
-def default_tile(m: int, n: int, k: int) -> Tile:
-    """Large tiles where a replica fills them, smaller ones where they would stand half empty."""
-    if m <= 64 or n <= 64:
-        return Tile(64, 64, 64, 4, 4)
-    if m >= 512 and n >= 512 and k >= 512:
-        return Tile(128, 256, 64, 8, 3, residents=1, halves=True)
-    return Tile(128, 128, 64, 8, 3)
+# Tiles for bf16 with the share of the largest tile's rate that each reaches when it is full.
+SHAPES = {
+    Tile(128, 256, 64, 8, 4, residents=1): 1.0,
+    Tile(128, 128, 64, 8, 4, residents=1, wide=True): 0.97,
+    Tile(128, 128, 64, 4, 3, residents=2): 0.96,
+    Tile(64, 128, 64, 4, 4, residents=2): 0.75,
+    Tile(64, 64, 64, 4, 4, residents=2): 0.6,
+}
+
+
+def default_tile(m: int, n: int) -> Tile:
+    """The tile that loses least to its own rate and to the parts of it outside [m, n]."""
+
+    def rate(tile: Tile) -> float:
+        padded_m = -(-m // tile.block_m) * tile.block_m
+        padded_n = -(-n // tile.columns) * tile.columns
+        return SHAPES[tile] * m * n / (padded_m * padded_n)
+
+    return max(SHAPES, key=rate)

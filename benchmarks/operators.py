@@ -1,0 +1,186 @@
+"""Each kernel against what torch, cuBLAS or a copy does with the same data, in the same run.
+
+    python benchmarks/operators.py [name ...]
+
+Names are the keys of BENCHMARKS below; without any, all run. Prints a table and appends its rows to
+benchmarks/results/operators.csv. `rate` is TFLOP/s for matrix products, else TB/s of
+the bytes that must move; `ratio` is the peer's time over the kernel's.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.timing import append_rows, copy_terabytes, milliseconds
+from benchmarks.tune import TOKENS, bmm, problems, rotated
+from kernels.adamw import accumulate_, adamw_, adamw_split_, global_norm
+from kernels.linear import linear_add_op, linear_op, linear_relu2_op, stacked_matmul
+from kernels.loss import cross_entropy_
+from kernels.newton_schulz import newton_schulz, newton_schulz_reference
+
+PARAMETERS = 1 << 28  # of all replicas, for the memory-bound kernels
+
+
+def row(kernel: str, case: str, ms: float, work: float, unit: str, peer: str, peer_ms: float) -> dict:
+    """One line of the table: `work` is what one call does, in 1e12 operations or bytes."""
+    rate = work / ms * 1e3
+    figures = {"ms": round(ms, 5), "rate": round(rate, 4), "unit": unit}
+    against = {"peer": peer, "peer_ms": round(peer_ms, 5), "ratio": round(peer_ms / ms, 4)}
+    return {"kernel": kernel, "case": case} | figures | against
+
+
+def measure_linear() -> list[dict]:
+    """Every product of every network against torch.bmm, both timed twice and in turn."""
+    rows = []
+    names = {"nt": "y", "nn": "dX", "tn": "dW"}
+    for network, replicas, form, m, n, k in problems():
+        sets = rotated(replicas, form, m, n, k)
+        ours = [partial(stacked_matmul, a, b, form, out=out) for a, b, out in sets]
+        theirs = [partial(bmm, a, b, out, form) for a, b, out in sets]
+        times = [(milliseconds(ours), milliseconds(theirs)) for _ in range(2)]
+        ms, bmm_ms = (statistics.mean(pair) for pair in zip(*times, strict=True))
+        case = f"{network} R={replicas} {names[form]} {m}x{n}x{k}"
+        rows.append(row("linear bf16", case, ms, 2e-12 * replicas * m * n * k, "TFLOP/s", "bmm", bmm_ms))
+    mean = statistics.geometric_mean([r["ratio"] for r in rows])
+    print(f"linear bf16: geometric mean of bmm / ours over {len(rows)} products: {mean:.3f}")
+    return rows
+
+
+def measure_fused_linear() -> list[dict]:
+    """Fused epilogues against bmm and the elementwise operations around it; fp32 against bmm."""
+    return [
+        line
+        for network, replicas, d in (("d4", 64, 256), ("d12", 16, 768))
+        for line in fused_linear_rows(f"{network} R={replicas}", replicas, d)
+    ]
+
+
+def fused_linear_rows(case: str, replicas: int, d: int) -> list[dict]:
+    def normal(*shape):
+        return torch.randn(shape, device="cuda").bfloat16()
+
+    x, residual = normal(replicas, TOKENS, d), normal(replicas, TOKENS, d)
+    up, down = normal(replicas, 4 * d, d) / d**0.5, normal(replicas, d, 4 * d) / d**0.5
+    hidden = linear_relu2_op(x, up)
+    cases = {
+        "linear_relu2": (
+            lambda: linear_relu2_op(x, up),
+            lambda: torch.bmm(x, up.mT).relu().square(),
+        ),
+        "linear_add": (
+            lambda: linear_add_op(hidden, down, residual),
+            lambda: residual + torch.bmm(hidden, down.mT),
+        ),
+        "relu2_backward": (
+            lambda: stacked_matmul(x, down, "nn", "relu2_backward", hidden),
+            lambda: torch.bmm(x, down) * (2 * hidden.sqrt()),
+        ),
+    }
+    work = 2e-12 * replicas * TOKENS * 4 * d * d
+    rows = [
+        row(name, case, milliseconds([ours]), work, "TFLOP/s", "bmm + torch", milliseconds([theirs]))
+        for name, (ours, theirs) in cases.items()
+    ]
+    wide, weight = x.float(), up.float()
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        ms = milliseconds([lambda: linear_op(wide, weight)])
+        bmm_ms = milliseconds([lambda: torch.bmm(wide, weight.mT)])
+        rows.append(row(f"linear fp32 {precision}", case, ms, work, "TFLOP/s", "bmm", bmm_ms))
+    torch.set_float32_matmul_precision("highest")
+    return rows
+
+
+def measure_loss() -> list[dict]:
+    """The row kernel against a copy of the logits, which also reads and writes them once."""
+    cases = [("d4", 64, 4096), ("d12", 16, 32768), ("d20", 5, 65536), ("SmolLM2", 16, 49152)]
+    return [line for case in cases for line in loss_rows(*case)]
+
+
+def loss_rows(network: str, replicas: int, vocabulary: int) -> list[dict]:
+    logits = torch.randn(replicas, TOKENS, vocabulary, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(logits)
+    targets = torch.randint(vocabulary, (replicas, TOKENS), device="cuda")
+    smoothing = torch.zeros(replicas, device="cuda")
+    copy_ms = milliseconds([lambda: target.copy_(logits)])
+    rows = []
+    for softcap in (0.0, 15.0):
+        ms = milliseconds([partial(cross_entropy_, logits, targets, smoothing, softcap, True)])
+        case = f"{network} R={replicas} V={vocabulary} softcap={softcap:g}"
+        rows.append(row("cross_entropy", case, ms, 2e-12 * logits.nbytes, "TB/s", "copy", copy_ms))
+    return rows
+
+
+def measure_adamw() -> list[dict]:
+    """AdamW plain and split, the norm and accumulation against the copy bandwidth and torch's fused AdamW."""
+    replicas = 16
+    n = PARAMETERS // replicas
+    shape = (replicas, n)
+    gradient = torch.randn(shape, device="cuda").bfloat16()
+    master, first, second = (torch.zeros(shape, device="cuda") for _ in range(3))
+    weight, remainder = master.bfloat16(), master.to(torch.int16)
+    scalars = [torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 0.5, 0.5)]
+    active = torch.ones(replicas, dtype=torch.bool, device="cuda")
+    nonfinite = torch.zeros(replicas, dtype=torch.int32, device="cuda")
+    rest = (*scalars, 1e-8, None, active, nonfinite)
+    copy = copy_terabytes()
+    print(f"copy: {copy:.3f} TB/s")
+    cases = {
+        "adamw": (28, partial(adamw_, master, gradient, weight, first, second, *rest)),
+        "adamw_split": (26, partial(adamw_split_, remainder, gradient, weight, first, second, *rest)),
+        "global_norm": (2, partial(global_norm, [gradient])),
+        "accumulate": (10, partial(accumulate_, master, gradient, ~active, active)),
+    }
+    case = f"{replicas} x {n}"
+    rows = []
+    for name, (size, call) in cases.items():
+        terabytes = 1e-12 * size * PARAMETERS
+        ms = milliseconds([call], budget=40)
+        rows.append(row(name, case, ms, terabytes, "TB/s", "copy", terabytes / copy * 1e3))
+    parameter = torch.nn.Parameter(master.clone())
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], fused=True, capturable=True)
+    fused_ms = milliseconds([optimizer.step], budget=40)  # 28 bytes too: fp32 gradient, no bf16 weight
+    rows.append(row("adamw", case, rows[0]["ms"], 28e-12 * PARAMETERS, "TB/s", "torch fused", fused_ms))
+    return rows
+
+
+def measure_newton_schulz() -> list[dict]:
+    rows = []
+    for case, shape in (("d4 R=64", (64, 1024, 256)), ("d12 R=16", (16, 3072, 768))):
+        matrix = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        side, length = min(shape[1:]), max(shape[1:])
+        work = 5e-12 * shape[0] * (4 * side * side * length + 2 * side**3)
+        ms, torch_ms = (milliseconds([partial(form, matrix)]) for form in (newton_schulz, newton_schulz_reference))
+        rows.append(row("newton_schulz", f"{case} {shape[1]}x{shape[2]}", ms, work, "TFLOP/s", "torch", torch_ms))
+    return rows
+
+
+BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
+    "linear": measure_linear,
+    "fused_linear": measure_fused_linear,
+    "loss": measure_loss,
+    "adamw": measure_adamw,
+    "newton_schulz": measure_newton_schulz,
+}
+
+
+def main() -> None:
+    unknown = set(sys.argv[1:]) - set(BENCHMARKS)
+    if unknown:
+        sys.exit(f"got {sorted(unknown)}, expected names among {list(BENCHMARKS)}")
+    rows = []
+    for name in sys.argv[1:] or BENCHMARKS:
+        rows += BENCHMARKS[name]()
+        torch.cuda.empty_cache()
+    for r in rows:
+        left = f"{r['kernel']:20}{r['case']:36}{r['ms']:9.4f} ms"
+        print(f"{left}{r['rate']:9.2f} {r['unit']:8}{r['ratio']:6.2f} x {r['peer']}")
+    print(f"rows appended to {append_rows('operators.csv', rows)}")
+
+
+if __name__ == "__main__":
+    main()
