@@ -1,0 +1,141 @@
+"""Stacked replicas against the same module trained alone with torch's own optimizers.
+
+Letters: R replica, B batch, T time, S step, V vocabulary.
+"""
+
+import numpy as np
+import pytest
+import torch
+from tiny import setup, tiny
+from torch.func import functional_call
+
+from engine import plan
+from engine.schedule import factor
+from engine.stack import ALIGNMENT, Stack
+from engine.trainer import Trainer
+
+CPU = torch.device("cpu")
+# a stacked product sums in another order than a lone one: a few fp32 ulps (6e-8 each) a step, which Adam's
+# division by the root of a tiny second moment can raise tenfold in the first steps
+LOSSES = {"rtol": 2e-5, "atol": 0}
+STEPS = 5
+
+
+def hyper_of(config, **own) -> dict:
+    return plan.cell_hyper(config, 0, 0) | {"lr": 1e-2, "tokens": 16.0 * STEPS} | own
+
+
+REPLICAS = (
+    {"lr": 1e-2},
+    {"lr": 3e-3, "weight_decay": 0.3, "beta1": 0.5, "beta2": 0.7},
+    {"lr": 1e-2, "clip": 0.05},
+    {"lr": 1e-2, "warmup": 0.6, "init_scale": 0.5},
+    {"lr": 1e-2, "label_smoothing": 0.2, "lr.mlp": 1e-3, "lr.embedding": 0.1},
+    {"lr": 1e-2, "lr.matrix": 1e-3, "lr.attention": 3e-2, "lr.unembedding": 2e-3, "clip": 1e9},
+)
+
+
+def alone(trainer: Trainer, config, hyper: dict, optimizer: str) -> list[float]:
+    """Losses of one replica trained in plain PyTorch on the trainer's corpus."""
+    network = trainer.network
+    initial = network.initial(int(hyper["seed"]))
+    scale = hyper["init_scale"]
+    weights = {n: (w * scale if w.ndim > 1 else w).clone().requires_grad_() for n, w in initial.items()}
+    follows = {
+        "attention": ("lr.attention", "lr.matrix", "lr"),
+        "mlp": ("lr.mlp", "lr.matrix", "lr"),
+        "embedding": ("lr.embedding", "lr"),
+        "unembedding": ("lr.unembedding", "lr"),
+    }
+    groups, peaks = [], []
+    for name, weight in weights.items():
+        peaks.append(next(hyper[rate] for rate in follows[network.groups[name]] if hyper[rate] is not None))
+        groups.append({"params": [weight], "lr": peaks[-1]})
+    if optimizer == "adamw":
+        betas = (hyper["beta1"], hyper["beta2"])
+        step = torch.optim.AdamW(groups, betas=betas, eps=config.eps, weight_decay=hyper["weight_decay"])
+    else:
+        step = torch.optim.SGD(groups, momentum=config.momentum)
+    losses = []
+    for s in range(STEPS):
+        rows = trainer.order[0, s * config.batch : (s + 1) * config.batch].long()
+        tokens, targets = trainer.tokens[rows], trainer.targets[rows]
+        smoothing = torch.tensor(hyper["label_smoothing"], dtype=torch.float32)
+        loss = functional_call(network.module, weights, (tokens, targets, smoothing)) / (targets >= 0).sum()
+        step.zero_grad()
+        loss.backward()
+        if hyper["clip"]:
+            torch.nn.utils.clip_grad_norm_(list(weights.values()), hyper["clip"])
+        total, warmup = torch.tensor([STEPS]), torch.tensor([hyper["warmup"]], dtype=torch.float64)
+        share = float(factor(config.schedule, torch.tensor([s]), total, warmup, config.decay, config.floor))
+        for group, peak in zip(step.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        step.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "cosine", "floor": 0.1}, {"depth": 2, "heads": 2, "kv_heads": 1}])
+def test_each_replica_of_a_stack_trains_as_alone_under_torch_adamw(tmp_path, changes):
+    made = setup(tiny(tmp_path, tokens=16 * STEPS, clip=1.0, **changes))
+    trainer = Trainer(made.config, made.network, made.corpus, len(REPLICAS), CPU)
+    hypers = [hyper_of(made.config, **({"clip": 0.0} | own)) for own in REPLICAS]
+    work = [plan.Trajectory(hyper, STEPS, (plan.Mark(STEPS, ((slot, 0),)),)) for slot, hyper in enumerate(hypers)]
+    got = {h.slot: h.losses for look in trainer.train(work) for h in look}
+    expected = np.array([alone(trainer, made.config, hyper, "adamw") for hyper in hypers])
+    np.testing.assert_allclose(np.stack([got[slot] for slot in range(len(hypers))]), expected, **LOSSES)
+    # the settings matter: no two replicas trained alike
+    assert len({tuple(row) for row in expected}) == len(hypers)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_each_replica_of_a_stack_trains_as_alone_under_torch_sgd(tmp_path, momentum):
+    made = setup(tiny(tmp_path, tokens=16 * STEPS, optimizer="sgd", momentum=momentum, clip=1.0))
+    trainer = Trainer(made.config, made.network, made.corpus, 3, CPU)
+    hypers = [hyper_of(made.config, lr=lr, clip=clip) for lr, clip in [(0.1, 0.0), (1.0, 0.0), (1.0, 0.2)]]
+    work = [plan.Trajectory(hyper, STEPS, (plan.Mark(STEPS, ((slot, 0),)),)) for slot, hyper in enumerate(hypers)]
+    got = {h.slot: h.losses for look in trainer.train(work) for h in look}
+    expected = np.array([alone(trainer, made.config, hyper, "sgd") for hyper in hypers])
+    np.testing.assert_allclose(np.stack([got[slot] for slot in range(3)]), expected, **LOSSES)
+
+
+def test_parameters_are_aligned_views_that_do_not_overlap(tmp_path):
+    made = setup(tiny(tmp_path))
+    stack = Stack(made.network, 3, torch.float32, CPU)
+    stack.load(1, made.network.initial(0), 2.0)
+    covered = np.zeros(stack.master_RP.shape[1], int)
+    for span in stack.spans:
+        assert span.slice.start % ALIGNMENT == 0
+        covered[span.slice] += 1
+        initial = made.network.initial(0)[span.name]
+        loaded = stack.views(stack.master_RP)[span.name][1]
+        assert torch.equal(loaded, initial * (2.0 if initial.ndim > 1 else 1.0))
+    assert covered.max() == 1 and covered.sum() == made.network.parameters
+    assert not stack.master_RP[[0, 2]].any(), "only the slot that was asked for is written"
+
+
+def test_a_mixed_stack_rounds_its_weights_from_the_master(tmp_path):
+    made = setup(tiny(tmp_path))
+    stack = Stack(made.network, 2, torch.bfloat16, CPU)
+    stack.load(0, made.network.initial(3), 1.0)
+    assert stack.weight_RP.dtype == torch.bfloat16 and stack.master_RP.dtype == torch.float32
+    # nearest bf16: off by at most half a step of 8 significant bits
+    assert ((stack.weight_RP.float() - stack.master_RP).abs() <= stack.master_RP.abs() * 2**-8).all()
+
+
+def test_the_digest_sees_every_weight_and_where_it_is(tmp_path):
+    made = setup(tiny(tmp_path))
+    stack = Stack(made.network, 2, torch.float32, CPU)
+    for slot in (0, 1):
+        stack.load(slot, made.network.initial(0), 1.0)
+    both = torch.tensor([0, 1])
+    assert len(set(stack.digest(both).tolist())) == 1
+    for span in stack.spans:
+        place = span.slice.start + (span.slice.stop - span.slice.start) // 2
+        before = stack.master_RP[1, place].clone()
+        stack.master_RP[1, place] = before + 1
+        assert len(set(stack.digest(both).tolist())) == 2, span.name
+        stack.master_RP[1, place] = before
+    first = stack.spans[0].slice.start
+    stack.master_RP[1, [first, first + 1]] = stack.master_RP[1, [first + 1, first]]
+    assert len(set(stack.digest(both).tolist())) == 2
