@@ -78,7 +78,7 @@ def time_jax(size: int, window: str, precision: str) -> tuple[float, np.ndarray]
     lr0, lr1 = (jnp.asarray(rate, dtype).reshape(-1, min(2**16, size * size)) for rate in rates(size, window))
     many(lr0[0], lr1[0]).block_until_ready()
     start = time.perf_counter()
-    measures = [many(a, b) for a, b in zip(lr0, lr1)]
+    measures = [many(a, b) for a, b in zip(lr0, lr1, strict=True)]
     measures[-1].block_until_ready()
     return time.perf_counter() - start, np.concatenate([np.asarray(m) for m in measures])
 

@@ -187,7 +187,7 @@ def descend_reference(
             if s % CPU_CHECK:
                 continue
             settled_R = torch.ones(len(cell_R), dtype=torch.bool)
-            for old, new in zip(before, (w0_RHK, w1_RH)):
+            for old, new in zip(before, (w0_RHK, w1_RH), strict=True):
                 same = new.isnan() if drawn_B is not None else (new == old) | (new.isnan() & old.isnan())
                 settled_R &= same.flatten(1).all(1)
             if settled_R.any():
