@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.adamw import adamw_, round_to_weight
+from engine.stack import Stack
+from kernels.adamw import adamw_, adamw_split_, split_master
 
 
 class Update(NamedTuple):
@@ -43,26 +44,26 @@ class SGDState(NamedTuple):
     velocity_RP: Tensor
 
 
-def adamw_init(master_RP: Tensor) -> AdamWState:
+def adamw_init(stack: Stack) -> AdamWState:
     """Zero moments."""
-    return AdamWState(torch.zeros_like(master_RP), torch.zeros_like(master_RP))
+    return AdamWState(stack.zeros(), stack.zeros())
 
 
-def adamw_update(stack, state: AdamWState, gradients: list[Tensor], update: Update, eps: float) -> None:
+def adamw_update(stack: Stack, state: AdamWState, gradients: list[Tensor], update: Update, eps: float) -> None:
     """One AdamW step of every active replica, in place (Loshchilov & Hutter, arXiv:1711.05101).
 
     Args:
-        stack: the `Stack` whose master and weights are updated.
+        stack: what is updated: its weights, and in mixed precision the remainders of its master.
         gradients: one [R, n] a parameter, in the stack's order.
     """
     count_R = update.count_R.double()
     bias1_R = (1 - update.beta1_R.double() ** count_R).float()
     bias2_R = (1 - update.beta2_R.double() ** count_R).float()
     for span, gradient in zip(stack.spans, gradients, strict=True):
-        adamw_(
-            stack.master_RP[:, span.slice],
-            gradient,
-            stack.weight_RP[:, span.slice] if stack.mixed else None,
+        weight = stack.weight_RP[:, span.slice]
+        buffers = (stack.remainder_RP[:, span.slice], gradient, weight) if stack.mixed else (weight, gradient, None)
+        (adamw_split_ if stack.mixed else adamw_)(
+            *buffers,
             state.first_RP[:, span.slice],
             state.second_RP[:, span.slice],
             update.rate_R[span.group],
@@ -78,12 +79,12 @@ def adamw_update(stack, state: AdamWState, gradients: list[Tensor], update: Upda
         )
 
 
-def sgd_init(master_RP: Tensor) -> SGDState:
+def sgd_init(stack: Stack) -> SGDState:
     """Zero velocity."""
-    return SGDState(torch.zeros_like(master_RP))
+    return SGDState(stack.zeros())
 
 
-def sgd_update(stack, state: SGDState, gradients: list[Tensor], update: Update, momentum: float) -> None:
+def sgd_update(stack: Stack, state: SGDState, gradients: list[Tensor], update: Update, momentum: float) -> None:
     """One step of gradient descent with heavy-ball momentum and decoupled weight decay, in place.
 
     u = momentum u + g;  p = p (1 - lr wd) - lr u. Plain torch on every device: elementwise, so a replica's
@@ -95,13 +96,15 @@ def sgd_update(stack, state: SGDState, gradients: list[Tensor], update: Update, 
         gradient = gradient.float()
         if update.scale_R is not None:
             gradient = gradient * update.scale_R[:, None]
-        velocity, master = state.velocity_RP[:, span.slice], stack.master_RP[:, span.slice]
+        velocity, master = state.velocity_RP[:, span.slice], stack.masters(slice(None), span.slice)
         moved = momentum * velocity + gradient
         stepped = master * (1 - rate * update.decay_R[:, None]) - rate * moved
         velocity.copy_(torch.where(active, moved, velocity))
-        master.copy_(torch.where(active, stepped, master))
         weight = stack.weight_RP[:, span.slice]
+        kept = torch.where(active, stepped, master)
         if stack.mixed:
-            weight.copy_(torch.where(active, round_to_weight(stepped, weight.dtype), weight))
+            kept, remainder = split_master(kept)
+            stack.remainder_RP[:, span.slice].copy_(remainder)
+        weight.copy_(kept)
         broken_R = update.active_R & ~torch.isfinite(weight).all(1)
         update.nonfinite_R.copy_(torch.where(broken_R, 1, update.nonfinite_R))

@@ -128,11 +128,11 @@ class Memory(NamedTuple):
 def replica_memory(config: SweepConfig, parameters: int, activations: int) -> Memory:
     """Bytes one replica needs on the device.
 
-    fp32 master, the optimizer's fp32 moments and a gradient; a bf16 weight beside the master with bf16
-    compute; an fp32 accumulator where batches are cut into micro-batches.
+    fp32 master (with bf16 compute: bf16 weight and 16-bit remainder), the optimizer's fp32 moments and a
+    gradient in the compute precision; an fp32 accumulator where batches are cut into micro-batches.
     """
     moments = 2 if config.optimizer == "adamw" else 1
-    state = 4 + 4 * moments + (2 + 2 if config.precision == "bf16" else 4)
+    state = 4 + 4 * moments + (2 if config.precision == "bf16" else 4)
     if largest_batch(config) > config.micro_batch:
         state += 4
     return Memory(parameters * state, activations)

@@ -64,9 +64,7 @@ def replay_cell(store: Store, row: int, col: int, device: str) -> Replay:
     for harvests in trainer.train(work):
         for harvest in harvests:
             if (row, col) in harvest.mark.cells:
-                views = trainer.stack.views(trainer.stack.master_RP)
-                weights = {name: view[harvest.slot].detach().cpu().clone() for name, view in views.items()}
-                return Replay(harvest.losses, harvest.weights_digest, weights)
+                return Replay(harvest.losses, harvest.weights_digest, trainer.stack.master_weights(harvest.slot))
     raise AssertionError("the launch of a cell holds no trajectory that serves it")
 
 

@@ -1,8 +1,10 @@
 """R replicas of a network as one stack of tensors; torch.func.vmap makes the stack.
 
-The network is written for one replica. Its parameters live in flat [R, P] buffers: the fp32 master that
-the optimizer updates, and the weights the network computes with (a bf16 copy, or the master itself).
-Each parameter is a view of them, contiguous within a replica. Autograd runs outside vmap.
+The network is written for one replica. Its parameters live in flat [R, P] buffers, and each is a view of
+them, contiguous within a replica. With fp32 compute the weights are the master that the optimizer
+updates. With bf16 compute the fp32 master is the bf16 weight and a 16-bit remainder, exactly
+(`kernels.adamw.split_master`): 2 bytes a parameter less to keep and to move than a master beside its
+copy. Autograd runs outside vmap.
 
 Letters: R replica, B batch, T time, P flat parameters.
 """
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from engine.network import Network
-from kernels.adamw import round_to_weight
+from kernels.adamw import join_master, split_master
 from kernels.digest import digest
 
 ALIGNMENT = 64  # elements: parameters start on 128 bytes, which the tensor copy engine needs at least 16 of
@@ -51,9 +53,24 @@ class Stack:
         self.replicas = replicas
         self.mixed = dtype != torch.float32
         size = -(-self.spans[-1].slice.stop // ALIGNMENT) * ALIGNMENT
-        self.master_RP = torch.zeros(replicas, size, device=device)
-        self.weight_RP = torch.zeros(replicas, size, dtype=dtype, device=device) if self.mixed else self.master_RP
+        self.weight_RP = torch.zeros(replicas, size, dtype=dtype, device=device)
+        self.remainder_RP = torch.zeros(replicas, size, dtype=torch.int16, device=device) if self.mixed else None
         self.weights = {name: w.requires_grad_() for name, w in self.views(self.weight_RP.detach()).items()}
+
+    def zeros(self) -> Tensor:
+        """An fp32 buffer [R, P] beside the weights: a moment, an accumulator."""
+        return torch.zeros(self.weight_RP.shape, device=self.weight_RP.device)
+
+    @property
+    def master_RP(self) -> Tensor:
+        """The fp32 master weights [R, P]: the weights themselves, or joined anew in mixed precision."""
+        return self.masters(slice(None), slice(None))
+
+    def masters(self, slots, place: slice) -> Tensor:
+        """The fp32 master weights of some slots at some place."""
+        if not self.mixed:
+            return self.weight_RP[slots, place]
+        return join_master(self.weight_RP[slots, place], self.remainder_RP[slots, place])
 
     def views(self, flat_RP: Tensor) -> dict[str, Tensor]:
         """Every parameter as [R, *shape] views of a flat buffer."""
@@ -83,16 +100,20 @@ class Stack:
     def load(self, slot: int, initial: dict[str, Tensor], scale: float) -> None:
         """Put initial weights, times `scale` where they are matrices, into one slot."""
         for span in self.spans:
-            values = initial[span.name].to(self.master_RP.device).flatten()
+            values = initial[span.name].to(self.weight_RP.device).flatten()
             if len(span.shape) > 1:
                 values = values * scale
-            self.master_RP[slot, span.slice] = values
-        if self.mixed:
-            self.weight_RP[slot] = round_to_weight(self.master_RP[slot], self.weight_RP.dtype)
+            if self.mixed:
+                values, self.remainder_RP[slot, span.slice] = split_master(values)
+            self.weight_RP[slot, span.slice] = values
 
     def digest(self, slots: Tensor) -> Tensor:
         """64-bit digests of the fp32 master weights of some slots, int64 [len(slots)]."""
-        total = torch.zeros(len(slots), dtype=torch.int64, device=self.master_RP.device)
+        total = torch.zeros(len(slots), dtype=torch.int64, device=self.weight_RP.device)
         for span in self.spans:
-            total += digest(self.master_RP[slots, span.slice], span.elements)
+            total += digest(self.masters(slots, span.slice), span.elements)
         return total
+
+    def master_weights(self, slot: int) -> dict[str, Tensor]:
+        """One slot's fp32 master weights by name, on the CPU."""
+        return {s.name: self.masters(slot, s.slice).cpu().clone().view(s.shape) for s in self.spans}

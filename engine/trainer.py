@@ -92,7 +92,7 @@ class Trainer:
         if len(self.initial) * network.parameters * 4 <= RESIDENT:
             self.initial = {seed: {n: w.to(device) for n, w in ws.items()} for seed, ws in self.initial.items()}
         adamw = config.optimizer == "adamw"
-        self.state = (optim.adamw_init if adamw else optim.sgd_init)(self.stack.master_RP)
+        self.state = (optim.adamw_init if adamw else optim.sgd_init)(self.stack)
 
         self.longest = steps or longest(config)
         length = self.longest * largest_batch(config)
@@ -108,7 +108,7 @@ class Trainer:
 
         self.micro_batch = config.micro_batch
         self.accumulates = largest_batch(config) > self.micro_batch
-        self.accumulator_RP = torch.zeros_like(self.stack.master_RP) if self.accumulates else None
+        self.accumulator_RP = self.stack.zeros() if self.accumulates else None
         self.clips = config.clip > 0 or "clip" in config.swept
 
         # an empty slot: stop is 0, so it never trains; a slot waits, inactive, at its stop
