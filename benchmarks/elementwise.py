@@ -97,12 +97,12 @@ def measure_attention() -> list[dict]:
         read, written = qkv.nbytes, qkv.nbytes * H // (H + 2 * G)
         with torch.no_grad():
             ms, peer_ms = milliseconds([partial(ours, *our_inputs)]), milliseconds([partial(theirs, *their_inputs)])
-        tbps = (read + written) / ms * 1e-9
-        rows.append(row("attention forward", shape.label, ms, tbps, "TB/s", peer, peer_ms))
+        work = (read + written) * 1e-12
+        rows.append(row("attention forward", shape.label, ms, work, "TB/s", peer, peer_ms))
         ms = milliseconds([forward_backward(ours, our_inputs)])
         peer_ms = milliseconds([forward_backward(theirs, their_inputs)])
-        tbps = (3 * read + 2 * written) / ms * 1e-9
-        rows.append(row("attention fwd+bwd", shape.label, ms, tbps, "TB/s", peer, peer_ms))
+        work = (3 * read + 2 * written) * 1e-12
+        rows.append(row("attention fwd+bwd", shape.label, ms, work, "TB/s", peer, peer_ms))
     return rows
 
 
@@ -132,11 +132,11 @@ def measure_elementwise() -> list[dict]:
         for name, moved, function, inputs in cases:
             ms = milliseconds([forward_backward(torch.func.vmap(function), inputs)])
             case, floor = f"{shape.name} R={R} D={D} F={shape.F} V={shape.V}", moved / copy * 1e-9
-            rows.append(row(f"{name} fwd+bwd", case, ms, moved / ms * 1e-9, "TB/s", "copy", floor))
+            rows.append(row(f"{name} fwd+bwd", case, ms, moved * 1e-12, "TB/s", "copy", floor))
     weights = torch.randn(8, 1 << 26, device="cuda")
     ms = milliseconds([lambda: digest(weights)])
     floor = weights.nbytes / copy * 1e-9
-    rows.append(row("digest", "8 x 67108864 fp32", ms, weights.nbytes / ms * 1e-9, "TB/s", "copy", floor))
+    rows.append(row("digest", "8 x 67108864 fp32", ms, weights.nbytes * 1e-12, "TB/s", "copy", floor))
     return rows
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         rows += BENCHMARKS[name]()
         torch.cuda.empty_cache()
     for r in rows:
-        print(f"{r['kernel']:24}{r['case']:44}{r['ms']:9.4f} ms {r['work']:6.2f} TB/s{r['ratio']:7.2f} x {r['peer']}")
+        print(f"{r['kernel']:28}{r['case']:44}{r['ms']:9.4f} ms{r['rate']:7.2f} TB/s{r['ratio']:7.2f} x {r['peer']}")
     print(f"rows appended to {append_rows('operators.csv', rows)}")
 
 
