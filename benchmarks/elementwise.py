@@ -120,7 +120,7 @@ def measure_elementwise() -> list[dict]:
         table = normal(R, shape.V, D)
         small, wide = x.nbytes, hidden.nbytes
         # (name, tensors read and written forward + backward, function, inputs)
-        cases = [
+        cases: list[tuple[str, int, Callable, list[torch.Tensor]]] = [
             ("rms_norm", 5 * small, rms_norm, [x]),
             ("rms_norm weight", 5 * small, rms_norm, [x, weight]),
             ("add_rms_norm", 8 * small, add_rms_norm, [x, residual]),
