@@ -117,10 +117,23 @@ def test_parameters_are_aligned_views_that_do_not_overlap(tmp_path):
 def test_a_mixed_stack_rounds_its_weights_from_the_master(tmp_path):
     made = setup(tiny(tmp_path))
     stack = Stack(made.network, 2, torch.bfloat16, CPU)
-    stack.load(0, made.network.initial(3), 1.0)
+    initial = made.network.initial(3)
+    stack.load(0, initial, 1.0)
     assert stack.weight_RP.dtype == torch.bfloat16 and stack.master_RP.dtype == torch.float32
+    for name, weight in stack.master_weights(0).items():
+        assert torch.equal(weight, initial[name]), "weight and remainder give the master back exactly"
     # nearest bf16: off by at most half a step of 8 significant bits
     assert ((stack.weight_RP.float() - stack.master_RP).abs() <= stack.master_RP.abs() * 2**-8).all()
+
+
+def test_the_digest_of_a_mixed_stack_is_that_of_its_master(tmp_path):
+    made = setup(tiny(tmp_path))
+    digests = set()
+    for dtype in (torch.bfloat16, torch.float32):
+        stack = Stack(made.network, 2, dtype, CPU)
+        stack.load(1, made.network.initial(0), 1.0)
+        digests.add(int(stack.digest(torch.tensor([1]))))
+    assert len(digests) == 1
 
 
 def test_the_digest_sees_every_weight_and_where_it_is(tmp_path):
