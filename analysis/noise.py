@@ -17,6 +17,7 @@ there than half of what two unrelated maps would differ by.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -103,9 +104,11 @@ def variants(store: Store) -> dict[str, SweepConfig]:
     """The configurations that a map of this store is compared with."""
     config = store.config
     made = {"repeat": config, "precision": replace(config, precision=other_precision(config))}
+    if "seed" in config.swept:
+        return made  # the seed decides what these two would change
     if config.network == "mlp":
         made["permuted"] = replace(config, problem=str(permuted_problem(store)))
-    elif "seed" not in config.swept:
+    else:
         made["order"] = replace(config, seed=config.seed + 1)
     return made
 
@@ -122,10 +125,11 @@ def permuted_problem(store: Store) -> Path:
 
     path = store.path / "noise" / "permuted.npz"
     if not path.exists():
-        problem = make_problem(store.config)
+        problem: dict[str, Any] = make_problem(store.config)
         order = np.random.default_rng(0).permutation(problem["W0"].shape[1])
+        problem["W0"], problem["W1"] = np.ascontiguousarray(problem["W0"][:, order]), problem["W1"][order]
         path.parent.mkdir(exist_ok=True)
-        np.savez(path, **problem | {"W0": problem["W0"][:, order], "W1": problem["W1"][order]})
+        np.savez(path, **problem)
     return path
 
 

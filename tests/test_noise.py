@@ -1,0 +1,105 @@
+"""The noise floor: lines of a map trained again and compared with it."""
+
+import numpy as np
+import pytest
+from synthetic import julia_measure, language_store, mlp_store, write_store
+
+from analysis import noise
+from analysis.classify import Labelling
+from analysis.noise import chosen_lines, compare, line_axis, line_config, read_noise, verdict
+from engine.config import SweepConfig
+from engine.grid import Grid
+from engine.outcome import CONVERGED, MARGINAL, MISSING, NONFINITE
+from engine.store import open_store
+from engine.sweep import RunOptions, run_sweep
+
+CONFIG = SweepConfig(
+    network="mlp", y="lr.0:log:1e-1:1e3:16", x="lr.1:log:1e-1:1e3:16", steps=40, nonlinearity="tanh", data_points=16
+)
+
+
+def test_lines_run_along_the_learning_rate_and_are_spread_evenly():
+    assert line_axis(Grid.parse("lr:log:1e-3:1:4", "tokens:log:1e3:1e4:4")) == 1
+    assert line_axis(Grid.parse("tokens:log:1e3:1e4:4", "lr:log:1e-3:1:4")) == 0
+    assert line_axis(Grid.parse("beta1:linear:0:0.9:4", "beta2:linear:0:0.9:4")) == 0
+    assert chosen_lines(32, 0.1) == [5, 16, 26]
+    assert chosen_lines(10, 0.001) == [5]
+    assert chosen_lines(3, 1.0) == [0, 1, 2]
+    for share in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            chosen_lines(10, share)
+
+
+@pytest.mark.parametrize("line", range(7))
+def test_a_line_has_the_grids_own_coordinates_bit_for_bit(line):
+    config = SweepConfig(y="lr:log:1e-4:1e1:5", x="tokens:log:1e3:6e4:7")
+    alone = line_config(config, line).grid
+    assert alone.y.values.tobytes() == config.grid.y.values.tobytes()
+    assert alone.x.values.tobytes() == config.grid.x.values[line : line + 1].tobytes()
+
+
+def test_changes_are_counted_near_and_away_and_only_where_both_were_measured():
+    before = np.array([[CONVERGED, CONVERGED, NONFINITE, NONFINITE, CONVERGED]])
+    after = np.array([[MARGINAL, NONFINITE, NONFINITE, MISSING, CONVERGED]])
+    close = np.array([[False, True, True, True, False]])
+    floor = compare("repeat", before, after, close)
+    assert (floor.near, floor.away) == (2, 2)
+    assert (floor.labels_near, floor.flips_near) == (0.5, 0.5)
+    assert (floor.labels_away, floor.flips_away) == (0.5, 0.0)
+    assert floor.chance == 0.5
+    assert not floor.is_signal
+
+
+def test_depth_follows_the_uncertainty_exponent():
+    before = np.tile([CONVERGED, NONFINITE], (1, 200))
+    after = before.copy()
+    after[0, :10] = CONVERGED  # five flips of 400
+    floor = compare("precision", before, after, np.ones(before.shape, bool))
+    assert floor.flips_near == 5 / 400
+    assert floor.depth(1.0) == pytest.approx(0.25 / (5 / 400))
+    assert floor.depth(0.5) == pytest.approx((0.25 / (5 / 400)) ** 2)
+    assert "about down to a 20x zoom" in verdict(floor, 1.0)
+    same = compare("repeat", before, before, np.ones(before.shape, bool))
+    assert same.depth(1.0) == pytest.approx(0.25 / (3 / 400))
+    assert "at least" in verdict(same, 1.0)
+
+
+def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):
+    store = language_store(tmp_path / "s", 32, 8)
+    for line in (2, 5):
+        config = line_config(store.config, line)
+        arrays = {name: store.read(name)[:, line : line + 1] for name in ("first_loss", "last_loss", "steps")}
+        arrays["nonfinite_step"] = store.read("nonfinite_step")[:, line : line + 1].copy()
+        arrays["nonfinite_step"][0] = 1  # far from the boundary, one label differs
+        write_store(store.path / "noise" / f"precision-{line:05d}", config, arrays)
+    (floor,) = read_noise(store, Labelling())
+    assert (floor.variant, floor.lines) == ("precision", 2)
+    assert floor.near + floor.away == 64
+    assert floor.flips_near == 0
+    assert floor.flips_away == pytest.approx(2 / floor.away)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["noise", "--device", "cpu", *map(str, arguments)])
+    noise.main()
+
+
+def test_command_trains_every_variant_of_the_papers_network(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "s"
+    run_sweep(CONFIG, RunOptions(store=str(path), device="cpu", figures=False, quiet=True))
+    run(monkeypatch, "--store", path, "--share", 0.2)
+    assert "noise floor" in capsys.readouterr().out
+    floors = {floor.variant: floor for floor in read_noise(open_store(path), Labelling())}
+    assert list(floors) == ["repeat", "precision", "permuted"]
+    assert {floor.lines for floor in floors.values()} == {3}
+    assert floors["repeat"].labels_near == floors["repeat"].labels_away == 0
+    for floor in floors.values():
+        assert floor.flips_away < 0.2
+
+
+def test_unknown_variants_are_refused(tmp_path, monkeypatch, capsys):
+    mlp_store(tmp_path / "s", julia_measure(16))
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "--store", tmp_path / "s", "--variants", "repeat,colour")
+    assert ended.value.code == 2
+    assert "variants has colour" in capsys.readouterr().err
