@@ -199,11 +199,12 @@ def torch_peer(problem: Problem, dtype: torch.dtype, device: torch.device, stack
         optimizer = torch.optim.AdamW(
             lists, lr=float(problem.rates_R[0]), betas=(BETA1, BETA2), eps=EPS, weight_decay=0.0, fused=True
         )
-        for master in lists:
-            master.grad = torch.empty_like(master)
+        wide = [torch.empty_like(master) for master in lists]
+        for master, gradient in zip(lists, wide, strict=True):
+            master.grad = gradient
 
         def update(gradients: list[Tensor]) -> None:
-            torch._foreach_copy_([master.grad for master in lists], gradients)
+            torch._foreach_copy_(wide, gradients)
             optimizer.step()
             torch._foreach_copy_(plain, lists)
 
@@ -213,7 +214,7 @@ def torch_peer(problem: Problem, dtype: torch.dtype, device: torch.device, stack
         if stacked:
             tokens, targets = tokens.repeat(replicas, 1, 1), targets.repeat(replicas, 1, 1)
         loss = loss_of(weights, tokens, targets)
-        gradients = torch.autograd.grad(loss.sum(), list(weights.values()))
+        gradients = list(torch.autograd.grad(loss.sum(), list(weights.values())))
         with torch.no_grad():
             history.index_copy_(0, step[None], loss.detach().expand(replicas)[None])
             step.add_(1)

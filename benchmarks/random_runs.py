@@ -16,8 +16,15 @@ def gpt_config(
     depth: int, vocabulary: int, precision: str, context: int = 128, batch: int = 8, device: str = "cuda"
 ) -> SweepConfig:
     """The resolved configuration of one GPT, its width 64 x depth."""
-    shape = {"depth": depth, "vocabulary": vocabulary, "context": context, "batch": batch}
-    return resolve(SweepConfig(x=f"tokens:log:{context * batch}:1e9:2", precision=precision, **shape), device)
+    config = SweepConfig(
+        x=f"tokens:log:{context * batch}:1e9:2",
+        depth=depth,
+        vocabulary=vocabulary,
+        context=context,
+        batch=batch,
+        precision=precision,
+    )
+    return resolve(config, device)
 
 
 def random_corpus(config: SweepConfig, vocabulary: int, rows: int = 512) -> Corpus:
