@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.timing import append_rows, copy_terabytes, milliseconds
 from benchmarks.tune import TOKENS, bmm, problems, rotated
-from kernels.adamw import accumulate_, adamw_, adamw_split_, global_norm
+from kernels.adamw import accumulate_, adamw_, adamw_split_, global_norm, split_master
 from kernels.linear import linear_add_op, linear_op, linear_relu2_op, stacked_matmul
 from kernels.loss import cross_entropy_
 from kernels.newton_schulz import newton_schulz, newton_schulz_reference
@@ -120,8 +120,8 @@ def measure_adamw() -> list[dict]:
     n = PARAMETERS // replicas
     shape = (replicas, n)
     gradient = torch.randn(shape, device="cuda").bfloat16()
-    master, first, second = (torch.zeros(shape, device="cuda") for _ in range(3))
-    weight, remainder = master.bfloat16(), master.to(torch.int16)
+    master, first, second = (torch.rand(shape, device="cuda") for _ in range(3))
+    weight, remainder = split_master(master)
     scalars = [torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 0.5, 0.5)]
     active = torch.ones(replicas, dtype=torch.bool, device="cuda")
     nonfinite = torch.zeros(replicas, dtype=torch.int32, device="cuda")

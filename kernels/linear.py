@@ -240,7 +240,9 @@ def stacked_matmul_kernel(
     WIDEN: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        # Flattened, the next tile's loads begin during this one's end. With the two products of a
+        # wide tile the flattened loop would make the tensor cores wait for each instruction.
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not WIDE):
             _tile(
                 tile, a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
                 a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
@@ -312,7 +314,7 @@ def stacked_matmul(
     tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.columns)
     programs = tiles
     if tile.residents:
-        processors = torch.cuda.get_device_properties(a.device).multi_processor_count
+        processors = 1 if INTERPRETED else torch.cuda.get_device_properties(a.device).multi_processor_count
         programs = min(tiles, processors * tile.residents)
     other = c if extra is None else extra
     stacked_matmul_kernel[(programs,)](

@@ -89,6 +89,9 @@ def cross_entropy_kernel(
     logits, targets, smoothing_R, loss_RN, tokens, vocabulary, ignored,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Under a soft cap of at most 40 no exponential of z - SOFTCAP overflows or vanishes in fp32, so
+    # that the largest logit need not be found.
+    BOUNDED: tl.constexpr = SOFTCAP > 0 and SOFTCAP <= 40
     token = tl.program_id(0).to(tl.int64)  # of all replicas
     smoothing = tl.load(smoothing_R + token // tokens)
     target = tl.load(targets + token).to(tl.int32)
@@ -105,24 +108,27 @@ def cross_entropy_kernel(
             inside = v < vocabulary
             z = _capped(tl.load(row + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
             mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / vocabulary
-            peak = tl.max(tl.where(inside, z, -float("inf")), axis=0)
+            peak = SOFTCAP if BOUNDED else tl.max(tl.where(inside, z, -float("inf")), axis=0)
             lse = peak + tl.log(tl.sum(tl.where(inside, tl.exp(z - peak), 0.0), axis=0))
             if GRADIENT:
                 gradient = _gradient(z, v == target, lse, smoothing, vocabulary, SOFTCAP)
                 tl.debug_barrier()  # every thread has read the target's logit
                 tl.store(row + v, gradient.to(logits.dtype.element_ty), mask=inside)
         else:
-            peak = tl.full((), -float("inf"), tl.float32)
+            peak = tl.full((), SOFTCAP if BOUNDED else -float("inf"), tl.float32)
             exponentials = tl.zeros((BLOCK,), tl.float32)
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, vocabulary, BLOCK):
                 inside = start + v < vocabulary
                 z = _capped(tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
                 total += tl.where(inside, z, 0.0)
-                z = tl.where(inside, z, -float("inf"))
-                higher = tl.maximum(peak, tl.max(z, axis=0))
-                exponentials = exponentials * tl.exp(peak - higher) + tl.exp(z - higher)
-                peak = higher
+                if BOUNDED:
+                    exponentials += tl.where(inside, tl.exp(z - peak), 0.0)
+                else:
+                    z = tl.where(inside, z, -float("inf"))
+                    higher = tl.maximum(peak, tl.max(z, axis=0))
+                    exponentials = exponentials * tl.exp(peak - higher) + tl.exp(z - higher)
+                    peak = higher
             mean = tl.sum(total, axis=0) / vocabulary
             lse = peak + tl.log(tl.sum(exponentials, axis=0))
             if GRADIENT:
