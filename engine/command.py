@@ -4,10 +4,18 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from simple_parsing import ArgumentParser, DashVariant
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose complaints are one line, without the page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and end the program with exit code 2."""
+        fail(f"{message}; --help lists the options")
 
 
 def parser(description: str) -> ArgumentParser:
@@ -15,7 +23,7 @@ def parser(description: str) -> ArgumentParser:
 
     Comments beside a dataclass's fields become the help text.
     """
-    return ArgumentParser(
+    return Parser(
         description=description,
         add_option_string_dash_variants=DashVariant.UNDERSCORE_AND_DASH,
         allow_abbrev=False,
@@ -26,11 +34,18 @@ def parser(description: str) -> ArgumentParser:
 def parse(kind: type, description: str, default: Any = None, arguments: list[str] | None = None) -> Any:
     """Read one dataclass from the command line (or from `arguments`).
 
-    Unknown or malformed arguments end the program with exit code 2, as argparse does.
+    Unknown or malformed arguments end the program with one line and exit code 2.
     """
     reader = parser(description)
     reader.add_arguments(kind, dest="value", default=default)
     return reader.parse_args(arguments).value
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, and exit code 2."""
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", highlight=False, markup=False)
+    sys.exit(2)
 
 
 @contextmanager
@@ -39,6 +54,4 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", highlight=False, markup=False)
-        sys.exit(2)
+        fail(str(error))

@@ -32,6 +32,19 @@ def make_problem(config: SweepConfig) -> dict[str, np.ndarray]:
     return load_problem(config) if config.problem else draw_problem(config, config.seed)
 
 
+def problems_of(config: SweepConfig, seeds: list[int]) -> list[dict[str, np.ndarray]]:
+    """The problem of every seed, or the one of the file.
+
+    Raises:
+        ValueError: the problem file does not fit, or is given while the seed is swept.
+    """
+    if not config.problem:
+        return [draw_problem(config, seed) for seed in seeds]
+    if "seed" in config.swept:
+        raise ValueError("the seed is swept, but --problem fixes what it decides; leave out one of them")
+    return [load_problem(config)]
+
+
 def draw_problem(config: SweepConfig, seed: int) -> dict[str, np.ndarray]:
     """The problem that a seed stands for."""
     stream = {
@@ -119,9 +132,7 @@ def train_cells(config: SweepConfig, rows: range, device: str) -> dict[str, np.n
     dtype = DTYPES[config.precision]
     values_R = cell_values(config, rows)
     seeds, problem_R = np.unique(values_R["seed"].astype(np.int64), return_inverse=True)
-    if config.problem and "seed" in config.swept:
-        raise ValueError("the seed is swept, but --problem fixes what it decides; leave out one of them")
-    problems = [load_problem(config)] if config.problem else [draw_problem(config, int(seed)) for seed in seeds]
+    problems = problems_of(config, [int(seed) for seed in seeds])
 
     def stacked(name: str, scale: float = 1.0) -> torch.Tensor:
         array = np.stack([problem[name] for problem in problems]) * scale

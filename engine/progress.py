@@ -11,22 +11,22 @@ from rich.text import Text
 from engine import plan
 from engine.config import SweepConfig
 from engine.outcome import LABELS, MISSING, Thresholds, label
-from engine.trainer import Harvest
 
 STYLES = ("dim", "green", "yellow", "bright_black", "magenta", "red", "cyan")
 MARKS = ("·", "█", "▓", "▒", "▚", "░", "?")
+LABELLED = ("status", "first_loss", "last_loss", "nonfinite_step")  # what a cell's label is made of
 TALL, WIDE = 32, 96  # characters of the live map, at most
 
 
 class Progress:
     """Counts cells and tokens of a sweep; a live picture on a terminal, a line a launch elsewhere."""
 
-    def __init__(self, config: SweepConfig, status: np.ndarray, todo: list[range], quiet: bool) -> None:
-        """todo: the launches about to be trained."""
+    def __init__(self, config: SweepConfig, stored: dict[str, np.ndarray], todo: list[range], quiet: bool) -> None:
+        """stored: the LABELLED arrays as they are before training. todo: the launches about to be trained."""
         self.config = config
-        self.codes = np.full(config.grid.shape, MISSING, np.uint8)
-        self.done_before = int((status != 0).sum())
-        self.cells = int(status.size)
+        self.codes = block_codes(stored)
+        self.done_before = int((self.codes != MISSING).sum())
+        self.cells = self.codes.size
         self.total = sum(launch_tokens(config, rows) for rows in todo)
         self.seen = 0.0  # tokens trained, or saved because a run ended early
         self.trained = 0.0
@@ -47,16 +47,11 @@ class Progress:
             self.live.update(self.picture())
             self.live.__exit__(*error)
 
-    def tokens(self, count: int) -> None:
-        """Count tokens just trained."""
-        self.trained += count
-        self.seen += count
+    def tokens(self, trained: float, saved: float) -> None:
+        """Count tokens just trained, and those that runs which ended early will not need."""
+        self.trained += trained
+        self.seen += trained + saved
         self.refresh()
-
-    def skip(self, harvest: Harvest, config: SweepConfig) -> None:
-        """Count the tokens that a run which ended early will not need."""
-        if harvest.nonfinite_step >= 0:
-            self.seen = min(self.seen + (harvest.mark.step - harvest.steps) * config.batch * config.context, self.total)
 
     def show(self, rows: range, block: dict[str, np.ndarray]) -> None:
         """Put a block of results on the map."""
@@ -109,13 +104,13 @@ class Progress:
         return Group(drawn, legend, Text(self.line()))
 
     def label_counts(self) -> dict[str, int]:
-        """Cells of each label seen in this run."""
+        """Cells of each label so far."""
         return {name: int((self.codes == code).sum()) for code, name in enumerate(LABELS) if code != MISSING}
 
 
 def block_codes(block: dict[str, np.ndarray]) -> np.ndarray:
     """Label codes of a block of results."""
-    return label(block["status"], block["first_loss"], block["last_loss"], block["nonfinite_step"], Thresholds())
+    return label(*(block[name] for name in LABELLED), Thresholds())
 
 
 def launch_tokens(config: SweepConfig, rows: range) -> float:

@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import zarr
@@ -66,15 +67,12 @@ class Store:
         metadata = self.path / "zarr.json"
         if not metadata.is_file():
             raise ValueError(f"{self.path} is not a sweep store (no zarr.json); give the path of one, or a new path")
-        try:
-            attributes = json.loads(metadata.read_text()).get("attributes", {})
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{metadata} is damaged ({error}); restore it or sweep into a new path") from None
+        attributes = read_metadata(metadata).get("attributes", {})
         if attributes.get("format") != FORMAT:
             raise ValueError(f"{self.path} is a Zarr group of another program; give a sweep store, or a new path")
-        if attributes["format_version"] != VERSION:
+        if attributes.get("format_version") != VERSION:
             raise ValueError(
-                f"{self.path} has store format {attributes['format_version']}, expected {VERSION}; "
+                f"{self.path} has store format {attributes.get('format_version')}, expected {VERSION}; "
                 "read it with the version that wrote it"
             )
         self.attributes = attributes
@@ -82,7 +80,9 @@ class Store:
         self.grid: Grid = self.config.grid
         self.group = zarr.open_group(self.path, mode="r")
         for name, spec in array_specs(self.config).items():
-            array = self.group.get(name)
+            # zarr lets a damaged array's own error through, which names no file
+            whole = "shape" in read_metadata(self.path / name / "zarr.json")
+            array = self.group[name] if whole else None
             if array is None or array.shape[:2] != self.grid.shape or array.dtype != np.dtype(spec.dtype):
                 raise ValueError(f"{self.path} is half-written (array {name!r}); delete it and sweep again")
 
@@ -108,6 +108,18 @@ class Store:
         return sorted(p for p in (self.path / "zoom").glob("*") if (p / "zarr.json").is_file())
 
 
+def read_metadata(file: Path) -> dict:
+    """A zarr.json, {} if it is missing. Raises ValueError when it is no JSON object."""
+    text = file.read_text(errors="replace") if file.is_file() else "{}"
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error}); restore it or sweep into a new path") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{file} is damaged (no JSON object); restore it or sweep into a new path")
+    return metadata
+
+
 def open_store(path: str | Path) -> Store:
     """Open a store for reading. Raises ValueError when it is not a whole store of ours."""
     return Store(path)
@@ -127,7 +139,15 @@ def create_store(path: str | Path, config: SweepConfig, steps: int, rows_per_chu
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.{os.getpid()}")
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
+        building = Path(beside, path.name)
+        build_store(building, config, steps, rows_per_chunk, attributes)
+        os.rename(building, path)
+    fsync(path.parent)
+
+
+def build_store(building: Path, config: SweepConfig, steps: int, rows_per_chunk: int, attributes: dict) -> None:
+    """Write the empty store of `create_store` where nobody looks yet, down to the disk."""
     grid = config.grid
     rows, cols = grid.shape
     group = zarr.create_group(
@@ -165,8 +185,6 @@ def create_store(path: str | Path, config: SweepConfig, steps: int, rows_per_chu
         for file in files:
             fsync(Path(folder) / file)
         fsync(Path(folder))
-    os.rename(building, path)
-    fsync(path.parent)
 
 
 class Writer(Store):
@@ -222,6 +240,15 @@ def check_same_configuration(path: Path, stored: SweepConfig, asked: SweepConfig
                 f"{path} holds a sweep with {field.name}={was!r}, got {now!r}; "
                 "give the same configuration to resume it, or --store another path"
             )
+
+
+def check_same_data(store: Store, digest: str) -> None:
+    """Raise ValueError when the data are no longer those a store's cells were trained on."""
+    if store.attributes["data_digest"] != digest:
+        raise ValueError(
+            f"the data {store.config.data!r} have changed since {store.path} was made; "
+            "restore them, or sweep into another --store"
+        )
 
 
 def fsync(path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from engine.data import Corpus, check_vocabulary, load_corpus
 from engine.network import Network, load_network
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.provenance import provenance
-from engine.store import Store, Writer, array_specs, check_same_configuration, create_store
+from engine.store import Store, Writer, array_specs, check_same_configuration, check_same_data, create_store
 from engine.trainer import Harvest, Trainer, bit_exact_at_any_width
 
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
@@ -65,7 +66,8 @@ def this_rank() -> Rank:
     """The rank torchrun gave this process; (0, 1) without torchrun."""
     rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if rank.count > 1 and not distributed.is_initialized():
-        distributed.init_process_group("gloo")
+        # ranks only wait for each other, the first to finish for as long as the last one trains
+        distributed.init_process_group("gloo", timeout=timedelta(days=365))
     return rank
 
 
@@ -104,6 +106,7 @@ def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store 
     device = choose_device(options.device)
     config = resolve(config, device.type)
     if config.network == "mlp":
+        descent.problems_of(config, [])
         rows = automatic_mlp_rows(config, rank) if config.rows_per_launch == "auto" else int(config.rows_per_launch)
         config = adopt_rows(config, rows, stored)
         return Setup(config, device, 0, int(config.rows_per_launch), None, None, None)
@@ -161,15 +164,6 @@ def memory_budget(device: torch.device) -> int:
 # ---- training a launch, block by block
 
 
-def empty_block(config: SweepConfig, rows: range, steps: int) -> dict[str, np.ndarray]:
-    """The stored arrays of some rows, nothing computed."""
-    shape = (len(rows), config.grid.shape[1])
-    return {
-        name: np.full(shape + ((steps,) if spec.steps else ()), spec.fill, spec.dtype)
-        for name, spec in array_specs(config).items()
-    }
-
-
 def put(block: dict[str, np.ndarray], harvest: Harvest, first_row: int) -> None:
     """Write one harvest into every cell of its mark."""
     for row, col in harvest.mark.cells:
@@ -197,15 +191,12 @@ def train_launch(setup: Setup, trainer: Trainer, writer: Writer, rows: range, wa
     block = {name: writer.read(name, rows=slice(rows.start, rows.stop)) for name in array_specs(config)}
     work = plan.trajectories(config, rows)
     if bit_exact_at_any_width(setup.device):
+        # elsewhere bits depend on the company, and an interrupted launch is run again whole
         work = pending(work, writer.status)
-    else:
-        # bits depend on the company here, so an interrupted launch is run again whole
-        block = empty_block(config, rows, plan.longest(config))
     written = time.monotonic()
     for harvests in trainer.train(work, watch.tokens):
         for harvest in harvests:
             put(block, harvest, rows.start)
-            watch.skip(harvest, config)
         watch.show(rows, block)
         if time.monotonic() - written > FLUSH:
             writer.write_rows(rows.start, block)
@@ -227,7 +218,8 @@ def train_grid(setup: Setup, writer: Writer, rank: Rank, options: RunOptions, tr
     todo = list(missing_launches(setup, writer, rank))
     if not todo:
         return
-    with progress.Progress(config, writer.status, todo, options.quiet or rank.index > 0) as watch:
+    stored = {name: writer.read(name) for name in progress.LABELLED}
+    with progress.Progress(config, stored, todo, options.quiet or rank.index > 0) as watch:
         trainer = None
         for launch in todo:
             if config.network == "mlp":
@@ -259,6 +251,7 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -
             create_store(path, setup.config, plan.longest(setup.config), setup.rows_per_launch, extra)
         else:
             check_same_configuration(path, stored.config, setup.config)
+            check_same_data(stored, setup.corpus.digest if setup.corpus else "")
     rank.barrier()
     return Writer(path, lock=rank.index == 0)
 

@@ -123,6 +123,7 @@ class Trainer:
         self.losses_RS = torch.full((slots, self.longest), torch.nan, device=device)
         self.occupants: list[Occupant | None] = [None] * slots
         self.left = np.zeros(slots, dtype=np.int64)  # micro-steps until each slot's next mark, as the host knows
+        self.tokens_each = np.zeros(slots)  # tokens a micro-step of each slot trains, masked rows left out
         self.trained = self.spent = 0  # slot micro-steps that trained, and all of them
         self.graph = capture(self.micro_step) if device.type == "cuda" else None
 
@@ -221,15 +222,17 @@ class Trainer:
         self.losses_RS[slot] = torch.nan
         self.occupants[slot] = Occupant(trajectory, 0)
         self.left[slot] = trajectory.marks[0].step * micros
+        self.tokens_each[slot] = batch * self.config.context / micros
 
     def train(
-        self, work: list[Trajectory], progress: Callable[[int], None] = lambda trained: None
+        self, work: list[Trajectory], progress: Callable[[float, float], None] = lambda trained, saved: None
     ) -> Iterator[list[Harvest]]:
         """Train every trajectory; yields what each look of the host read off.
 
         Args:
             work: trajectories; slots take them in order.
-            progress: called after each look with the tokens trained since the last.
+            progress: called after each look with the tokens trained since the last, and those that runs
+                which broke will not need.
         """
         queue = list(reversed(work))
         for slot in range(self.slots):
@@ -238,12 +241,19 @@ class Trainer:
         while any(self.occupants):
             count = self.next_look()
             self.run(count)
-            running = np.minimum(self.left, count)
-            self.left -= running
+            running, saved = np.minimum(self.left, count), 0.0
             nonfinite_R = self.nonfinite_R.cpu().numpy()
+            for slot, occupant in enumerate(self.occupants):
+                if occupant and nonfinite_R[slot] >= 0:
+                    trajectory, mark = occupant
+                    micros = -(-int(trajectory.hyper["batch"]) // self.micro_batch)
+                    stopped = int(nonfinite_R[slot]) + 1
+                    running[slot] = self.left[slot] - (trajectory.marks[mark].step - stopped) * micros
+                    saved += (trajectory.steps - stopped) * micros * self.tokens_each[slot]
+            self.left -= running
             self.trained += int(running.sum())
             self.spent += count * self.slots
-            progress(int(running.sum()) * self.micro_batch * self.config.context)
+            progress(float(running @ self.tokens_each), saved)
             ready = [s for s, o in enumerate(self.occupants) if o and (self.left[s] == 0 or nonfinite_R[s] >= 0)]
             if ready:
                 yield self.read_off(ready, nonfinite_R)

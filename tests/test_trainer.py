@@ -98,6 +98,7 @@ def test_slots_stay_busy_over_runs_of_very_different_length():
         def __init__(self, slots: int) -> None:
             self.slots, self.micro_batch, self.config = slots, 1, tiny_config
             self.left, self.occupants = np.zeros(slots, np.int64), [None] * slots
+            self.tokens_each = np.ones(slots)
             self.trained = self.spent = 0
             self.nonfinite_R = torch.full((slots,), -1)
             self.stop_R = torch.zeros(slots)

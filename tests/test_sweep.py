@@ -1,0 +1,259 @@
+"""Whole sweeps on the CPU: every axis, resuming after a kill, ranks, and what is written when."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import arrays, assert_equal_bits, setup, sweep, tiny
+
+from engine import plan
+from engine.config import SCHEDULES
+from engine.outcome import DONE, NOT_COMPUTED
+from engine.progress import Progress
+from engine.store import Writer, open_store
+from engine.sweep import Rank, RunOptions, missing_launches, pending, run_sweep
+from engine.trainer import Trainer
+
+PAIRS = (
+    ("lr:log:1e-3:1e-1:2", "tokens:linear:16:64:2"),
+    ("batch:linear:1:3:2", "lr.matrix:log:1e-3:1:2"),
+    ("warmup:linear:0:0.5:2", "tokens:linear:64:96:2"),
+    ("lr.attention:log:1e-3:1:2", "lr.mlp:log:1e-3:1:2"),
+    ("lr.embedding:log:1e-3:1:2", "lr.unembedding:log:1e-3:1:2"),
+    ("weight_decay:linear:0:2:2", "beta1:linear:0:0.9:2"),
+    ("beta2:linear:0.5:0.99:2", "clip:log:0.01:1:2"),
+    ("init_scale:log:0.5:2:2", "label_smoothing:linear:0:0.5:2"),
+    ("seed:linear:0:1:2", "batch:linear:2:4:2"),
+)
+
+
+def test_the_pairs_name_every_axis():
+    assert {axis.split(":")[0] for pair in PAIRS for axis in pair} == set(plan.LANGUAGE_NAMES)
+
+
+@pytest.mark.parametrize(("y", "x"), PAIRS)
+def test_any_two_axes_make_a_whole_map(tmp_path, y, x):
+    store = sweep(tiny(tmp_path, y, x), tmp_path / "s")
+    assert (store.status == DONE).all()
+    for row in range(2):
+        for col in range(2):
+            hyper = plan.cell_hyper(store.config, row, col)
+            steps = plan.steps_of(hyper, store.config.context)
+            assert store.read("steps")[row, col] == steps
+            losses = store.read("losses")[row, col]
+            assert np.isfinite(losses[:steps]).all() and np.isnan(losses[steps:]).all()
+            assert losses[0] == store.read("first_loss")[row, col]
+    for name in ("first_loss", "last_loss", "val_loss"):
+        assert np.isfinite(store.read(name)).all()
+    assert len(np.unique(store.read("weights_digest"))) == 4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_every_schedule_and_optimizer_trains(tmp_path, schedule, optimizer):
+    config = tiny(tmp_path, "lr:log:1e-3:1e-2:2", "tokens:linear:32:96:2", schedule=schedule, optimizer=optimizer)
+    store = sweep(replace(config, warmup=0.2, momentum=0.5), tmp_path / "s")
+    assert (store.status == DONE).all() and np.isfinite(store.read("last_loss")).all()
+
+
+def test_rows_per_launch_changes_no_result_beyond_rounding(tmp_path):
+    whole = sweep(tiny(tmp_path), tmp_path / "whole")
+    split = sweep(tiny(tmp_path, rows_per_launch="2"), tmp_path / "split")
+    assert split.group["losses"].chunks[0] == 2
+    assert np.array_equal(whole.read("steps"), split.read("steps"))
+    for name in ("first_loss", "val_loss"):
+        # 3 or 2 replicas in a stack: products summed in another order, and a rate of 10 that magnifies it
+        np.testing.assert_allclose(split.read(name)[:2], whole.read(name)[:2], rtol=1e-4)
+
+
+def test_the_store_says_where_its_numbers_come_from(tmp_path):
+    store = sweep(tiny(tmp_path), tmp_path / "s")
+    made = store.attributes
+    assert made["configuration"] == json.loads(json.dumps(store.config.to_json()))
+    assert made["configuration_hash"] == store.config.hash
+    assert made["slots"] == 3 and made["exact"] == "in the same launch"
+    assert made["data_digest"] == setup(tiny(tmp_path)).corpus.digest
+    assert {"date", "command", "commit", "device", "threads", "python", "packages"} == made["provenance"].keys()
+
+
+def test_a_finished_sweep_is_not_trained_again(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    before = sweep(config, tmp_path / "s")
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("*")}
+    monkeypatch.setattr("engine.sweep.Trainer", None)
+    assert_equal_bits(arrays(sweep(config, tmp_path / "s")), arrays(before))
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("*")} == stamps
+
+
+def test_finished_launches_are_skipped_when_resuming(tmp_path, monkeypatch):
+    config = tiny(tmp_path, rows_per_launch="1")
+    whole = arrays(sweep(config, tmp_path / "s"))
+    forget(tmp_path / "s", row=1)
+    launched = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, work, *rest: launched.append(work) or train(self, work, *rest))
+    assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
+    [[run]] = launched
+    assert {cell for mark in run.marks for cell in mark.cells} == {(1, col) for col in range(4)}
+
+
+def forget(path: Path, row: int) -> None:
+    """Mark a launch's row as not computed, as a kill before its last write leaves it."""
+    writer = Writer(path)
+    writer.group["status"][row : row + 1] = NOT_COMPUTED
+    writer.close()
+
+
+def test_what_a_launch_has_already_stored_stays_while_it_is_run_again(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    whole = arrays(sweep(config, tmp_path / "s"))
+    writer = Writer(tmp_path / "s")
+    status = writer.status
+    status[2, 3] = NOT_COMPUTED
+    writer.group["status"][:] = status
+    writer.close()
+    seen = []
+    write_rows = Writer.write_rows
+
+    def watched(self, start, block):
+        write_rows(self, start, block)
+        done = self.status == DONE
+        assert np.isfinite(self.read("first_loss")[done]).all(), "a cell that says done has its numbers"
+        seen.append(done.sum())
+
+    monkeypatch.setattr("engine.sweep.FLUSH", 0.0)
+    monkeypatch.setattr(Writer, "write_rows", watched)
+    assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
+    assert len(seen) > 1 and seen[0] >= 11 and seen[-1] == 12
+
+
+def test_pending_runs_keep_only_the_marks_of_missing_cells(tmp_path):
+    config = setup(tiny(tmp_path)).config
+    runs = plan.trajectories(config, range(3))
+    status = np.full((3, 4), DONE)
+    assert pending(runs, status) == []
+    status[1, [0, 3]] = NOT_COMPUTED
+    [left] = pending(runs, status)
+    assert [mark.cells for mark in left.marks] == [((1, 0),), ((1, 3),)]
+    assert left.total == runs[0].total
+
+
+def test_ranks_share_the_launches_between_them(tmp_path):
+    sweep(tiny(tmp_path, y="lr:log:1e-3:1e-1:5", x="tokens:linear:16:32:2", rows_per_launch="1"), tmp_path / "s")
+    for row in range(5):
+        forget(tmp_path / "s", row)
+    made = setup(open_store(tmp_path / "s").config)
+    writer = Writer(tmp_path / "s")
+    shares = [list(missing_launches(made, writer, Rank(index, 2))) for index in range(2)]
+    writer.close()
+    assert shares == [[range(0, 1), range(2, 3), range(4, 5)], [range(1, 2), range(3, 4)]]
+
+
+DRIVER = """
+import json, os, signal, sys, time
+plan = json.loads(sys.argv[1])
+sys.path.insert(0, plan["tests"])
+import tiny
+from pathlib import Path
+from engine import sweep
+sweep.FLUSH = 0.0
+folder = Path(plan["folder"])
+
+def fork(path, changes, **environment):
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        tiny.sweep(tiny.tiny(folder, **changes), path)
+        os._exit(0)
+    return child
+
+for kind in ("KILL", "INT"):
+    for delay in plan["delays"]:
+        child = fork(folder / kind, plan["killed"])
+        time.sleep(delay)
+        os.kill(child, getattr(signal, "SIG" + kind))
+        os.waitpid(child, 0)
+ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan["port"]}
+children = [fork(folder / "ranks", plan["ranked"], RANK=str(rank), **ranks) for rank in range(2)]
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+KILLED = {"y": "lr:log:1e-3:1e30:6", "x": "tokens:linear:16:640:4", "rows_per_launch": "2", "schedule": "linear"}
+RANKED = {"y": "lr:log:1e-3:1e-1:4", "x": "tokens:linear:16:64:2", "rows_per_launch": "1"}
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory) -> Path:
+    """A folder with the stores of sweeps that were killed, interrupted, or shared by two ranks.
+
+    One process imports torch and forks the sweeps, since the import takes longer than all of them. The two
+    ranks get the environment that torchrun gives.
+    """
+    folder = tmp_path_factory.mktemp("driven")
+    tests = Path(__file__).parent
+    delays = np.random.default_rng(os.getpid()).uniform(0.05, 1.2, 6).round(3).tolist()
+    print("ended after", delays)  # shown if a test fails
+    told = {"tests": str(tests), "folder": str(folder), "delays": delays, "port": str(free_port())}
+    told |= {"killed": KILLED, "ranked": RANKED}
+    environment = os.environ | {"PYTHONPATH": str(tests.parent)}
+    command = [sys.executable, "-c", DRIVER, json.dumps(told)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["KILL", "INT"])
+def test_a_sweep_ended_at_random_moments_and_resumed_equals_the_uninterrupted_one(driven, kind):
+    whole = arrays(sweep(tiny(driven, **KILLED), driven / f"whole{kind}"))
+    ended = open_store(driven / kind)
+    done = ended.status == DONE
+    assert np.array_equal(ended.read("weights_digest")[done], whole["weights_digest"][done])
+    assert_equal_bits(arrays(sweep(tiny(driven, **KILLED), driven / kind)), whole)
+    assert len(np.unique(whole["nonfinite_step"])) > 1, "some of the runs break"
+
+
+def test_two_ranks_make_the_same_map(driven):
+    whole = sweep(tiny(driven, **RANKED), driven / "one")
+    assert_equal_bits(arrays(open_store(driven / "ranks")), arrays(whole))
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_dry_run_trains_and_stores_nothing(tmp_path, capsys):
+    run_sweep(tiny(tmp_path), RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
+    shown = capsys.readouterr().out
+    for part in ("3 x 4 = 12 cells", "3 runs serve 12 cells", "3 replicas at once", "FLOPs", "MiB of state", "about"):
+        assert part in shown
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.jsonl"]
+
+
+def test_progress_counts_every_token_and_every_cell_once(tmp_path, capsys):
+    # batches of 1 to 4 in masked pieces of 4, and runs that break: what is counted is what was asked for
+    config = setup(tiny(tmp_path, "lr:linear:1e-3:1e30:2", "batch:linear:1:4:4", tokens=320)).config
+    watched = []
+    launched = Progress.launched
+    Progress.launched, kept = lambda self, rows: (launched(self, rows), watched.append(self)), launched
+    try:
+        run_sweep(config, RunOptions(store=str(tmp_path / "s"), figures=False, device="cpu"))
+        forget(tmp_path / "s", 1)
+        run_sweep(config, RunOptions(store=str(tmp_path / "s"), figures=False, device="cpu"))
+    finally:
+        Progress.launched = kept
+    first, resumed = watched
+    assert first.seen == first.total
+    steps = open_store(tmp_path / "s").read("steps")
+    assert first.trained == (steps * [1, 2, 3, 4] * config.context).sum()
+    for watch in watched:
+        assert watch.done_before + watch.done == watch.cells == 8
+    assert resumed.done == 4 and "8/8 cells" in capsys.readouterr().err
+    assert sum(resumed.label_counts().values()) == 8
