@@ -1,10 +1,10 @@
 """The noise floor of a map: `uv run analysis/noise.py --store S --share 0.1`.
 
-Whole lines of the grid (columns where the learning rate is on the y axis, so that every line crosses
+Whole lines of the grid (columns where the y axis alone is a learning rate, so that every line crosses
 the boundary; else rows) are trained again, each as a sweep of its own with exactly the parent's
 coordinates, stored inside it as `noise/<variant>-<line>`. Variants:
 
-- repeat: nothing changed but the company a cell trains in; no label should change.
+- repeat: nothing changed but the company a cell trains in; no label should change on a GPU.
 - precision: the network's other precision.
 - order: other seed, thus other initial weights and data order (language models).
 - permuted: the same hidden units in another order (the paper's network): the same mathematics,
@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from analysis.boundary import learning_rate_axis, map_edges, near
+from analysis.boundary import map_edges, near
 from analysis.classify import Labelling, classify, measured, trains
 from analysis.dimension import measure
 from engine.command import parse, user_errors
@@ -72,9 +72,9 @@ class Floor:
 
 
 def line_axis(grid: Grid) -> int:
-    """0 when a line is a row, 1 when it is a column: lines run along the learning rate."""
-    rated = any(name == "lr" or name.startswith("lr.") for name in (grid.y.name, grid.x.name))
-    return 1 - learning_rate_axis(grid) if rated else 0
+    """0 when a line is a row, 1 when it is a column: only where y alone is a learning rate."""
+    y_is_rate, x_is_rate = (axis.name == "lr" or axis.name.startswith("lr.") for axis in (grid.y, grid.x))
+    return int(y_is_rate and not x_is_rate)
 
 
 def chosen_lines(points: int, share: float) -> list[int]:
@@ -205,14 +205,15 @@ def verdict(floor: Floor, exponent: float) -> str:
     if not floor.is_signal:
         return "noise: this map is already beyond its floor"
     zoom = floor.depth(exponent)
-    bound = "at least " if floor.flips_near == 0 else "about "
-    return f"signal, {bound}down to a {zoom:.3g}x zoom ({math.log(max(zoom, 1), 4):.1f} zooms of 4x)"
+    bound = "at least" if floor.flips_near == 0 else "about"
+    return f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(max(zoom, 1), 4):.1f} zooms of 4x)"
 
 
 def noise_table(store: Store, floors: list[Floor], exponent: float) -> Table:
-    """The floors of one store, for the terminal."""
+    """The floors of one store, for the terminal: cells near and away from the boundary."""
     title = f"noise floor: {store.path}, uncertainty exponent {exponent:.2f}"
-    table = Table("variant", "lines", "cells near/away", "labels changed", "flips", "chance", "verdict", title=title)
+    head = ("variant", "lines", "near / away", "labels changed", "flips", "chance")
+    table = Table(*head, title=title, title_justify="left", box=None)
     for f in floors:
         table.add_row(
             f.variant,
@@ -221,7 +222,6 @@ def noise_table(store: Store, floors: list[Floor], exponent: float) -> Table:
             f"{f.labels_near:.2%} / {f.labels_away:.2%}",
             f"{f.flips_near:.2%} / {f.flips_away:.2%}",
             f"{f.chance:.0%}",
-            verdict(f, exponent),
         )
     return table
 
@@ -249,7 +249,10 @@ def main() -> None:
         for path in [store.path, *(store.children() if options.zooms else [])]:
             current = open_store(path)
             train_lines(current, options.share, chosen, options.device, console)
-            console.print(noise_table(current, read_noise(current, options), exponent_of(current, options)))
+            floors, exponent = read_noise(current, options), exponent_of(current, options)
+            console.print(noise_table(current, floors, exponent))
+            for floor in floors:
+                console.print(f"{floor.variant}: {verdict(floor, exponent)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def draw_loss(axes: "Axes", store: Store, codes: np.ndarray) -> None:
         low = float(np.clip(np.percentile(finite, 2), first * 1e-4, first / 2)) if len(finite) else first / 2
         norm = LogNorm(low, 1.25 * first)
     scale = colormaps["cividis_r"].with_extremes(over="#1d1d1f")
-    rgba = scale(norm(np.where(np.isfinite(loss), loss, np.inf)))
+    rgba = scale(norm(np.where(np.isfinite(loss), loss, 10 * first)))  # far above the scale, which leaves out inf
     rgba[~known] = 0
     draw_frame(axes, store, "Held-out loss after training" if held_out else "Loss after training")
     draw_cells(axes, store, rgba)

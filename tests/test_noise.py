@@ -21,6 +21,7 @@ CONFIG = SweepConfig(
 def test_lines_run_along_the_learning_rate_and_are_spread_evenly():
     assert line_axis(Grid.parse("lr:log:1e-3:1:4", "tokens:log:1e3:1e4:4")) == 1
     assert line_axis(Grid.parse("tokens:log:1e3:1e4:4", "lr:log:1e-3:1:4")) == 0
+    assert line_axis(Grid.parse("lr.0:log:1e-3:1:4", "lr.1:log:1e-3:1:4")) == 0
     assert line_axis(Grid.parse("beta1:linear:0:0.9:4", "beta2:linear:0:0.9:4")) == 0
     assert chosen_lines(32, 0.1) == [5, 16, 26]
     assert chosen_lines(10, 0.001) == [5]
@@ -58,7 +59,7 @@ def test_depth_follows_the_uncertainty_exponent():
     assert floor.flips_near == 5 / 400
     assert floor.depth(1.0) == pytest.approx(0.25 / (5 / 400))
     assert floor.depth(0.5) == pytest.approx((0.25 / (5 / 400)) ** 2)
-    assert "about down to a 20x zoom" in verdict(floor, 1.0)
+    assert "down to about a 20x zoom" in verdict(floor, 1.0)
     same = compare("repeat", before, before, np.ones(before.shape, bool))
     assert same.depth(1.0) == pytest.approx(0.25 / (3 / 400))
     assert "at least" in verdict(same, 1.0)
