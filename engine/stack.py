@@ -21,6 +21,8 @@ from kernels.digest import digest
 
 ALIGNMENT = 64  # elements: parameters start on 128 bytes, which the tensor copy engine needs at least 16 of
 
+DIGEST = 2**28  # weights joined at once for a digest: 1 GiB
+
 
 class Span(NamedTuple):
     """Where a parameter lies in the flat buffers; `elements` counts the real ones before it."""
@@ -109,10 +111,12 @@ class Stack:
 
     def digest(self, slots: Tensor) -> Tensor:
         """64-bit digests of the fp32 master weights of some slots, int64 [len(slots)]."""
-        total = torch.zeros(len(slots), dtype=torch.int64, device=self.weight_RP.device)
-        for span in self.spans:
-            total += digest(self.masters(slots, span.slice), span.elements)
-        return total
+        at_once = max(DIGEST // max(span.slice.stop - span.slice.start for span in self.spans), 1)
+        digests = []
+        for few in slots.split(at_once):
+            pieces = [digest(self.masters(few, span.slice), span.elements) for span in self.spans]
+            digests.append(torch.stack(pieces).sum(0))
+        return torch.cat(digests)
 
     def master_weights(self, slot: int) -> dict[str, Tensor]:
         """One slot's fp32 master weights by name, on the CPU."""
