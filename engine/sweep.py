@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -309,13 +310,14 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
         if rank.index == 0:
             Console().print(dry_run_table(setup))
         return path
-    writer = open_or_create(setup, path, stored, rank)
-    if not options.quiet and rank.index == 0:
-        announce(setup, path, stored, console)
-    track = tracking.start(options.wandb, options.wandb_project, options.wandb_entity, setup.config, rank.index == 0)
-    train_grid(setup, writer, rank, options, track)
-    rank.barrier()
-    writer.close()
+    with closing(open_or_create(setup, path, stored, rank)) as writer:
+        if not options.quiet and rank.index == 0:
+            announce(setup, path, stored, console)
+        track = tracking.start(
+            options.wandb, options.wandb_project, options.wandb_entity, setup.config, rank.index == 0
+        )
+        train_grid(setup, writer, rank, options, track)
+        rank.barrier()
     if rank.index == 0 and options.figures:
         # a process of its own: the engine does not import the analysis, which reads stores
         subprocess.run([sys.executable, "-m", "analysis.plot", "--store", str(path)], check=True)

