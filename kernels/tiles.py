@@ -48,7 +48,7 @@ def tile_for(form: str, m: int, n: int, k: int, dtype: torch.dtype, precision: s
     """The tile of one replica's product a [m, k] times b [k, n]."""
     if dtype == torch.float32:
         if precision == "ieee":  # multiply-adds on the ordinary units: registers bound the tile
-            return Tile(64, 64, 16, 4, 2)
+            return Tile(64, 128, 16, 4, 2) if n > 64 else Tile(64, 64, 16, 2, 2)
         return Tile(64, 128, 32, 4, 3) if min(m, n) > 64 else Tile(64, 64, 32, 4, 3)
     tuned = TUNED.get(tile_key(form, m, n, k, dtype))
     return tuned if tuned is not None else default_tile(m, n)
@@ -57,7 +57,7 @@ def tile_for(form: str, m: int, n: int, k: int, dtype: torch.dtype, precision: s
 # Tiles for bf16 with the share of the largest tile's rate that each reaches when it is full.
 SHAPES = {
     Tile(128, 256, 64, 8, 4, residents=1): 1.0,
-    Tile(128, 128, 64, 8, 4, residents=1, wide=True): 0.97,
+    Tile(128, 128, 64, 8, 4, residents=1, wide=True): 0.85,
     Tile(128, 128, 64, 4, 3, residents=2): 0.96,
     Tile(64, 128, 64, 4, 4, residents=2): 0.75,
     Tile(64, 64, 64, 4, 4, residents=2): 0.6,
