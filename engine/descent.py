@@ -52,7 +52,7 @@ def draw_problem(config: SweepConfig, seed: int) -> dict[str, np.ndarray]:
         for index, name in enumerate(STREAMS)
     }
     points = config.data_points
-    problem = {
+    problem: dict[str, np.ndarray] = {
         "X": stream["X"].standard_normal((points, WIDTH)),
         "Y": stream["Y"].standard_normal((points, 1)),
         "W0": stream["W0"].standard_normal((WIDTH, WIDTH)),
@@ -119,12 +119,12 @@ def train_rows(config: SweepConfig, rows: slice, device: str) -> dict[str, np.nd
     Raises:
         ValueError: the problem file does not fit, or is given while the seed is swept.
     """
-    rows = range(*rows.indices(config.grid.shape[0]))
-    parts = [rows] if torch.device(device).type == "cuda" else [range(row, row + 1) for row in rows]
+    launch = range(*rows.indices(config.grid.shape[0]))
+    parts = [launch] if torch.device(device).type == "cuda" else [range(row, row + 1) for row in launch]
     results = [train_cells(config, part, device) for part in parts]
-    shape = (len(rows), config.grid.shape[1])
-    return {name: np.concatenate([r[name] for r in results]).reshape(*shape, *results[0][name].shape[1:])
-            for name in results[0]}  # fmt: skip
+    whole = {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+    shape = (len(launch), config.grid.shape[1])
+    return {name: array.reshape(*shape, *array.shape[1:]) for name, array in whole.items()}
 
 
 def train_cells(config: SweepConfig, rows: range, device: str) -> dict[str, np.ndarray]:

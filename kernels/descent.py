@@ -119,11 +119,11 @@ def descend(
     assert x_QNK.shape[2] == w1_QH.shape[1] == WIDTH, (x_QNK.shape, w1_QH.shape)
     assert problem_R.dtype == torch.int32
     assert minibatch_QSB is None or minibatch_QSB.shape[1] >= steps
-    arguments = (x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, steps, nonlinearity)
-    arguments += (minibatch_QSB, offset_every_step, keep_losses, keep_weights)
+    problem = (x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, steps, nonlinearity)
+    options = (minibatch_QSB, offset_every_step, keep_losses, keep_weights)
     if x_QNK.device.type == "cpu":
-        return descend_reference(*arguments)
-    return descend_triton(*arguments, precision=precision)
+        return descend_reference(*problem, *options)
+    return descend_triton(*problem, *options, precision=precision)
 
 
 def digest(weights_RP):
@@ -329,6 +329,7 @@ def descend_triton(
         "NONLINEARITY": nonlinearity,
         "EVERY_STEP": offset_every_step,
         "num_warps": warps,
+        "enable_fp_fusion": False,  # every fused multiply-add is written out: no compiled variant rounds otherwise
     }
     if precision == "tf32x3":
         descend_tensor_cores[(cells,)](*tensors, steps, **options)
@@ -585,18 +586,23 @@ def product(x, w0):
 
 @triton.jit
 def load_point(pointer_L, L: tl.constexpr, V: tl.constexpr):
-    """The 16 inputs of one data point as a tuple of [L], in loads of V (16 bytes)."""
-    x = ()
-    for start in tl.static_range(0, 16, V):
-        x_LV = tl.load(pointer_L[:, None] + (start + tl.arange(0, V))[None, :])
-        if V == 2:
-            x = x + tl.split(x_LV)
-        else:
-            even_L2, odd_L2 = tl.split(tl.reshape(x_LV, [L, 2, 2]))
-            first_L, third_L = tl.split(even_L2)
-            second_L, fourth_L = tl.split(odd_L2)
-            x = x + (first_L, second_L, third_L, fourth_L)
-    return x
+    """The 16 inputs of one data point as a tuple of [L], in loads of V numbers (16 bytes)."""
+    first, second = load_four(pointer_L, L, V), load_four(pointer_L + 4, L, V)
+    third, fourth = load_four(pointer_L + 8, L, V), load_four(pointer_L + 12, L, V)
+    return first + second + third + fourth
+
+
+@triton.jit
+def load_four(pointer_L, L: tl.constexpr, V: tl.constexpr):
+    x_LV = tl.load(pointer_L[:, None] + tl.arange(0, V)[None, :])
+    if V == 2:
+        x0_L, x1_L = tl.split(x_LV)
+        x2_L, x3_L = tl.split(tl.load(pointer_L[:, None] + (2 + tl.arange(0, V))[None, :]))
+    else:
+        even_L2, odd_L2 = tl.split(tl.reshape(x_LV, [L, 2, 2]))
+        x0_L, x2_L = tl.split(even_L2)
+        x1_L, x3_L = tl.split(odd_L2)
+    return (x0_L, x1_L, x2_L, x3_L)
 
 
 @triton.jit
