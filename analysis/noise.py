@@ -2,7 +2,7 @@
 
 Whole lines of the grid (columns where the y axis alone is a learning rate, so that every line crosses
 the boundary; else rows) are trained again, each as a sweep of its own with exactly the parent's
-coordinates, stored inside it as `noise/<variant>-<line>`. Variants:
+coordinates, stored inside it as `noise/<variant>-row-<i>` or `-column-<i>`. Variants:
 
 - repeat: nothing changed but the company a cell trains in; no label should change on a GPU.
 - precision: the network's other precision.
@@ -100,6 +100,11 @@ def line_config(config: SweepConfig, line: int) -> SweepConfig:
     return replace(config, y=y, x=x, rows_per_launch="auto")
 
 
+def line_path(store: Store, variant: str, line: str) -> Path:
+    """Where a line of a variant is stored."""
+    return store.path / "noise" / f"{variant}-{('row', 'column')[line_axis(store.grid)]}-{line}"
+
+
 def variants(store: Store) -> dict[str, SweepConfig]:
     """The configurations that a map of this store is compared with."""
     config = store.config
@@ -143,7 +148,7 @@ def train_lines(store: Store, share: float, chosen: list[str], device: str, cons
         if variant not in chosen:
             continue
         for line in lines:
-            train(line_config(config, line), store.path / "noise" / f"{variant}-{line:05d}", device, quiet=True)
+            train(line_config(config, line), line_path(store, variant, f"{line:05d}"), device, quiet=True)
         console.print(f"{variant}: {len(lines)} of {points} lines trained again", highlight=False)
 
 
@@ -159,12 +164,17 @@ def read_noise(store: Store, labelling: Labelling) -> list[Floor]:
         codes, close = codes.T, close.T
     found = []
     for variant in VARIANTS:
-        paths = sorted(p for p in (store.path / "noise").glob(f"{variant}-*") if (p / "zarr.json").is_file())
+        pattern = line_path(store, variant, "*")
+        paths = sorted(p for p in pattern.parent.glob(pattern.name) if (p / "zarr.json").is_file())
         if not paths:
             continue
         lines = [int(path.name.rsplit("-", 1)[1]) for path in paths]
-        again = np.stack([classify(open_store(path), labelling.thresholds).ravel() for path in paths])
-        found.append(compare(variant, codes[lines], again, close[lines]))
+        stores = [open_store(path) for path in paths]
+        for line, again in zip(lines, stores, strict=True):
+            if again.grid != line_config(store.config, line).grid:
+                raise ValueError(f"{again.path} is not a line of {store.path}; delete it and measure the noise again")
+        labels = np.stack([classify(again, labelling.thresholds).ravel() for again in stores])
+        found.append(compare(variant, codes[lines], labels, close[lines]))
     return found
 
 

@@ -218,8 +218,8 @@ def dimension_html(found: Map) -> str:
 def rules_html(found: Map) -> str:
     """Rules of thumb with the plot of critical rates, or why there are none."""
     c = found.critical
-    if c is None:
-        return "<p>Neither axis is a learning rate.</p>"
+    if c is None or c.other.name.startswith("lr"):
+        return "<p>They need a map of a learning rate against something else, such as tokens.</p>"
     if c.bracketed.sum() < FEWEST or c.other.low <= 0:
         lines = f"{c.bracketed.sum()} of {c.other.points} lines"
         return f"<p>The boundary is bracketed in {lines} along {escape(c.other.name)}; a law needs {FEWEST}.</p>"
@@ -342,7 +342,8 @@ def chart_ticks(low: float, high: float) -> list[float]:
     """Decimal logarithms of round numbers: decades, or 1, 2, 5 in narrow ranges."""
     steps = [math.log10(m) for m in ((1,) if high - low > 2.5 else (1, 2, 5))]
     found = [d + s for d in range(math.floor(low), math.ceil(high) + 1) for s in steps]
-    return [tick for tick in found if low <= tick <= high]
+    found = [tick for tick in found if low <= tick <= high]
+    return found[:: -(-len(found) // 8)] if found else []
 
 
 def label_places(wanted: list[tuple[float, str]], apart: float = 14) -> dict[str, float]:

@@ -23,10 +23,8 @@ from analysis.plot import (
     TEXT,
     analyse,
     colour_scale,
-    convergence_rgba,
     draw,
-    draw_boundary,
-    draw_cells,
+    draw_convergence_cells,
     draw_frame,
     equalise,
     extent,
@@ -370,9 +368,7 @@ def draw_zoom(levels: list[Level], folder: Path, name: str, pdf: bool) -> list[P
             rows, cols = level.store.grid.shape
             times = width(levels[0].store.grid.x) / width(level.store.grid.x)
             draw_frame(axes, level.store, f"{times:,.0f} x" if times > 1.5 else f"{rows} x {cols} cells")
-            draw_cells(axes, level.store, convergence_rgba(equalise(level.value)))
-            if max(rows, cols) <= 128:
-                draw_boundary(axes, level.store, level.codes, "black")
+            draw_convergence_cells(axes, level.store, level.codes, level.value)
             if level.tile is None:
                 continue
             x, y = extent(level.store.grid.x), extent(level.store.grid.y)

@@ -72,12 +72,19 @@ def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):
         arrays = {name: store.read(name)[:, line : line + 1] for name in ("first_loss", "last_loss", "steps")}
         arrays["nonfinite_step"] = store.read("nonfinite_step")[:, line : line + 1].copy()
         arrays["nonfinite_step"][0] = 1  # far from the boundary, one label differs
-        write_store(store.path / "noise" / f"precision-{line:05d}", config, arrays)
+        write_store(store.path / "noise" / f"precision-column-{line:05d}", config, arrays)
     (floor,) = read_noise(store, Labelling())
     assert (floor.variant, floor.lines) == ("precision", 2)
     assert floor.near + floor.away == 64
     assert floor.flips_near == 0
     assert floor.flips_away == pytest.approx(2 / floor.away)
+
+
+def test_a_stored_line_that_is_none_of_the_map_is_refused(tmp_path):
+    store = language_store(tmp_path / "s", 8, 4)
+    write_store(store.path / "noise" / "repeat-column-00001", line_config(store.config, 2), {})
+    with pytest.raises(ValueError, match="is not a line of"):
+        read_noise(store, Labelling())
 
 
 def run(monkeypatch, *arguments):

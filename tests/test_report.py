@@ -95,7 +95,12 @@ def test_large_maps_and_long_traces_are_thinned(tmp_path, monkeypatch):
 def test_a_map_without_a_boundary_says_so(tmp_path, monkeypatch):
     html = write(monkeypatch, mlp_store(tmp_path / "s", -np.ones((12, 12)))).read_text()
     assert "there is no dimension" in html
-    assert "bracketed in 0 of 12 lines" in html
+    assert "a map of a learning rate against something else" in html
+
+
+def test_too_few_columns_for_a_law_are_said(tmp_path, monkeypatch):
+    html = write(monkeypatch, language_store(tmp_path / "s", 12, 3)).read_text()
+    assert "bracketed in 3 of 3 lines" in html
 
 
 def chromium(tmp_path, address: str, *arguments: str) -> str:
