@@ -115,10 +115,12 @@ def adamw_(
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
     """
-    scalars = (learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps)
     step = adamw_reference_ if master.device.type == "cpu" else launch_adamw_
-    moments = (first_moment, second_moment)
-    step(master, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R)
+    step(
+        master, gradient, weight, first_moment, second_moment,
+        learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
+        scale_R, active_R, nonfinite_R,
+    )  # fmt: skip
 
 
 def adamw_split_(
@@ -142,14 +144,16 @@ def adamw_split_(
 
     The same bits as `adamw_`, in 26 bytes a parameter with a bf16 gradient.
     """
-    scalars = (learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps)
-    moments = (first_moment, second_moment)
-    if remainder.device.type == "cpu":
-        master = join_master(weight, remainder)
-        adamw_reference_(master, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R)
+    on_cpu = remainder.device.type == "cpu"
+    master = join_master(weight, remainder) if on_cpu else remainder
+    step = adamw_reference_ if on_cpu else launch_adamw_
+    step(
+        master, gradient, weight, first_moment, second_moment,
+        learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
+        scale_R, active_R, nonfinite_R,
+    )  # fmt: skip
+    if on_cpu:
         remainder.copy_(split_master(master)[1])
-    else:
-        launch_adamw_(remainder, gradient, weight, *moments, *scalars, scale_R, active_R, nonfinite_R)
 
 
 @triton.jit
