@@ -66,4 +66,5 @@ def test_every_file_parses_on_the_oldest_python_and_says_what_it_is_for():
     for folder in FOLDERS:
         for file in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(file.read_text(), feature_version=(3, 11))
-            assert ast.get_docstring(tree), f"{file.relative_to(ROOT)} has no docstring"
+            empty = file.name == "__init__.py" and not tree.body
+            assert empty or ast.get_docstring(tree), f"{file.relative_to(ROOT)} has no docstring"
