@@ -122,15 +122,17 @@ def measure_adamw() -> list[dict]:
     gradient = torch.randn(shape, device="cuda").bfloat16()
     master, first, second = (torch.rand(shape, device="cuda") for _ in range(3))
     weight, remainder = split_master(master)
-    scalars = [torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 0.5, 0.5)]
+    rate, decay, beta1, beta2, bias1, bias2 = (
+        torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 0.5, 0.5)
+    )
     active = torch.ones(replicas, dtype=torch.bool, device="cuda")
     nonfinite = torch.zeros(replicas, dtype=torch.int32, device="cuda")
-    rest = (*scalars, 1e-8, None, active, nonfinite)
+    rest = (rate, decay, beta1, beta2, bias1, bias2, 1e-8, None, active, nonfinite)
     copy = copy_terabytes()
     print(f"copy: {copy:.3f} TB/s")
-    cases = {
-        "adamw": (28, partial(adamw_, master, gradient, weight, first, second, *rest)),
-        "adamw_split": (26, partial(adamw_split_, remainder, gradient, weight, first, second, *rest)),
+    cases: dict[str, tuple[int, Callable[[], object]]] = {
+        "adamw": (28, lambda: adamw_(master, gradient, weight, first, second, *rest)),
+        "adamw_split": (26, lambda: adamw_split_(remainder, gradient, weight, first, second, *rest)),
         "global_norm": (2, partial(global_norm, [gradient])),
         "accumulate": (10, partial(accumulate_, master, gradient, ~active, active)),
     }

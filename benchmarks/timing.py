@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import triton
 RESULTS = Path(__file__).with_name("results")
 
 
-def milliseconds(calls: list[Callable[[], object]], budget: float = 8.0, replays: int = 5) -> float:
+def milliseconds(calls: Sequence[Callable[[], object]], budget: float = 8.0, replays: int = 5) -> float:
     """Median time of one call, over replays of one CUDA graph that runs all of `calls` in turn.
 
     The calls do the same work on different buffers, together larger than L2. The graph repeats them

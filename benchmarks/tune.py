@@ -115,7 +115,7 @@ def main() -> None:
                 | tile._asdict()
                 | {"ms": round(ms, 5), "bmm_ms": round(bmm_ms, 5), "ratio": round(bmm_ms / ms, 4)}
             )
-        best = min(times, key=times.get)
+        best = min(times, key=lambda tile: times[tile])
         table[tile_key(form, m, n, k, torch.bfloat16)] = best
         rule = times.get(default_tile(m, n), float("nan"))
         gains.append(bmm_ms / times[best])

@@ -253,6 +253,7 @@ PRESETS: dict[str, SweepConfig] = {
         context=128,
         batch=8,
         beta2=0.999,
+        data_rows=4096,
         validation_rows=32,
     ),
 }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.config import SweepConfig
+from engine.data import Tokenizer
 from engine.models import gpt, llama, parameter_shapes
 from engine.tokenizer import ByteTokenizer
 
@@ -26,7 +27,7 @@ class Network(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     groups: dict[str, str]
     initial: Callable[[int], dict[str, Tensor]]
-    tokenizer: object
+    tokenizer: Tokenizer
     vocabulary: int
     flops_per_token: float
     activation_bytes: Callable[[int, int], int]
@@ -44,13 +45,19 @@ def load_network(config: SweepConfig, device: torch.device | str) -> Network:
         ValueError: its shape is not legal, its vocabulary is smaller than the tokenizer's, or its
             checkpoint is not installed.
     """
-    if config.network == "smollm2":
-        shape, weights, tokenizer = checkpoint.load_smollm2()
-        shape = shape.with_context(config.context)
-        with torch.device("meta"):
-            module = llama.Llama(shape, device)
-        return describe(module, llama, shape, lambda seed: weights, tokenizer)
-    assert config.network == "gpt", config.network
+    return load_smollm2(config, device) if config.network == "smollm2" else make_gpt(config, device)
+
+
+def load_smollm2(config: SweepConfig, device: torch.device | str) -> Network:
+    """The pretrained network; its start is the same for every seed."""
+    shape, weights, tokenizer = checkpoint.load_smollm2(config.context)
+    with torch.device("meta"):
+        module = llama.Llama(shape, device)
+    return describe(module, llama, shape, lambda seed: weights, tokenizer)
+
+
+def make_gpt(config: SweepConfig, device: torch.device | str) -> Network:
+    """A network of the configuration's shape over bytes."""
     tokenizer = ByteTokenizer()
     vocabulary = config.vocabulary or tokenizer.vocabulary
     if vocabulary < tokenizer.vocabulary:

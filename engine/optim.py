@@ -60,10 +60,7 @@ def adamw_update(stack: Stack, state: AdamWState, gradients: list[Tensor], updat
     bias1_R = (1 - update.beta1_R.double() ** count_R).float()
     bias2_R = (1 - update.beta2_R.double() ** count_R).float()
     for span, gradient in zip(stack.spans, gradients, strict=True):
-        weight = stack.weight_RP[:, span.slice]
-        buffers = (stack.remainder_RP[:, span.slice], gradient, weight) if stack.mixed else (weight, gradient, None)
-        (adamw_split_ if stack.mixed else adamw_)(
-            *buffers,
+        rest = (
             state.first_RP[:, span.slice],
             state.second_RP[:, span.slice],
             update.rate_R[span.group],
@@ -77,6 +74,11 @@ def adamw_update(stack: Stack, state: AdamWState, gradients: list[Tensor], updat
             update.active_R,
             update.nonfinite_R,
         )
+        weight = stack.weight_RP[:, span.slice]
+        if stack.remainder_RP is None:
+            adamw_(weight, gradient, None, *rest)
+        else:
+            adamw_split_(stack.remainder_RP[:, span.slice], gradient, weight, *rest)
 
 
 def sgd_init(stack: Stack) -> SGDState:
@@ -102,7 +104,7 @@ def sgd_update(stack: Stack, state: SGDState, gradients: list[Tensor], update: U
         velocity.copy_(torch.where(active, moved, velocity))
         weight = stack.weight_RP[:, span.slice]
         kept = torch.where(active, stepped, master)
-        if stack.mixed:
+        if stack.remainder_RP is not None:
             kept, remainder = split_master(kept)
             stack.remainder_RP[:, span.slice].copy_(remainder)
         weight.copy_(kept)

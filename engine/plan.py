@@ -28,11 +28,11 @@ class Mark(NamedTuple):
 class Trajectory:
     """One training run.
 
-    hyper holds every hyper-parameter of `LANGUAGE_NAMES` as float64 (learning rates of groups that are
-    not given are None and follow `lr`); total is the run's length for its schedule, in steps.
+    hyper holds the hyper-parameters of `LANGUAGE_NAMES` as float64 (learning rates of groups that are
+    not given are absent and follow `lr`); total is the run's length for its schedule, in steps.
     """
 
-    hyper: dict[str, float | None]
+    hyper: dict[str, float]
     total: int
     marks: tuple[Mark, ...]
 
@@ -42,16 +42,19 @@ class Trajectory:
         return self.marks[-1].step
 
 
-def cell_hyper(config: SweepConfig, row: int, col: int) -> dict[str, float | None]:
+def fixed_hyper(config: SweepConfig) -> dict[str, float]:
+    """The fixed hyper-parameters that are given."""
+    values = {name: config.fixed(name) for name in LANGUAGE_NAMES}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def cell_hyper(config: SweepConfig, row: int, col: int) -> dict[str, float]:
     """Every hyper-parameter of one cell: the fixed values, with the two axes' put in."""
     grid = config.grid
-    hyper = {name: config.fixed(name) for name in LANGUAGE_NAMES}
-    hyper[grid.y.name] = float(grid.y.values[row])
-    hyper[grid.x.name] = float(grid.x.values[col])
-    return hyper
+    return fixed_hyper(config) | {grid.y.name: float(grid.y.values[row]), grid.x.name: float(grid.x.values[col])}
 
 
-def steps_of(hyper: dict[str, float | None], context: int) -> int:
+def steps_of(hyper: dict[str, float], context: int) -> int:
     """Steps that consume a cell's tokens: ceil(tokens / (batch * context))."""
     return math.ceil(hyper["tokens"] / (hyper["batch"] * context))
 
@@ -67,9 +70,9 @@ def trajectories(config: SweepConfig, rows: range) -> list[Trajectory]:
     grid = config.grid
     ahead = looks_ahead(config)
     runs: dict[tuple, dict[int, list[tuple[int, int]]]] = {}
-    hypers: dict[tuple, dict[str, float | None]] = {}
+    hypers: dict[tuple, dict[str, float]] = {}
     y_values, x_values = grid.y.values, grid.x.values
-    fixed = {name: config.fixed(name) for name in LANGUAGE_NAMES}
+    fixed = fixed_hyper(config)
     for row in rows:
         for col in range(grid.x.points):
             hyper = fixed | {grid.y.name: float(y_values[row]), grid.x.name: float(x_values[col])}

@@ -34,18 +34,18 @@ class Progress:
         self.started = time.monotonic()
         self.quiet = quiet
         self.console = Console(stderr=True)
-        self.live = None
+        self.live: Live | None = None
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal and not self.quiet:
             self.live = Live(self.picture(), console=self.console, refresh_per_second=4)
-            self.live.__enter__()
+            self.live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.live is not None:
             self.live.update(self.picture())
-            self.live.__exit__(*error)
+            self.live.stop()
 
     def tokens(self, trained: float, saved: float) -> None:
         """Count tokens just trained, and those that runs which ended early will not need."""
@@ -110,7 +110,8 @@ class Progress:
 
 def block_codes(block: dict[str, np.ndarray]) -> np.ndarray:
     """Label codes of a block of results."""
-    return label(*(block[name] for name in LABELLED), Thresholds())
+    status, first_loss, last_loss, nonfinite_step = (block[name] for name in LABELLED)
+    return label(status, first_loss, last_loss, nonfinite_step, Thresholds())
 
 
 def launch_tokens(config: SweepConfig, rows: range) -> float:

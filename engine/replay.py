@@ -17,7 +17,7 @@ from engine.checkpoint import save_safetensors
 from engine.command import parse, user_errors
 from engine.provenance import provenance
 from engine.store import Store, check_same_data, open_store
-from engine.sweep import Rank, RunOptions, choose_device, prepare
+from engine.sweep import LanguageSetup, Rank, RunOptions, choose_device, prepare
 from engine.trainer import Trainer, bit_exact_at_any_width
 
 
@@ -54,6 +54,7 @@ def replay_cell(store: Store, row: int, col: int, device: str) -> Replay:
     if store.config.network == "mlp":
         return replay_mlp(store, row, col, device)
     setup = prepare(store.config, RunOptions(device=device), Rank(0, 1), store)
+    assert isinstance(setup, LanguageSetup)
     check_same_data(store, setup.corpus.digest)
     config = setup.config
     launch = next(rows for rows in plan.launches(config, setup.rows_per_launch) if row in rows)

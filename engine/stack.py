@@ -53,10 +53,11 @@ class Stack:
         self.network = network
         self.spans = spans_of(network)
         self.replicas = replicas
-        self.mixed = dtype != torch.float32
         size = -(-self.spans[-1].slice.stop // ALIGNMENT) * ALIGNMENT
         self.weight_RP = torch.zeros(replicas, size, dtype=dtype, device=device)
-        self.remainder_RP = torch.zeros(replicas, size, dtype=torch.int16, device=device) if self.mixed else None
+        self.remainder_RP: Tensor | None = None
+        if dtype != torch.float32:
+            self.remainder_RP = torch.zeros(replicas, size, dtype=torch.int16, device=device)
         self.weights = {name: w.requires_grad_() for name, w in self.views(self.weight_RP.detach()).items()}
 
     def zeros(self) -> Tensor:
@@ -70,7 +71,7 @@ class Stack:
 
     def masters(self, slots, place: slice) -> Tensor:
         """The fp32 master weights of some slots at some place."""
-        if not self.mixed:
+        if self.remainder_RP is None:
             return self.weight_RP[slots, place]
         return join_master(self.weight_RP[slots, place], self.remainder_RP[slots, place])
 
@@ -105,7 +106,7 @@ class Stack:
             values = initial[span.name].to(self.weight_RP.device).flatten()
             if len(span.shape) > 1:
                 values = values * scale
-            if self.mixed:
+            if self.remainder_RP is not None:
                 values, self.remainder_RP[slot, span.slice] = split_master(values)
             self.weight_RP[slot, span.slice] = values
 

@@ -82,16 +82,22 @@ class Store:
         for name, spec in array_specs(self.config).items():
             # zarr lets a damaged array's own error through, which names no file
             whole = "shape" in read_metadata(self.path / name / "zarr.json")
-            array = self.group[name] if whole else None
+            array = self.array(name) if whole else None
             if array is None or array.shape[:2] != self.grid.shape or array.dtype != np.dtype(spec.dtype):
                 raise ValueError(f"{self.path} is half-written (array {name!r}); delete it and sweep again")
 
     def __contains__(self, name: str) -> bool:
         return name in self.group
 
+    def array(self, name: str) -> zarr.Array:
+        """A stored array."""
+        array = self.group[name]
+        assert isinstance(array, zarr.Array), name
+        return array
+
     def read(self, name: str, rows: slice = slice(None), cols: slice = slice(None)) -> np.ndarray:
         """An array, or a block of its rows and columns, as numpy."""
-        return self.group[name][rows, cols]
+        return np.asarray(self.array(name)[rows, cols])
 
     @property
     def status(self) -> np.ndarray:
@@ -214,12 +220,12 @@ class Writer(Store):
         `start` and n must be a launch's rows, so that a chunk has one writer.
         """
         count = len(block["status"])
-        chunk = self.group["status"].chunks[0]
+        chunk = self.array("status").chunks[0]
         assert start % chunk == 0, (start, chunk)
         assert count <= chunk, (count, chunk)
         for name in sorted(block, key=lambda name: name == "status"):
             # an all-fill chunk is a result like any other
-            array = self.group[name].with_config({"write_empty_chunks": True})
+            array = self.array(name).with_config({"write_empty_chunks": True})
             array[start : start + count] = block[name]
             folder = self.path / name / "c" / str(start // chunk)
             for file in folder.rglob("*"):

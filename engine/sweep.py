@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from engine.store import Store, Writer, array_specs, check_same_configuration, c
 from engine.trainer import Harvest, Trainer, bit_exact_at_any_width
 
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
-CPU_MEMORY = 1.25  # GiB a stack may take on a CPU
+CPU_MEMORY = 0.5  # share of the machine's memory a stack may take on a CPU
 GPU_MEMORY = 0.9  # share of a GPU's free memory a stack may take
 CPU_SLOTS, GPU_SLOTS = 64, 256  # replicas beyond which a wider stack gains nothing
 
@@ -51,7 +51,8 @@ class RunOptions:
     wandb_entity: str = ""  # W&B entity (default: your own)
 
 
-class Rank(NamedTuple):
+@dataclass(frozen=True)
+class Rank:
     """This process among those torchrun started; launches are shared out, replicas never communicate."""
 
     index: int
@@ -90,16 +91,23 @@ def default_store(config: SweepConfig) -> Path:
     return Path("results", "-".join((config.network, *config.swept)))
 
 
-class Setup(NamedTuple):
-    """Everything a sweep needs before it trains."""
+@dataclass(frozen=True)
+class Setup:
+    """What any sweep needs before it trains."""
 
     config: SweepConfig
     device: torch.device
-    slots: int
     rows_per_launch: int
-    network: Network | None
-    corpus: Corpus | None
-    memory: plan.Memory | None
+
+
+@dataclass(frozen=True)
+class LanguageSetup(Setup):
+    """What a language model's sweep needs beyond that. memory: bytes of one replica."""
+
+    slots: int
+    network: Network
+    corpus: Corpus
+    memory: plan.Memory
 
 
 def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store | None) -> Setup:
@@ -108,9 +116,15 @@ def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store 
     config = resolve(config, device.type)
     if config.network == "mlp":
         descent.problems_of(config, [])
-        rows = automatic_mlp_rows(config, rank) if config.rows_per_launch == "auto" else int(config.rows_per_launch)
-        config = adopt_rows(config, rows, stored)
-        return Setup(config, device, 0, int(config.rows_per_launch), None, None, None)
+        config = adopt_rows(config, automatic_mlp_rows(config, rank), stored)
+        return Setup(config, device, int(config.rows_per_launch))
+    return prepare_language(config, options, rank, stored, device)
+
+
+def prepare_language(
+    config: SweepConfig, options: RunOptions, rank: Rank, stored: Store | None, device: torch.device
+) -> LanguageSetup:
+    """`prepare` for a language model."""
     network = load_network(config, device)
     corpus = load_corpus(
         config.data,
@@ -122,9 +136,8 @@ def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store 
         config.data_rows or None,
     )
     check_vocabulary(corpus, network.vocabulary)
-    automatic = min(plan.automatic_rows(config, device.type), -(-config.grid.shape[0] // rank.count))
-    rows = automatic if config.rows_per_launch == "auto" else int(config.rows_per_launch)
-    config = adopt_rows(config, rows, stored)
+    shared_out = -(-config.grid.shape[0] // rank.count)
+    config = adopt_rows(config, min(plan.automatic_rows(config, device.type), shared_out), stored)
     rows = int(config.rows_per_launch)
 
     element = 2 if config.precision == "bf16" else 4
@@ -139,13 +152,15 @@ def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store 
     else:
         fit = plan.slots_that_fit(memory, memory_budget(device))
         slots = min(options.slots or (CPU_SLOTS if device.type == "cpu" else GPU_SLOTS), fit, widest)
-    return Setup(config, device, slots, rows, network, corpus, memory)
+    return LanguageSetup(config, device, rows, slots, network, corpus, memory)
 
 
-def adopt_rows(config: SweepConfig, rows: int, stored: Store | None) -> SweepConfig:
-    """The configuration with its rows a launch: a resumed sweep keeps the store's where they are automatic."""
-    if stored is not None and config.rows_per_launch == "auto":
-        return replace(config, rows_per_launch=stored.config.rows_per_launch)
+def adopt_rows(config: SweepConfig, automatic: int, stored: Store | None) -> SweepConfig:
+    """The configuration with its rows a launch; where they are automatic a resumed sweep keeps the store's."""
+    if config.rows_per_launch != "auto":
+        rows = int(config.rows_per_launch)
+    else:
+        rows = int(stored.config.rows_per_launch) if stored is not None else automatic
     return replace(config, rows_per_launch=str(min(rows, config.grid.shape[0])))
 
 
@@ -158,7 +173,7 @@ def automatic_mlp_rows(config: SweepConfig, rank: Rank) -> int:
 def memory_budget(device: torch.device) -> int:
     """Bytes a stack may take."""
     if device.type == "cpu":
-        return int(CPU_MEMORY * 2**30)
+        return int(CPU_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return int(GPU_MEMORY * torch.cuda.mem_get_info(device)[0])
 
 
@@ -186,7 +201,7 @@ def pending(work: list[plan.Trajectory], status: np.ndarray) -> list[plan.Trajec
     return left
 
 
-def train_launch(setup: Setup, trainer: Trainer, writer: Writer, rows: range, watch: progress.Progress) -> None:
+def train_launch(setup: LanguageSetup, trainer: Trainer, writer: Writer, rows: range, watch: progress.Progress) -> None:
     """Train what is missing of some rows; write them now and then, and when they are complete."""
     config = setup.config
     block = {name: writer.read(name, rows=slice(rows.start, rows.stop)) for name in array_specs(config)}
@@ -223,14 +238,14 @@ def train_grid(setup: Setup, writer: Writer, rank: Rank, options: RunOptions, tr
     with progress.Progress(config, stored, todo, options.quiet or rank.index > 0) as watch:
         trainer = None
         for launch in todo:
-            if config.network == "mlp":
+            if isinstance(setup, LanguageSetup):
+                trainer = trainer or Trainer(config, setup.network, setup.corpus, setup.slots, setup.device)
+                train_launch(setup, trainer, writer, launch, watch)
+            else:
                 block = descent.train_rows(config, slice(launch.start, launch.stop), str(setup.device))
                 block["status"] = np.full((len(launch), config.grid.shape[1]), DONE, np.uint8)
                 writer.write_rows(launch.start, block)
                 watch.show(launch, block)
-            else:
-                trainer = trainer or Trainer(config, setup.network, setup.corpus, setup.slots, setup.device)
-                train_launch(setup, trainer, writer, launch, watch)
             watch.launched(launch)
             track.launch(watch)
 
@@ -240,26 +255,27 @@ def train_grid(setup: Setup, writer: Writer, rank: Rank, options: RunOptions, tr
 
 def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -> Writer:
     """The store to write: a new one, or one of the same configuration."""
+    data_digest = setup.corpus.digest if isinstance(setup, LanguageSetup) else ""
     if rank.index == 0:
         if stored is None:
-            extra = {
+            extra: dict[str, Any] = {
                 "provenance": provenance(setup.device),
-                "slots": setup.slots,
                 "exact": "at any width" if exact_at_any_width(setup) else "in the same launch",
-                "data": setup.corpus.description if setup.corpus else "",
-                "data_digest": setup.corpus.digest if setup.corpus else "",
+                "data_digest": data_digest,
             }
+            if isinstance(setup, LanguageSetup):
+                extra |= {"slots": setup.slots, "data": setup.corpus.description}
             create_store(path, setup.config, plan.longest(setup.config), setup.rows_per_launch, extra)
         else:
             check_same_configuration(path, stored.config, setup.config)
-            check_same_data(stored, setup.corpus.digest if setup.corpus else "")
+            check_same_data(stored, data_digest)
     rank.barrier()
     return Writer(path, lock=rank.index == 0)
 
 
 def exact_at_any_width(setup: Setup) -> bool:
-    """Whether this sweep's cells have the same bits at any number of replicas."""
-    return bit_exact_at_any_width(setup.device)
+    """Whether a cell's bits are the same whatever trains beside it; the mlp's cells are computed row by row."""
+    return not isinstance(setup, LanguageSetup) or bit_exact_at_any_width(setup.device)
 
 
 def dry_run_table(setup: Setup) -> Table:
@@ -270,7 +286,7 @@ def dry_run_table(setup: Setup) -> Table:
     table.add_row("grid", f"{rows} x {cols} = {rows * cols:,} cells; y {config.grid.y}; x {config.grid.x}")
     launches = plan.launches(config, setup.rows_per_launch)
     table.add_row("launches", f"{len(launches)} of up to {setup.rows_per_launch} rows")
-    if setup.network is None:
+    if not isinstance(setup, LanguageSetup):
         table.add_row("steps", f"{config.steps} a cell, {rows * cols * config.steps:,} in all")
         return table
     work = [run for launch in launches for run in plan.trajectories(config, launch)]
@@ -330,7 +346,7 @@ def announce(setup: Setup, path: Path, stored: Store | None, console: Console) -
     rows, cols = setup.config.grid.shape
     doing = "resuming" if stored is not None else "sweeping"
     console.print(f"{doing} {rows} x {cols} cells into {path} on {provenance(setup.device)['device']}")
-    if setup.network is None:
+    if not isinstance(setup, LanguageSetup):
         return
     launches = plan.launches(setup.config, setup.rows_per_launch)
     widest = max(len(plan.trajectories(setup.config, launch)) for launch in launches)

@@ -54,4 +54,6 @@ def start(mode: str, project: str, entity: str, config: SweepConfig, first: bool
         return Tracking(None)
     import wandb
 
-    return Tracking(wandb.init(project=project, entity=entity or None, mode=mode, config=config.to_json()))
+    chosen = wandb.Settings(mode="offline" if mode == "offline" else "online")
+    run = wandb.init(project=project, entity=entity or None, config=config.to_json(), settings=chosen)
+    return Tracking(run)

@@ -91,8 +91,7 @@ class Trainer:
         self.initial = {seed: network.initial(seed) for seed in seeds(config)}
         if len(self.initial) * network.parameters * 4 <= RESIDENT:
             self.initial = {seed: {n: w.to(device) for n, w in ws.items()} for seed, ws in self.initial.items()}
-        adamw = config.optimizer == "adamw"
-        self.state = (optim.adamw_init if adamw else optim.sgd_init)(self.stack)
+        self.state = optim.adamw_init(self.stack) if config.optimizer == "adamw" else optim.sgd_init(self.stack)
 
         self.longest = steps or longest(config)
         length = self.longest * largest_batch(config)
@@ -107,8 +106,7 @@ class Trainer:
         self.validation_count = int((corpus.validation_targets >= 0).sum())
 
         self.micro_batch = config.micro_batch
-        self.accumulates = largest_batch(config) > self.micro_batch
-        self.accumulator_RP = self.stack.zeros() if self.accumulates else None
+        self.accumulator_RP = self.stack.zeros() if largest_batch(config) > self.micro_batch else None
         self.clips = config.clip > 0 or "clip" in config.swept
 
         # an empty slot: stop is 0, so it never trains; a slot waits, inactive, at its stop
@@ -155,7 +153,7 @@ class Trainer:
         sum_R, gradients = self.stack.losses_and_gradients(tokens_RBT, targets_RBT, smoothing_R, count_R)
         fresh_R = self.micro_R == 0
         self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
-        if self.accumulates:
+        if self.accumulator_RP is not None:
             pieces = [self.accumulator_RP[:, span.slice] for span in self.stack.spans]
             for piece, gradient in zip(pieces, gradients, strict=True):
                 accumulate_(piece, gradient, fresh_R, active_R)
@@ -193,7 +191,7 @@ class Trainer:
             active_R=update_R,
             nonfinite_R=self.broken_R,
         )
-        if config.optimizer == "adamw":
+        if isinstance(self.state, optim.AdamWState):
             optim.adamw_update(self.stack, self.state, gradients, update, config.eps)
         else:
             optim.sgd_update(self.stack, self.state, gradients, update, config.momentum)
@@ -212,7 +210,7 @@ class Trainer:
         self.stack.load(slot, self.initial[seed], hyper["init_scale"])
         for buffer in self.state:
             buffer[slot] = 0
-        micros = -(-batch // self.micro_batch)
+        micros = self.micros(trajectory)
         stop = trajectory.marks[0].step
         whole = (0, stop, trajectory.total, 0, micros, batch, self.seed_row[seed], -1)
         self.whole[:, slot] = torch.tensor(whole).to(self.device)
@@ -246,7 +244,7 @@ class Trainer:
             for slot, occupant in enumerate(self.occupants):
                 if occupant and nonfinite_R[slot] >= 0:
                     trajectory, mark = occupant
-                    micros = -(-int(trajectory.hyper["batch"]) // self.micro_batch)
+                    micros = self.micros(trajectory)
                     stopped = int(nonfinite_R[slot]) + 1
                     running[slot] = self.left[slot] - (trajectory.marks[mark].step - stopped) * micros
                     saved += (trajectory.steps - stopped) * micros * self.tokens_each[slot]
@@ -284,7 +282,7 @@ class Trainer:
         losses = self.losses_RS[slots].cpu().numpy()
         harvests = []
         for i, slot in enumerate(ready):
-            trajectory, mark = self.occupants[slot]
+            trajectory, mark = self.occupant(slot)
             stopped = int(nonfinite_R[slot])
             marks = trajectory.marks[mark:] if stopped >= 0 else trajectory.marks[mark : mark + 1]
             for each in marks:
@@ -304,9 +302,19 @@ class Trainer:
                 )
         return harvests
 
+    def occupant(self, slot: int) -> Occupant:
+        """What a slot that is not empty holds."""
+        occupant = self.occupants[slot]
+        assert occupant is not None
+        return occupant
+
+    def micros(self, trajectory: Trajectory) -> int:
+        """Micro-steps a batch of a trajectory."""
+        return -(-int(trajectory.hyper["batch"]) // self.micro_batch)
+
     def advance(self, slot: int, ended: bool) -> None:
         """Send a slot on to its trajectory's next mark, or empty it."""
-        trajectory, mark = self.occupants[slot]
+        trajectory, mark = self.occupant(slot)
         if ended or mark + 1 == len(trajectory.marks):
             self.occupants[slot] = None
             self.stop_R[slot] = 0
@@ -314,8 +322,8 @@ class Trainer:
             return
         self.occupants[slot] = Occupant(trajectory, mark + 1)
         self.stop_R[slot] = trajectory.marks[mark + 1].step
-        micros = -(-int(trajectory.hyper["batch"]) // self.micro_batch)
-        self.left[slot] = (trajectory.marks[mark + 1].step - trajectory.marks[mark].step) * micros
+        between = trajectory.marks[mark + 1].step - trajectory.marks[mark].step
+        self.left[slot] = between * self.micros(trajectory)
 
     @torch.no_grad()
     def evaluate(self, slots: Tensor) -> Tensor:
@@ -336,14 +344,14 @@ class Trainer:
         return torch.cat(means)
 
 
-def slot_hyper(hyper: dict[str, float | None]) -> dict[str, float]:
+def slot_hyper(hyper: dict[str, float]) -> dict[str, float]:
     """A slot's hyper-parameters: the groups' learning rates resolved.
 
     lr.attention and lr.mlp follow lr.matrix, which like lr.embedding and lr.unembedding follows lr.
     """
 
     def first(*names: str) -> float:
-        return next(hyper[name] for name in names if hyper[name] is not None)
+        return next(hyper[name] for name in names if name in hyper)
 
     rates = {
         "attention": first("lr.attention", "lr.matrix", "lr"),

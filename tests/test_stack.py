@@ -49,7 +49,7 @@ def alone(trainer: Trainer, config, hyper: dict, optimizer: str) -> list[float]:
     }
     groups, peaks = [], []
     for name, weight in weights.items():
-        peaks.append(next(hyper[rate] for rate in follows[network.groups[name]] if hyper[rate] is not None))
+        peaks.append(next(hyper[rate] for rate in follows[network.groups[name]] if rate in hyper))
         groups.append({"params": [weight], "lr": peaks[-1]})
     if optimizer == "adamw":
         betas = (hyper["beta1"], hyper["beta2"])
