@@ -9,6 +9,7 @@ another. An .npz of the same arrays takes their place, so that another program's
 """
 
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def load_problem(config: SweepConfig) -> dict[str, np.ndarray]:
             raise ValueError(f"problem file {path!r}: {name} is {got}, expected numbers {list(shape)}; {form}")
         if not np.isfinite(stored[name]).all():
             raise ValueError(f"problem file {path!r}: {name} has values that are not finite; mend the file")
-    problem = {name: stored[name].astype(np.float64) for name in shapes}
+    problem = {name: np.ascontiguousarray(stored[name], np.float64) for name in shapes}
     if config.minibatch:
         problem["minibatch_index"] = check_draws(stored["minibatch_index"], config, points)
     return problem
@@ -120,8 +121,13 @@ def train_rows(config: SweepConfig, rows: slice, device: str) -> dict[str, np.nd
         ValueError: the problem file does not fit, or is given while the seed is swept.
     """
     launch = range(*rows.indices(config.grid.shape[0]))
-    parts = [launch] if torch.device(device).type == "cuda" else [range(row, row + 1) for row in launch]
-    results = [train_cells(config, part, device) for part in parts]
+    if torch.device(device).type == "cuda":
+        results = [train_cells(config, launch, device)]
+    else:
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = list(pool.map(lambda row: train_cells(config, range(row, row + 1), device), launch))
+        torch.set_num_threads(threads)
     whole = {name: np.concatenate([result[name] for result in results]) for name in results[0]}
     shape = (len(launch), config.grid.shape[1])
     return {name: array.reshape(*shape, *array.shape[1:]) for name, array in whole.items()}

@@ -116,7 +116,7 @@ def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store 
     config = resolve(config, device.type)
     if config.network == "mlp":
         descent.problems_of(config, [])
-        config = adopt_rows(config, automatic_mlp_rows(config, rank), stored)
+        config = adopt_rows(config, automatic_mlp_rows(config, rank, device), stored)
         return Setup(config, device, int(config.rows_per_launch))
     return prepare_language(config, options, rank, stored, device)
 
@@ -164,10 +164,11 @@ def adopt_rows(config: SweepConfig, automatic: int, stored: Store | None) -> Swe
     return replace(config, rows_per_launch=str(min(rows, config.grid.shape[0])))
 
 
-def automatic_mlp_rows(config: SweepConfig, rank: Rank) -> int:
-    """Rows of 2^20 cells, at least one launch a rank."""
+def automatic_mlp_rows(config: SweepConfig, rank: Rank, device: torch.device) -> int:
+    """Rows of 2^20 cells on a GPU, 2^12 on a CPU: seconds of work. At least one launch a rank."""
     rows, cols = config.grid.shape
-    return max(min(2**20 // cols, -(-rows // rank.count)), 1)
+    cells = 2**12 if device.type == "cpu" else 2**20
+    return max(min(cells // cols, -(-rows // rank.count)), 1)
 
 
 def memory_budget(device: torch.device) -> int:
