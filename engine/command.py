@@ -1,6 +1,5 @@
 """The commands' common outside: arguments from dataclasses, and one clear line for a user's fault."""
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ def parser(description: str) -> ArgumentParser:
         description=description,
         add_option_string_dash_variants=DashVariant.UNDERSCORE_AND_DASH,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
 
