@@ -36,7 +36,6 @@ LAST = 20  # steps that last_loss is the mean of
 RATES = ("attention", "mlp", "embedding", "unembedding")
 HYPER = (*RATES, "warmup", "weight_decay", "clip", "beta1", "beta2", "label_smoothing")
 RESIDENT = 4 * 2**30  # bytes of initial weights kept on the device, at most
-EVALUATE = 4096  # tokens of one forward pass when evaluating
 LOGITS = 2**30  # bytes of logits when evaluating, at most
 
 
@@ -328,7 +327,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, slots: Tensor) -> Tensor:
         """Mean held-out loss of some slots' weights, fp32 [len(slots)], without label smoothing."""
-        rows = max(EVALUATE // self.config.context, 1)
+        # pieces of the shape that training has, whose kernels are compiled
+        rows = self.micro_batch
         width = max(LOGITS // (rows * self.config.context * self.network.vocabulary * 4), 1)
         pieces = list(zip(self.validation_tokens.split(rows), self.validation_targets.split(rows), strict=True))
         means = []
