@@ -93,7 +93,7 @@ def test_counts_agree_with_counting_one_by_one(mask):
     sizes, counts, by_tile = box_counts(mask)
     assert np.array_equal(by_tile.sum(0), counts)
     cells = np.argwhere(mask)
-    for size, count in zip(sizes, counts):
+    for size, count in zip(sizes, counts, strict=True):
         step = size // {1: 1, 2: 2}.get(size, 4 if size & (size - 1) == 0 else 3)
         shifts = range(0, size, step) if size > 2 else range(size)
         least = min(len({tuple((cell + (dy, dx)) // size) for cell in cells}) for dy in shifts for dx in shifts)
