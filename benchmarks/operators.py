@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.timing import append_rows, copy_terabytes, milliseconds
 from benchmarks.tune import TOKENS, bmm, problems, rotated
-from kernels.adamw import accumulate_, adamw_, adamw_split_, global_norm, split_master
+from kernels.adamw import AdamWScalars, accumulate_, adamw_, adamw_split_, global_norm, split_master
 from kernels.linear import linear_add_op, linear_op, linear_relu2_op, stacked_matmul
 from kernels.loss import cross_entropy_
 from kernels.newton_schulz import newton_schulz, newton_schulz_reference
@@ -127,12 +127,12 @@ def measure_adamw() -> list[dict]:
     )
     active = torch.ones(replicas, dtype=torch.bool, device="cuda")
     nonfinite = torch.zeros(replicas, dtype=torch.int32, device="cuda")
-    rest = (rate, decay, beta1, beta2, bias1, bias2, 1e-8, None, active, nonfinite)
+    scalars = AdamWScalars(rate, decay, beta1, beta2, bias1, bias2, 1e-8, None, active, nonfinite)
     copy = copy_terabytes()
     print(f"copy: {copy:.3f} TB/s")
     cases: dict[str, tuple[int, Callable[[], object]]] = {
-        "adamw": (28, lambda: adamw_(master, gradient, weight, first, second, *rest)),
-        "adamw_split": (26, lambda: adamw_split_(remainder, gradient, weight, first, second, *rest)),
+        "adamw": (28, lambda: adamw_(master, gradient, weight, first, second, scalars)),
+        "adamw_split": (26, lambda: adamw_split_(remainder, gradient, weight, first, second, scalars)),
         "global_norm": (2, partial(global_norm, [gradient])),
         "accumulate": (10, partial(accumulate_, master, gradient, ~active, active)),
     }

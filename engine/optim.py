@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.stack import Stack
-from kernels.adamw import adamw_, adamw_split_, split_master
+from kernels.adamw import AdamWScalars, adamw_, adamw_split_, split_master
 
 
 class Update(NamedTuple):
@@ -60,25 +60,24 @@ def adamw_update(stack: Stack, state: AdamWState, gradients: list[Tensor], updat
     bias1_R = (1 - update.beta1_R.double() ** count_R).float()
     bias2_R = (1 - update.beta2_R.double() ** count_R).float()
     for span, gradient in zip(stack.spans, gradients, strict=True):
-        rest = (
-            state.first_RP[:, span.slice],
-            state.second_RP[:, span.slice],
-            update.rate_R[span.group],
-            update.decay_R,
-            update.beta1_R,
-            update.beta2_R,
-            bias1_R,
-            bias2_R,
-            eps,
-            update.scale_R,
-            update.active_R,
-            update.nonfinite_R,
+        scalars = AdamWScalars(
+            learning_rate_R=update.rate_R[span.group],
+            weight_decay_R=update.decay_R,
+            beta1_R=update.beta1_R,
+            beta2_R=update.beta2_R,
+            bias1_R=bias1_R,
+            bias2_R=bias2_R,
+            eps=eps,
+            scale_R=update.scale_R,
+            active_R=update.active_R,
+            nonfinite_R=update.nonfinite_R,
         )
         weight = stack.weight_RP[:, span.slice]
+        first, second = state.first_RP[:, span.slice], state.second_RP[:, span.slice]
         if stack.remainder_RP is None:
-            adamw_(weight, gradient, None, *rest)
+            adamw_(weight, gradient, None, first, second, scalars)
         else:
-            adamw_split_(stack.remainder_RP[:, span.slice], gradient, weight, *rest)
+            adamw_split_(stack.remainder_RP[:, span.slice], gradient, weight, first, second, scalars)
 
 
 def sgd_init(stack: Stack) -> SGDState:

@@ -10,6 +10,8 @@ split form round alike. Kernels and references agree bit for bit: every operatio
 itself (no fused multiply-adds), division and square root to nearest.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -47,26 +49,36 @@ def round_to_weight(master: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- one step ------------------------------------------------------------------------------------
 
 
+class AdamWScalars(NamedTuple):
+    """What one step needs beside the buffers; tensors are [R].
+
+    bias1_R and bias2_R are 1 - beta^t. scale_R multiplies the gradient (clipping). Where active_R (bool)
+    is False nothing of that replica is written. nonfinite_R (int32) becomes 1 where an updated weight is
+    not finite.
+    """
+
+    learning_rate_R: Tensor
+    weight_decay_R: Tensor
+    beta1_R: Tensor
+    beta2_R: Tensor
+    bias1_R: Tensor
+    bias2_R: Tensor
+    eps: float
+    scale_R: Tensor | None
+    active_R: Tensor
+    nonfinite_R: Tensor
+
+
 def adamw_reference_(
     master: Tensor,
     gradient: Tensor,
     weight: Tensor | None,
     first_moment: Tensor,
     second_moment: Tensor,
-    learning_rate_R: Tensor,
-    weight_decay_R: Tensor,
-    beta1_R: Tensor,
-    beta2_R: Tensor,
-    bias1_R: Tensor,
-    bias2_R: Tensor,
-    eps: float,
-    scale_R: Tensor | None,
-    active_R: Tensor,
-    nonfinite_R: Tensor,
+    scalars: AdamWScalars,
 ) -> None:
-    learning_rate, decay, beta1, beta2, bias1, bias2 = (
-        scalar_R[:, None] for scalar_R in (learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R)
-    )
+    *factors_R, eps, scale_R, active_R, nonfinite_R = scalars
+    learning_rate, decay, beta1, beta2, bias1, bias2 = (factor_R[:, None] for factor_R in factors_R)
     active = active_R[:, None]
     gradient = gradient.float() if scale_R is None else gradient.float() * scale_R[:, None]
     first = beta1 * first_moment + (1 - beta1) * gradient
@@ -91,24 +103,13 @@ def adamw_(
     weight: Tensor | None,
     first_moment: Tensor,
     second_moment: Tensor,
-    learning_rate_R: Tensor,
-    weight_decay_R: Tensor,
-    beta1_R: Tensor,
-    beta2_R: Tensor,
-    bias1_R: Tensor,
-    bias2_R: Tensor,
-    eps: float,
-    scale_R: Tensor | None,
-    active_R: Tensor,
-    nonfinite_R: Tensor,
+    scalars: AdamWScalars,
 ) -> None:
     """One AdamW step of one parameter of every replica, in place, decoupled weight decay.
 
     master, first_moment, second_moment: fp32 [R, n], any replica stride. gradient: [R, n], bf16 or
-    fp32. weight: bf16 [R, n], or None where the network computes with the master itself. bias1_R
-    and bias2_R are 1 - beta^t. scale_R multiplies the gradient (clipping). Where active_R (bool) is
-    False nothing of that replica is written. nonfinite_R (int32) becomes 1 where an updated weight
-    is not finite. Moves 28 bytes a parameter with a bf16 gradient.
+    fp32. weight: bf16 [R, n], or None where the network computes with the master itself. Moves 28
+    bytes a parameter with a bf16 gradient.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
@@ -116,11 +117,7 @@ def adamw_(
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
     """
     step = adamw_reference_ if master.device.type == "cpu" else launch_adamw_
-    step(
-        master, gradient, weight, first_moment, second_moment,
-        learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
-        scale_R, active_R, nonfinite_R,
-    )  # fmt: skip
+    step(master, gradient, weight, first_moment, second_moment, scalars)
 
 
 def adamw_split_(
@@ -129,16 +126,7 @@ def adamw_split_(
     weight: Tensor,
     first_moment: Tensor,
     second_moment: Tensor,
-    learning_rate_R: Tensor,
-    weight_decay_R: Tensor,
-    beta1_R: Tensor,
-    beta2_R: Tensor,
-    bias1_R: Tensor,
-    bias2_R: Tensor,
-    eps: float,
-    scale_R: Tensor | None,
-    active_R: Tensor,
-    nonfinite_R: Tensor,
+    scalars: AdamWScalars,
 ) -> None:
     """`adamw_` on the split master: int16 remainder and bf16 weight, both [R, n], read and written.
 
@@ -147,11 +135,7 @@ def adamw_split_(
     on_cpu = remainder.device.type == "cpu"
     master = join_master(weight, remainder) if on_cpu else remainder
     step = adamw_reference_ if on_cpu else launch_adamw_
-    step(
-        master, gradient, weight, first_moment, second_moment,
-        learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
-        scale_R, active_R, nonfinite_R,
-    )  # fmt: skip
+    step(master, gradient, weight, first_moment, second_moment, scalars)
     if on_cpu:
         remainder.copy_(split_master(master)[1])
 
@@ -233,16 +217,7 @@ def launch_adamw_(
     weight: Tensor | None,
     first_moment: Tensor,
     second_moment: Tensor,
-    learning_rate_R: Tensor,
-    weight_decay_R: Tensor,
-    beta1_R: Tensor,
-    beta2_R: Tensor,
-    bias1_R: Tensor,
-    bias2_R: Tensor,
-    eps: float,
-    scale_R: Tensor | None,
-    active_R: Tensor,
-    nonfinite_R: Tensor,
+    scalars: AdamWScalars,
 ) -> None:
     """The Triton form of `adamw_`, and of `adamw_split_` where master is the int16 remainder."""
     replicas, n = gradient.shape
@@ -250,13 +225,11 @@ def launch_adamw_(
         assert tensor.shape == (replicas, n) and tensor.stride(1) == 1
     weight = master if weight is None else weight
     adamw_kernel[(triton.cdiv(n, BLOCK), replicas)](
-        master, gradient, weight, first_moment, second_moment,
-        learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
-        scale_R, active_R, nonfinite_R,
+        master, gradient, weight, first_moment, second_moment, *scalars,
         n, master.stride(0), gradient.stride(0), weight.stride(0),
         first_moment.stride(0), second_moment.stride(0),
         BLOCK=BLOCK, HAS_WEIGHT=weight is not master, SPLIT=master.dtype == torch.int16,
-        SCALED=scale_R is not None, num_warps=4, enable_fp_fusion=False,
+        SCALED=scalars.scale_R is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

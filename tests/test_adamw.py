@@ -6,6 +6,7 @@ from stacked import DEVICE, normal
 
 from kernels.adamw import (
     NORM_BLOCK,
+    AdamWScalars,
     accumulate_reference_,
     adamw_,
     adamw_reference_,
@@ -74,7 +75,8 @@ class State:
         weight = self.weight if weight else None
         master = self.remainder if split else self.master
         moments = (self.first, self.second)
-        step(master, self.gradient, weight, *moments, *self.scalars, scale_R, self.active, self.nonfinite)
+        scalars = AdamWScalars(*self.scalars, scale_R, self.active, self.nonfinite)
+        step(master, self.gradient, weight, *moments, scalars)
         return self
 
     def tensors(self):
@@ -105,7 +107,7 @@ def test_reference_is_adamw():
         rates = (0.1, 0.3, 0.8, 0.9, 1 - 0.8**step, 1 - 0.9**step)
         scalars = [torch.tensor([value]) for value in rates]
         flags = (torch.ones(R, dtype=torch.bool), torch.zeros(R, dtype=torch.int32))
-        adamw_(master, gradients[None, step - 1], None, first, second, *scalars, EPS, None, *flags)
+        adamw_(master, gradients[None, step - 1], None, first, second, AdamWScalars(*scalars, EPS, None, *flags))
     torch.testing.assert_close(master[0], parameter.detach().float(), rtol=1e-5, atol=1e-6)
 
 
@@ -187,7 +189,7 @@ def test_gpu_bits_equal_the_references_on_both_devices(n):
     host = State(4, n)
     moved = [t.cpu() for t in (host.master, host.gradient, host.weight, host.first, host.second)]
     scalars = [s.cpu() if isinstance(s, torch.Tensor) else s for s in host.scalars]
-    adamw_reference_(*moved, *scalars, None, host.active.cpu(), host.nonfinite.cpu())
+    adamw_reference_(*moved, AdamWScalars(*scalars, None, host.active.cpu(), host.nonfinite.cpu()))
     for on_gpu, on_cpu in zip(
         (kernel.master, kernel.weight, kernel.first), (moved[0], moved[2], moved[3]), strict=True
     ):
@@ -202,7 +204,7 @@ def test_addresses_beyond_two_to_the_31():
     gradient[-1, -5:] = 1
     ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 0.1, 0.1)]
     flags = (torch.ones(R, dtype=torch.bool, device=DEVICE), torch.zeros(R, dtype=torch.int32, device=DEVICE))
-    launch_adamw_(master, gradient, None, first, second, *ones, EPS, None, *flags)
+    launch_adamw_(master, gradient, None, first, second, AdamWScalars(*ones, EPS, None, *flags))
     assert torch.equal(master.count_nonzero(dim=1).cpu(), torch.tensor([0, 0, 5]))
     assert (master[-1, -5:] < -0.09).all()
     torch.testing.assert_close(launch_global_norm([gradient]).cpu(), torch.tensor([0.0, 0.0, 5**0.5]))
