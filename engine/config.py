@@ -20,6 +20,8 @@ NETWORKS = ("gpt", "smollm2", "mlp")
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = {"gpt": ("bf16", "tf32", "fp32"), "smollm2": ("bf16", "tf32", "fp32"), "mlp": ("fp32", "tf32x3", "fp64")}
 NONLINEARITIES = ("tanh", "relu", "identity")
+# fields that `resolve` works out from others where they are not given
+DERIVED = ("width", "heads", "kv_heads", "micro_batch", "rows_per_launch", "trace", "data_points")
 DEFAULT_AXES = {
     "gpt": ("lr:log:1e-4:1e1:32", "tokens:log:1e3:6e4:32"),
     "smollm2": ("lr:log:1e-6:1e-1:16", "tokens:log:1e3:64e3:16"),

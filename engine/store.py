@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import zarr
 
-from engine.config import SweepConfig
+from engine.config import DERIVED, SweepConfig
 from engine.grid import Grid
 
 FORMAT = "fractal-llm sweep"
@@ -238,8 +238,11 @@ class Writer(Store):
 
 
 def check_same_configuration(path: Path, stored: SweepConfig, asked: SweepConfig) -> None:
-    """Raise ValueError naming the first field in which a store's configuration differs from the asked one."""
-    for field in fields(SweepConfig):
+    """Raise ValueError naming the first field in which a store's configuration differs from the asked one.
+
+    Fields that follow from others come last, so that the line names what the user changed.
+    """
+    for field in sorted(fields(SweepConfig), key=lambda field: field.name in DERIVED):
         was, now = getattr(stored, field.name), getattr(asked, field.name)
         if was != now:
             raise ValueError(
