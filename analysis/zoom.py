@@ -152,7 +152,8 @@ def refinable(axis: Axis, precision: str) -> float:
     if rule.integer:
         return float(np.diff(values).min())
     kernel = np.float32 if rule.kernel_float and precision != "fp64" else np.float64
-    number = np.diff(values) / np.spacing(values[1:].astype(kernel)).astype(np.float64)
+    larger = np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
+    number = np.diff(values) / np.spacing(larger.astype(kernel)).astype(np.float64)
     low, high = (math.log(axis.low), math.log(axis.high)) if axis.scale == "log" else (axis.low, axis.high)
     coordinate = (high - low) / (axis.points - 1) / np.spacing(max(abs(low), abs(high)))
     return float(min(number.min(), coordinate)) / LEAST

@@ -206,3 +206,8 @@ def test_a_map_without_a_boundary_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--store", store.path)
     assert "no boundary to follow" in capsys.readouterr().err
+
+
+def test_an_axis_through_zero_can_be_refined_as_one_beside_it():
+    through, beside = Axis("offset", "linear", -4.0, 4.0, 33), Axis("offset", "linear", 0.0, 8.0, 33)
+    assert refinable(through, "fp64") >= refinable(beside, "fp64") > 1e12

@@ -1,0 +1,150 @@
+"""The table of fractal dimensions of Sohl-Dickstein 2024 (arXiv:2402.06184), measured again.
+
+Six experiments on the paper's network, each a map over its default window and a zoom sequence that follows
+the boundary. Every experiment is reported with both medians of local slopes (ours, and the published
+estimator, which is biased), the mean and the spread of the single maps' dimensions, and the same
+numbers for null maps of that size. Stores are kept, so a run that was interrupted goes on.
+"""
+
+import csv
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from analysis.boundary import map_edges
+from analysis.classify import Labelling
+from analysis.dimension import NULLS, Dimension, local_median, measure, null_mask, published_median
+from analysis.zoom import sequence
+from engine.command import parse, user_errors
+from engine.config import SweepConfig
+from engine.provenance import device_name, provenance
+from engine.store import open_store
+from engine.sweep import RunOptions, choose_device, run_sweep
+
+LEAST_CELLS = 8  # maps smaller than this a side have no dimension
+
+
+class Experiment(NamedTuple):
+    """One line of the paper's table."""
+
+    published: float
+    config: SweepConfig
+
+
+def experiments(size: int, steps: int) -> dict[str, Experiment]:
+    """The paper's experiments as sweeps of size x size cells.
+
+    The offset's window is ours: the paper's figure gives no numbers for it.
+    """
+    layers = SweepConfig(
+        network="mlp", y=f"lr.0:log:1e-3:1e6:{size}", x=f"lr.1:log:1e-3:1e6:{size}", steps=steps, precision="fp64"
+    )
+    offset = replace(layers, y=f"offset:linear:-4:4:{size}", x=f"lr:log:1e-3:1e6:{size}")
+    return {
+        "identity": Experiment(1.17, replace(layers, nonlinearity="identity")),
+        "relu": Experiment(1.20, replace(layers, nonlinearity="relu")),
+        "single data point": Experiment(1.41, replace(layers, data_points=1)),
+        "minibatch": Experiment(1.55, replace(layers, minibatch=16)),
+        "tanh": Experiment(1.66, layers),
+        "offset by lr": Experiment(1.98, offset),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Labelling):
+    """How large, how deep, and where the stores go."""
+
+    results: str = "results/paper"  # folder of the stores, one an experiment
+    only: str = ""  # comma-separated names of experiments (default: all six)
+    size: int = 512  # cells a side of every map
+    levels: int = 10  # zooms after the first map
+    factor: int = 4  # how many times finer each zoom is
+    steps: int = 500  # steps of gradient descent
+    csv: str = ""  # append a row an experiment to this file
+    device: str = "auto"  # cpu or cuda; auto: cuda if there is one
+
+
+def zoomed(experiment: Experiment, path: Path, options: Options, console: Console) -> Iterator[np.ndarray]:
+    """Boundary blocks of an experiment's map and of the zooms into it."""
+    run_sweep(experiment.config, RunOptions(store=str(path), device=options.device, figures=False, quiet=True))
+    store = open_store(path)
+    levels = sequence(store, options.levels, options.factor, 0, None, options, options.device, console)
+    return (map_edges(level.codes) for level in levels)
+
+
+def figures(masks: list[np.ndarray]) -> dict[str, float]:
+    """Both medians over some maps, and mean and spread of the maps' own dimensions; empty without a boundary."""
+    large = [mask for mask in masks if min(mask.shape) >= LEAST_CELLS and mask.any()]
+    measured: list[Dimension] = [found for mask in large if (found := measure(mask)) is not None]
+    if not measured:
+        return {}
+    values = np.array([found.value for found in measured])
+    return {
+        "maps": len(measured),
+        "published_estimator": round(published_median(large), 3),
+        "local_median": round(local_median(measured), 3),
+        "mean": round(float(values.mean()), 3),
+        "deviation": round(float(values.std()), 3),
+    }
+
+
+def append(path: Path, row: dict[str, object]) -> None:
+    """Add a row to a CSV file, with its header if the file is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    """Train what is missing, measure, print the table."""
+    options = parse(Options, "The paper's table of fractal dimensions, measured again with both estimators and nulls.")
+    with user_errors():
+        found = experiments(options.size, options.steps)
+        names = options.only.split(",") if options.only else list(found)
+        unknown = [name for name in names if name not in found]
+        if unknown:
+            raise ValueError(f"unknown experiment {unknown[0]!r}, expected one of {', '.join(found)}")
+        if options.size < LEAST_CELLS or options.levels < 0:
+            raise ValueError(
+                f"size is {options.size} and levels {options.levels}, expected at least {LEAST_CELLS} and 0"
+            )
+        device, console = choose_device(options.device), Console()
+        versions = provenance(device)
+        table = Table("experiment", "published", "published estimator", "ours", "maps' mean ± deviation", "maps")
+        for name in names:
+            path = Path(options.results, name.replace(" ", "-"))
+            result = figures(list(zoomed(found[name], path, options, console)))
+            add(table, name, f"{found[name].published:.2f}", result)
+            if options.csv:
+                head = {"date": datetime.date.today().isoformat(), "device": device_name(device)}
+                head |= {"torch": versions["packages"]["torch"], "commit": versions["commit"]}
+                run = {"experiment": name, "size": options.size, "levels": options.levels, "steps": options.steps}
+                blank = dict.fromkeys(("maps", "published_estimator", "local_median", "mean", "deviation"), "")
+                append(Path(options.csv), head | run | {"published": found[name].published} | blank | result)
+        for null in NULLS:
+            add(table, f"null: {null}", "", figures([null_mask(null, options.size - 1, options.size - 1)]))
+        console.print(table)
+
+
+def add(table: Table, name: str, published: str, result: dict[str, float]) -> None:
+    """One line of the table."""
+    if not result:
+        table.add_row(name, published, "no boundary", "", "", "0")
+        return
+    spread = f"{result['mean']:.3f} ± {result['deviation']:.3f}"
+    medians = (f"{result['published_estimator']:.3f}", f"{result['local_median']:.3f}")
+    table.add_row(name, published, *medians, spread, str(result["maps"]))
+
+
+if __name__ == "__main__":
+    main()
