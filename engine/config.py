@@ -212,6 +212,7 @@ def check(config: SweepConfig) -> None:
         ("steps", 1),
         ("minibatch", 0),
         ("data_rows", 0),
+        ("data_points", 0),
     ):
         at_least(name, getattr(config, name), low)
     for name in ("momentum", "floor", "decay"):
