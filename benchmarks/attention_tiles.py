@@ -15,7 +15,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 import kernels.attention as attention
-from benchmarks.timing import append_rows, milliseconds
+from benchmarks.timing import append_rows, arguments, milliseconds
 
 # name: R, B, T, H, G, K, qk_norm
 SHAPES = {
@@ -86,4 +86,5 @@ def time_shape(name: str) -> list[dict]:
 
 
 if __name__ == "__main__":
+    arguments("Times the candidate tiles of the attention kernels.")
     print(f"rows appended to {append_rows('attention_tiles.csv', [r for name in SHAPES for r in time_shape(name)])}")

@@ -9,7 +9,6 @@ R replica, B batch, T time, D width, H query heads, G key/value heads, K head di
 V vocabulary.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.operators import row
-from benchmarks.timing import append_rows, copy_terabytes, milliseconds
+from benchmarks.timing import copy_terabytes, milliseconds, run_benchmarks
 from kernels.activation import relu2, swiglu
 from kernels.attention import qkv_attention
 from kernels.digest import digest
@@ -146,18 +145,7 @@ BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
 }
 
 
-def main() -> None:
-    unknown = set(sys.argv[1:]) - set(BENCHMARKS)
-    if unknown:
-        sys.exit(f"got {sorted(unknown)}, expected names among {list(BENCHMARKS)}")
-    rows = []
-    for name in sys.argv[1:] or BENCHMARKS:
-        rows += BENCHMARKS[name]()
-        torch.cuda.empty_cache()
-    for r in rows:
-        print(f"{r['kernel']:28}{r['case']:44}{r['ms']:9.4f} ms{r['rate']:7.2f} TB/s{r['ratio']:7.2f} x {r['peer']}")
-    print(f"rows appended to {append_rows('operators.csv', rows)}")
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmarks(
+        "Attention, norm, activation, embedding and digest kernels against torch and the copy bandwidth.", BENCHMARKS
+    )

@@ -8,13 +8,12 @@ the bytes that must move; `ratio` is the peer's time over the kernel's.
 """
 
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from benchmarks.timing import append_rows, copy_terabytes, milliseconds
+from benchmarks.timing import copy_terabytes, milliseconds, run_benchmarks
 from benchmarks.tune import TOKENS, bmm, problems, rotated
 from kernels.adamw import AdamWScalars, accumulate_, adamw_, adamw_split_, global_norm, split_master
 from kernels.linear import linear_add_op, linear_op, linear_relu2_op, stacked_matmul
@@ -170,19 +169,7 @@ BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
 }
 
 
-def main() -> None:
-    unknown = set(sys.argv[1:]) - set(BENCHMARKS)
-    if unknown:
-        sys.exit(f"got {sorted(unknown)}, expected names among {list(BENCHMARKS)}")
-    rows = []
-    for name in sys.argv[1:] or BENCHMARKS:
-        rows += BENCHMARKS[name]()
-        torch.cuda.empty_cache()
-    for r in rows:
-        left = f"{r['kernel']:20}{r['case']:36}{r['ms']:9.4f} ms"
-        print(f"{left}{r['rate']:9.2f} {r['unit']:8}{r['ratio']:6.2f} x {r['peer']}")
-    print(f"rows appended to {append_rows('operators.csv', rows)}")
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmarks(
+        "Matrix, loss, optimizer and Newton-Schulz kernels against cuBLAS, torch and the copy bandwidth.", BENCHMARKS
+    )

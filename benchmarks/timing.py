@@ -1,5 +1,6 @@
 """Timing on a GPU by CUDA-graph replays, and benchmark rows that say where they come from."""
 
+import argparse
 import csv
 import os
 import statistics
@@ -85,3 +86,29 @@ def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
             writer.writeheader()
         writer.writerows({**source, **row} for row in rows)
     return path
+
+
+def arguments(description: str | None, names: Sequence[str] = ()) -> Sequence[str]:
+    """The names a kernel benchmark was asked for (all of them by default); ends with one line without a GPU."""
+    reader = argparse.ArgumentParser(description=description)
+    if names:
+        reader.add_argument("names", nargs="*", help=f"which to run, of {', '.join(names)} (default: all)")
+    asked: list[str] = getattr(reader.parse_args(), "names", [])
+    if unknown := [name for name in asked if name not in names]:
+        reader.error(f"got {unknown[0]!r}, expected names among {', '.join(names)}")
+    if not torch.cuda.is_available():
+        print("error: this benchmark times kernels on a CUDA GPU, and torch finds none", file=sys.stderr)
+        sys.exit(2)
+    return asked or names
+
+
+def run_benchmarks(description: str | None, benchmarks: dict[str, Callable[[], list[dict]]]) -> None:
+    """The command of a file of kernel benchmarks: run the named ones, print their rows and append them."""
+    rows = []
+    for name in arguments(description, list(benchmarks)):
+        rows += benchmarks[name]()
+        torch.cuda.empty_cache()
+    for r in rows:
+        left = f"{r['kernel']:20}{r['case']:44}{r['ms']:9.4f} ms"
+        print(f"{left}{r['rate']:9.2f} {r['unit']:8}{r['ratio']:6.2f} x {r['peer']}")
+    print(f"rows appended to {append_rows('operators.csv', rows)}")

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.timing import append_rows, milliseconds
+from benchmarks.timing import append_rows, arguments, milliseconds
 from kernels.linear import stacked_matmul
 from kernels.tiles import SHAPES, TABLE, Tile, default_tile, tile_key
 
@@ -97,6 +97,7 @@ def measure(form: str, sets, tile: Tile) -> float:
 
 
 def main() -> None:
+    arguments("Times every candidate tile of the stacked product and writes kernels/tuned_tiles.json.")
     jobs = [(form, tile) for form in ("nt", "nn", "tn") for tile in CANDIDATES]
     with multiprocessing.get_context("fork").Pool(12) as pool:
         failures = pool.map(compile_one, jobs, chunksize=1)
