@@ -37,7 +37,7 @@ from engine.command import parse, user_errors
 from engine.data import batch_order
 from engine.models import rotary_tables
 from engine.models.gpt import NORM_EPS, ROTARY_BASE, GPTConfig, initial_weights
-from engine.trainer import matmul_precision
+from engine.trainer import capture, matmul_precision
 
 NAMES = ("ceilings", "eager", "sequential", "vmap", "jax", "jax_cudnn", "ours")
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
@@ -222,7 +222,7 @@ def torch_peer(problem: Problem, dtype: torch.dtype, device: torch.device, stack
 
     advance = repeat(train_step)
     if compiled and device.type == "cuda":
-        advance = repeat(captured(train_step).replay)
+        advance = repeat(capture(train_step, calls_before=2).replay)
     return torch_run(advance, lambda count: history[:count].cpu().numpy(), device)
 
 
@@ -238,20 +238,6 @@ def repeat(step: Callable[[], None]) -> Callable[[int], None]:
             step()
 
     return advance
-
-
-def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """One call of `step` as a CUDA graph; two calls before it compile, and train as well."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def torch_run(advance: Callable[[int], None], losses: Callable[[int], np.ndarray], device: torch.device) -> Run:

@@ -378,15 +378,16 @@ def keep_freed_memory(device: torch.device) -> None:
         assert libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def capture(step: Callable[[], None], calls_before: int = 1) -> torch.cuda.CUDAGraph:
     """One call of `step` as a CUDA graph.
 
-    The call before the capture compiles the kernels; every slot is empty then, so it changes nothing.
+    The calls before the capture compile the kernels and run: here every slot is empty then, so nothing changes.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step()
+        for _ in range(calls_before):
+            step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
