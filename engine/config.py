@@ -104,6 +104,13 @@ class SweepConfig:
         """The fixed value of a hyper-parameter (None: follows `lr`)."""
         return getattr(self, attribute(name))
 
+    def values(self, name: str) -> np.ndarray:
+        """Every value a hyper-parameter takes in the sweep, float64: its axis, or the one it is fixed at."""
+        for axis in (self.grid.y, self.grid.x):
+            if axis.name == name:
+                return axis.values
+        return np.array([self.fixed(name)], dtype=np.float64)
+
     def to_json(self) -> dict:
         """Every field, as stored in the store's attributes."""
         return asdict(self)
@@ -157,14 +164,6 @@ def resolve_shape(config: SweepConfig) -> SweepConfig:
     return replace(config, width=width, heads=heads, kv_heads=config.kv_heads or heads)
 
 
-def batch_values(config: SweepConfig) -> np.ndarray:
-    """Every batch size of the sweep, in sequences [n] int."""
-    for axis in (config.grid.y, config.grid.x):
-        if axis.name == "batch":
-            return axis.values.astype(int)
-    return np.array([config.batch])
-
-
 def automatic_micro_batch(config: SweepConfig) -> int:
     """Sequences a forward pass: the batches' common divisor, cut evenly where it exceeds 4,096 tokens.
 
@@ -172,7 +171,7 @@ def automatic_micro_batch(config: SweepConfig) -> int:
     cell's sums are cut at the same places whatever machine or launch trains it. Where the common
     divisor is below 1,024 tokens, too few to fill a GPU, rows are masked instead.
     """
-    batches = batch_values(config)
+    batches = config.values("batch").astype(int)
     divisor = int(np.gcd.reduce(batches))
     enough = max(1024 // config.context, 1)
     if divisor < enough:
@@ -226,11 +225,11 @@ def check(config: SweepConfig) -> None:
 
 def check_tokens(config: SweepConfig) -> None:
     """Every cell must have at least one whole step of tokens."""
-    tokens = [a.low for a in (config.grid.y, config.grid.x) if a.name == "tokens"] or [config.tokens]
-    step = int(batch_values(config).max()) * config.context
-    if tokens[0] < step:
+    tokens = config.values("tokens").min()
+    step = int(config.values("batch").max()) * config.context
+    if tokens < step:
         raise ValueError(
-            f"tokens starts at {tokens[0]:g}, below one step of {step} tokens (batch x context); "
+            f"tokens starts at {tokens:g}, below one step of {step} tokens (batch x context); "
             "raise tokens, or lower --batch or --context"
         )
 

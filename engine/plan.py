@@ -97,23 +97,17 @@ def longest(config: SweepConfig) -> int:
     """Steps of the sweep's longest run."""
     if config.network == "mlp":
         return config.steps
-    tokens = max([a.high for a in (config.grid.y, config.grid.x) if a.name == "tokens"] or [config.tokens])
-    batches = [a.values.min() for a in (config.grid.y, config.grid.x) if a.name == "batch"] or [config.batch]
-    return math.ceil(tokens / (int(batches[0]) * config.context))
+    return math.ceil(config.values("tokens").max() / (int(config.values("batch").min()) * config.context))
 
 
 def largest_batch(config: SweepConfig) -> int:
     """Sequences in the sweep's largest batch."""
-    axes = [a.values.max() for a in (config.grid.y, config.grid.x) if a.name == "batch"]
-    return int(axes[0]) if axes else config.batch
+    return int(config.values("batch").max())
 
 
 def seeds(config: SweepConfig) -> list[int]:
     """Every seed of the sweep."""
-    for axis in (config.grid.y, config.grid.x):
-        if axis.name == "seed":
-            return [int(value) for value in np.unique(axis.values)]
-    return [config.seed]
+    return [int(value) for value in np.unique(config.values("seed"))]
 
 
 class Memory(NamedTuple):

@@ -102,9 +102,13 @@ class Setup:
 
 @dataclass(frozen=True)
 class LanguageSetup(Setup):
-    """What a language model's sweep needs beyond that. memory: bytes of one replica."""
+    """What a language model's sweep needs beyond that.
+
+    slots: replicas trained at once. widest: trajectories of the largest launch. memory: bytes of one replica.
+    """
 
     slots: int
+    widest: int
     network: Network
     corpus: Corpus
     memory: plan.Memory
@@ -152,7 +156,7 @@ def prepare_language(
     else:
         fit = plan.slots_that_fit(memory, memory_budget(device))
         slots = min(options.slots or (CPU_SLOTS if device.type == "cpu" else GPU_SLOTS), fit, widest)
-    return LanguageSetup(config, device, rows, slots, network, corpus, memory)
+    return LanguageSetup(config, device, rows, slots, widest, network, corpus, memory)
 
 
 def adopt_rows(config: SweepConfig, automatic: int, stored: Store | None) -> SweepConfig:
@@ -292,10 +296,9 @@ def dry_run_table(setup: Setup) -> Table:
         return table
     work = [run for launch in launches for run in plan.trajectories(config, launch)]
     tokens = sum(run.steps * run.hyper["batch"] * config.context for run in work)
-    widest = max(len(plan.trajectories(config, launch)) for launch in launches)
     flops = tokens * setup.network.flops_per_token
     table.add_row("trajectories", f"{len(work):,} runs serve {rows * cols:,} cells")
-    table.add_row("stack", f"{setup.slots} replicas at once (a launch holds up to {widest} trajectories)")
+    table.add_row("stack", f"{setup.slots} replicas at once (a launch holds up to {setup.widest} trajectories)")
     table.add_row("network", f"{config.network}, {setup.network.parameters:,} parameters, {config.precision}")
     table.add_row("data", setup.corpus.description)
     memory = setup.memory
@@ -349,12 +352,10 @@ def announce(setup: Setup, path: Path, stored: Store | None, console: Console) -
     console.print(f"{doing} {rows} x {cols} cells into {path} on {provenance(setup.device)['device']}")
     if not isinstance(setup, LanguageSetup):
         return
-    launches = plan.launches(setup.config, setup.rows_per_launch)
-    widest = max(len(plan.trajectories(setup.config, launch)) for launch in launches)
-    if widest > setup.slots:
+    if setup.widest > setup.slots:
         console.print(
-            f"a launch of {setup.rows_per_launch} rows is {widest} trajectories; {setup.slots} replicas train at once "
-            "and slots are refilled: the cells are the same"
+            f"a launch of {setup.rows_per_launch} rows is {setup.widest} trajectories; {setup.slots} replicas train at "
+            "once and slots are refilled: the cells are the same"
         )
     if not exact_at_any_width(setup):
         console.print("on a CPU a cell's bits repeat when its launch is run again: `replay` does that")

@@ -93,7 +93,8 @@ class Trainer:
         self.state = optim.adamw_init(self.stack) if config.optimizer == "adamw" else optim.sgd_init(self.stack)
 
         self.longest = steps or longest(config)
-        length = self.longest * largest_batch(config)
+        self.largest_batch = largest_batch(config)
+        length = self.longest * self.largest_batch
         self.seed_row = {seed: row for row, seed in enumerate(self.initial)}
         orders = [batch_order(seed, len(corpus.tokens), length) for seed in self.initial]
         self.order = torch.from_numpy(np.stack(orders)).to(device)
@@ -105,7 +106,7 @@ class Trainer:
         self.validation_count = int((corpus.validation_targets >= 0).sum())
 
         self.micro_batch = config.micro_batch
-        self.accumulator_RP = self.stack.zeros() if largest_batch(config) > self.micro_batch else None
+        self.accumulator_RP = self.stack.zeros() if self.largest_batch > self.micro_batch else None
         self.clips = config.clip > 0 or "clip" in config.swept
 
         # an empty slot: stop is 0, so it never trains; a slot waits, inactive, at its stop
@@ -135,7 +136,7 @@ class Trainer:
         tokens_RBT = self.tokens[rows_RB]
         outside_RB = within_RB >= self.batch_R[:, None]
         targets_RBT = self.targets[rows_RB].masked_fill(outside_RB[:, :, None], -100)
-        whole_B = torch.arange(largest_batch(self.config), device=self.device).expand(self.slots, -1)
+        whole_B = torch.arange(self.largest_batch, device=self.device).expand(self.slots, -1)
         counts_RB = self.supervised[self.rows(first_R, whole_B)].masked_fill(whole_B >= self.batch_R[:, None], 0)
         return tokens_RBT, targets_RBT, counts_RB.sum(1)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.command import parse
-from engine.config import DEFAULT_AXES, NETWORKS, PRESETS, SweepConfig, automatic_micro_batch, batch_values, resolve
+from engine.config import DEFAULT_AXES, NETWORKS, PRESETS, SweepConfig, automatic_micro_batch, resolve
 from engine.grid import HYPER_PARAMETERS, attribute
 
 
@@ -56,7 +56,7 @@ def test_micro_batches_cut_every_batch_in_few_pieces(low, extent, points, contex
     config = SweepConfig(y="lr:log:1:2:2", x=f"batch:linear:{low}:{low + extent}:{min(points, extent + 1)}")
     config = replace(config, context=context, tokens=1e12)
     micro = resolve(config, "cpu").micro_batch
-    batches = batch_values(config)
+    batches = config.values("batch").astype(int)
     assert 1 <= micro <= max(batches.max(), 1)
     assert micro * context <= max(4096, context)
     masked = -(-batches // micro) * micro - batches
