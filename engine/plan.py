@@ -14,6 +14,9 @@ import numpy as np
 from engine.config import SweepConfig
 from engine.grid import HYPER_PARAMETERS
 
+EVALUATED = 16  # replicas whose held-out loss is measured at once, at most
+EVALUATED_BYTES = 2 * 2**30  # their weights, at most (or one replica's)
+
 LANGUAGE_NAMES = tuple(name for name, rule in HYPER_PARAMETERS.items() if "gpt" in rule.networks)
 
 
@@ -111,15 +114,23 @@ def seeds(config: SweepConfig) -> list[int]:
 
 
 class Memory(NamedTuple):
-    """Bytes one replica needs: weights, optimizer state and gradients, and a micro-step's activations."""
+    """Bytes one replica needs: weights, optimizer state and gradients, and a micro-step's activations.
+
+    weights: bytes of its weights in the compute precision, which a replica under evaluation needs once more.
+    """
 
     state: int
     activations: int
+    weights: int
 
     @property
     def total(self) -> int:
         """Bytes a replica."""
         return self.state + self.activations
+
+    def stack(self, replicas: int) -> int:
+        """Bytes of a whole stack."""
+        return replicas * self.total + evaluated_at_once(self.weights, replicas) * self.weights
 
 
 def replica_memory(config: SweepConfig, parameters: int, activations: int) -> Memory:
@@ -129,10 +140,17 @@ def replica_memory(config: SweepConfig, parameters: int, activations: int) -> Me
     gradient in the compute precision; an fp32 accumulator where batches are cut into micro-batches.
     """
     moments = 2 if config.optimizer == "adamw" else 1
-    state = 4 + 4 * moments + (2 if config.precision == "bf16" else 4)
+    compute = 2 if config.precision == "bf16" else 4
+    state = 4 + 4 * moments + compute
     if largest_batch(config) > config.micro_batch:
         state += 4
-    return Memory(parameters * state, activations)
+    return Memory(parameters * state, activations, parameters * compute)
+
+
+def evaluated_at_once(weights: int, replicas: int) -> int:
+    """Replicas whose held-out loss is measured at once: enough to fill a GPU, not so many that a few slots at a
+    mark cost much, and within EVALUATED_BYTES of weights where one replica is."""
+    return min(replicas, EVALUATED, max(EVALUATED_BYTES // weights, 1))
 
 
 def slots_that_fit(memory: Memory, budget: int) -> int:
@@ -142,9 +160,11 @@ def slots_that_fit(memory: Memory, budget: int) -> int:
         ValueError: not even one does.
     """
     fit = budget // memory.total
+    while fit > 0 and memory.stack(fit) > budget:
+        fit -= 1
     if fit < 1:
         raise ValueError(
-            f"one replica needs {memory.total / 2**30:.1f} GiB, the device offers {budget / 2**30:.1f} GiB; "
+            f"one replica needs {memory.stack(1) / 2**30:.1f} GiB, the device offers {budget / 2**30:.1f} GiB; "
             "lower --depth, --context or --micro-batch"
         )
     return int(fit)

@@ -21,26 +21,22 @@ from kernels.digest import digest
 
 ALIGNMENT = 64  # elements: parameters start on 128 bytes, which the tensor copy engine needs at least 16 of
 
-DIGEST = 2**28  # weights joined at once for a digest: 1 GiB
-
 
 class Span(NamedTuple):
-    """Where a parameter lies in the flat buffers; `elements` counts the real ones before it."""
+    """Where a parameter lies in the flat buffers."""
 
     name: str
     group: str
     shape: tuple[int, ...]
     slice: slice
-    elements: int
 
 
 def spans_of(network: Network) -> list[Span]:
     """Every parameter's place, in the module's order."""
-    spans, start, elements = [], 0, 0
+    spans, start = [], 0
     for name, shape in network.shapes.items():
         size = torch.Size(shape).numel()
-        spans.append(Span(name, network.groups[name], shape, slice(start, start + size), elements))
-        elements += size
+        spans.append(Span(name, network.groups[name], shape, slice(start, start + size)))
         start += -(-size // ALIGNMENT) * ALIGNMENT
     return spans
 
@@ -100,24 +96,23 @@ class Stack:
         gradients = torch.autograd.grad((loss_R / count_R).sum(), list(self.weights.values()))
         return loss_R.detach(), [gradient.flatten(1) for gradient in gradients]
 
-    def load(self, slot: int, initial: dict[str, Tensor], scale: float) -> None:
-        """Put initial weights, times `scale` where they are matrices, into one slot."""
+    def flatten(self, initial: dict[str, Tensor], scale: float) -> tuple[Tensor, ...]:
+        """Initial weights, times `scale` where they are matrices, as one slot holds them: weight [P], remainder [P]."""
+        master_P = torch.zeros(self.weight_RP.shape[1], device=self.weight_RP.device)
         for span in self.spans:
-            values = initial[span.name].to(self.weight_RP.device).flatten()
-            if len(span.shape) > 1:
-                values = values * scale
-            if self.remainder_RP is not None:
-                values, self.remainder_RP[slot, span.slice] = split_master(values)
-            self.weight_RP[slot, span.slice] = values
+            values = initial[span.name].to(master_P.device)
+            master_P[span.slice] = (values * scale if len(span.shape) > 1 else values).flatten()
+        return (master_P,) if self.remainder_RP is None else split_master(master_P)
+
+    def load(self, slot: int, flat: tuple[Tensor, ...]) -> None:
+        """Put what `flatten` returned into one slot."""
+        self.weight_RP[slot] = flat[0]
+        if self.remainder_RP is not None:
+            self.remainder_RP[slot] = flat[1]
 
     def digest(self, slots: Tensor) -> Tensor:
         """64-bit digests of the fp32 master weights of some slots, int64 [len(slots)]."""
-        at_once = max(DIGEST // max(span.slice.stop - span.slice.start for span in self.spans), 1)
-        digests = []
-        for few in slots.split(at_once):
-            pieces = [digest(self.masters(few, span.slice), span.elements) for span in self.spans]
-            digests.append(torch.stack(pieces).sum(0))
-        return torch.cat(digests)
+        return digest(self.weight_RP, self.remainder_RP, slots)
 
     def master_weights(self, slot: int) -> dict[str, Tensor]:
         """One slot's fp32 master weights by name, on the CPU."""

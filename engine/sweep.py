@@ -304,7 +304,7 @@ def dry_run_table(setup: Setup) -> Table:
     memory = setup.memory
     table.add_row(
         "memory",
-        f"{memory.total * setup.slots / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
+        f"{memory.stack(setup.slots) / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
         f"{memory.activations / 2**20:.1f} MiB of activations",
     )
     table.add_row("work", f"{tokens:,.0f} tokens, {flops:.3g} FLOPs")

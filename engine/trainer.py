@@ -9,7 +9,8 @@ A cell's numbers do not depend on its company where every operator of the networ
 number of replicas: that holds on a GPU with the kernels of this project. On a CPU the same launch,
 run again, gives the same bits.
 
-Letters: R replica (slot), B batch (of one micro-step), T time, S step.
+Letters: R replica (slot), E replica under evaluation, B batch (of one micro-step), T time, P flat
+parameters, S step.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import optim
+from engine import optim, plan
 from engine.config import SweepConfig
 from engine.data import Corpus, batch_order
 from engine.network import Network
@@ -29,6 +30,7 @@ from engine.plan import Mark, Trajectory, largest_batch, longest, seeds
 from engine.schedule import factor
 from engine.stack import Stack
 from kernels.adamw import accumulate_, global_norm
+from kernels.ahead import compile_ahead
 
 LOOK = 32  # micro-steps between two looks of the host, at most
 IDLE = 0.03  # share of a stack's slots that may wait, finished, until the next look
@@ -36,7 +38,6 @@ LAST = 20  # steps that last_loss is the mean of
 RATES = ("attention", "mlp", "embedding", "unembedding")
 HYPER = (*RATES, "warmup", "weight_decay", "clip", "beta1", "beta2", "label_smoothing")
 RESIDENT = 4 * 2**30  # bytes of initial weights kept on the device, at most
-LOGITS = 2**30  # bytes of logits when evaluating, at most
 
 
 class Harvest(NamedTuple):
@@ -54,6 +55,14 @@ class Harvest(NamedTuple):
     nonfinite_step: int
     weights_digest: int
     losses: np.ndarray
+
+
+class Start(NamedTuple):
+    """Where the last filled slot began: what of the hyper-parameters decides it, and the flat weights."""
+
+    seed: int
+    init_scale: float
+    flat: tuple[Tensor, ...]
 
 
 class Occupant(NamedTuple):
@@ -90,6 +99,7 @@ class Trainer:
         self.initial = {seed: network.initial(seed) for seed in seeds(config)}
         if len(self.initial) * network.parameters * 4 <= RESIDENT:
             self.initial = {seed: {n: w.to(device) for n, w in ws.items()} for seed, ws in self.initial.items()}
+        self.start = Start(-1, 0.0, ())
         self.state = optim.adamw_init(self.stack) if config.optimizer == "adamw" else optim.sgd_init(self.stack)
 
         self.longest = steps or longest(config)
@@ -101,9 +111,6 @@ class Trainer:
         self.tokens = torch.from_numpy(corpus.tokens).to(device)
         self.targets = torch.from_numpy(corpus.targets).to(device)
         self.supervised = torch.from_numpy(corpus.supervised).to(device)
-        self.validation_tokens = torch.from_numpy(corpus.validation_tokens).to(device)
-        self.validation_targets = torch.from_numpy(corpus.validation_targets).to(device)
-        self.validation_count = int((corpus.validation_targets >= 0).sum())
 
         self.micro_batch = config.micro_batch
         self.accumulator_RP = self.stack.zeros() if self.largest_batch > self.micro_batch else None
@@ -123,7 +130,25 @@ class Trainer:
         self.left = np.zeros(slots, dtype=np.int64)  # micro-steps until each slot's next mark, as the host knows
         self.tokens_each = np.zeros(slots)  # tokens a micro-step of each slot trains, masked rows left out
         self.trained = self.spent = 0  # slot micro-steps that trained, and all of them
-        self.graph = capture(self.micro_step) if device.type == "cuda" else None
+
+        # held-out data in pieces of the shape that training has; the last is filled up with rows that do not count
+        rows = -len(corpus.validation_tokens) % self.micro_batch
+        shape = (-1, self.micro_batch, config.context)
+        tokens = np.pad(corpus.validation_tokens, ((0, rows), (0, 0))).reshape(shape)
+        targets = np.pad(corpus.validation_targets, ((0, rows), (0, 0)), constant_values=-100).reshape(shape)
+        self.validation_tokens = torch.from_numpy(tokens).to(device)
+        self.validation_targets = torch.from_numpy(targets).to(device)
+        self.validation_count = int((targets >= 0).sum())
+        self.piece = torch.zeros((), dtype=torch.int64, device=device)
+        evaluated = plan.evaluated_at_once(self.stack.weight_RP[0].nbytes, slots)
+        self.evaluated_EP = torch.empty_like(self.stack.weight_RP[:evaluated])
+        self.sum_E = torch.zeros(evaluated, device=device)
+
+        self.graph = self.evaluation = None
+        if device.type == "cuda":
+            compile_ahead(self.micro_step, self.evaluate_piece, lambda: self.stack.digest(self.piece[None]))
+            self.graph = capture(self.micro_step)
+            self.evaluation = capture(self.evaluate_piece, beside=self.graph)
 
     # ---- the device's side: one micro-step of every slot
 
@@ -207,7 +232,10 @@ class Trainer:
         """Put a trajectory, at step 0, into a slot."""
         hyper = trajectory.hyper
         seed, batch = int(hyper["seed"]), int(hyper["batch"])
-        self.stack.load(slot, self.initial[seed], hyper["init_scale"])
+        if self.start[:2] != (seed, hyper["init_scale"]):
+            flat = self.stack.flatten(self.initial[seed], hyper["init_scale"])
+            self.start = Start(seed, hyper["init_scale"], flat)
+        self.stack.load(slot, self.start.flat)
         for buffer in self.state:
             buffer[slot] = 0
         micros = self.micros(trajectory)
@@ -328,21 +356,27 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, slots: Tensor) -> Tensor:
         """Mean held-out loss of some slots' weights, fp32 [len(slots)], without label smoothing."""
-        # pieces of the shape that training has, whose kernels are compiled
-        rows = self.micro_batch
-        width = max(LOGITS // (rows * self.config.context * self.network.vocabulary * 4), 1)
-        pieces = list(zip(self.validation_tokens.split(rows), self.validation_targets.split(rows), strict=True))
         means = []
-        for chosen in slots.split(width):
-            weights = self.stack.views(self.stack.weight_RP[chosen])
-            smoothing_R = torch.zeros(len(chosen), device=self.device)
-            sum_R = torch.zeros(len(chosen), device=self.device)
-            for tokens_BT, targets_BT in pieces:
-                tokens_RBT = tokens_BT.expand(len(chosen), *tokens_BT.shape)
-                targets_RBT = targets_BT.expand(len(chosen), *targets_BT.shape)
-                sum_R += self.stack.losses(weights, tokens_RBT, targets_RBT, smoothing_R)
-            means.append(sum_R / self.validation_count)
+        for chosen in slots.split(len(self.evaluated_EP)):
+            self.evaluated_EP[: len(chosen)] = self.stack.weight_RP[chosen]
+            self.sum_E.zero_()
+            self.piece.zero_()
+            for _ in range(len(self.validation_tokens)):
+                self.evaluate_piece(len(chosen)) if self.evaluation is None else self.evaluation.replay()
+            means.append(self.sum_E[: len(chosen)] / self.validation_count)
         return torch.cat(means)
+
+    @torch.no_grad()
+    def evaluate_piece(self, count: int | None = None) -> None:
+        """Add the next piece's losses to the sums of the first `count` sets of weights under evaluation (all)."""
+        sum_E = self.sum_E[:count]
+        weights = self.stack.views(self.evaluated_EP[:count])
+        tokens_EBT, targets_EBT = (
+            pieces[self.piece].expand(len(sum_E), -1, -1)
+            for pieces in (self.validation_tokens, self.validation_targets)
+        )
+        sum_E += self.stack.losses(weights, tokens_EBT, targets_EBT, torch.zeros_like(sum_E))
+        self.piece.add_(1)
 
 
 def slot_hyper(hyper: dict[str, float]) -> dict[str, float]:
@@ -379,10 +413,13 @@ def keep_freed_memory(device: torch.device) -> None:
         assert libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def capture(step: Callable[[], None], calls_before: int = 1) -> torch.cuda.CUDAGraph:
-    """One call of `step` as a CUDA graph.
+def capture(
+    step: Callable[[], None], calls_before: int = 1, beside: torch.cuda.CUDAGraph | None = None
+) -> torch.cuda.CUDAGraph:
+    """One call of `step` as a CUDA graph; it may share the memory of a graph `beside` that never runs with it.
 
-    The calls before the capture compile the kernels and run: here every slot is empty then, so nothing changes.
+    The calls before the capture load what is loaded at a first call, and run: here every slot is empty
+    then, so nothing changes.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -391,7 +428,7 @@ def capture(step: Callable[[], None], calls_before: int = 1) -> torch.cuda.CUDAG
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=beside.pool() if beside else None):
         step()
     return graph
 

@@ -133,7 +133,7 @@ def digest(weights_RP):
     again. The mixed elements are added modulo 2^64, so no order matters; all NaNs count as one.
     """
     if weights_RP.dtype == torch.float32:
-        return digest_reference(weights_RP)
+        return digest_reference(weights_RP, None, torch.arange(len(weights_RP), device=weights_RP.device))
     bits_RP = weights_RP.contiguous().view(torch.int64).masked_fill(weights_RP.isnan(), 0x7FF8 << 48)
     return mix(mix(bits_RP) + torch.arange(weights_RP.shape[1], device=weights_RP.device)).sum(1)
 

@@ -66,7 +66,7 @@ def _embedding_backward(dy_RBTD: torch.Tensor, tokens_RBT: torch.Tensor, vocabul
     count_RN = torch.empty_like(order_RN)
     rows = 32
     _order_kernel[(R * triton.cdiv(N, rows),)](
-        tokens_RBT, order_RN, count_RN, tokens_RBT.stride(0), N=N, V=vocabulary, ROWS=rows, COLUMNS=128, num_warps=4
+        tokens_RBT, order_RN, count_RN, tokens_RBT.stride(0), N=N, V=vocabulary, ROWS=rows, COLUMNS=128, num_warps=8
     )
     dweight_RVD = dy_RBTD.new_zeros(R, vocabulary, D)
     _add_rows_kernel[(R * N,)](
@@ -130,6 +130,12 @@ def _gather_kernel(
 
 
 @triton.jit
+def _known(token, V):
+    """A token as int32, -1 outside the vocabulary."""
+    return tl.where((token >= 0) & (token < V), token, -1).to(tl.int32)
+
+
+@triton.jit
 def _order_kernel(
     tokens_ptr,
     order_ptr,
@@ -146,22 +152,22 @@ def _order_kernel(
     replica = (tl.program_id(0) // blocks).to(tl.int64)
     tokens_ptr += replica * tokens_stride
     position = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    token = tl.load(tokens_ptr + position, mask=position < N, other=-1)
-    place = tl.zeros([ROWS], tl.int32)
-    earlier = tl.zeros([ROWS], tl.int32)
-    same = tl.zeros([ROWS], tl.int32)
+    token = _known(tl.load(tokens_ptr + position, mask=position < N, other=-1), V)
+    place_UC = tl.zeros([ROWS, COLUMNS], tl.int32)
+    earlier_UC = tl.zeros([ROWS, COLUMNS], tl.int32)
+    same_UC = tl.zeros([ROWS, COLUMNS], tl.int32)
     for start in range(0, N, COLUMNS):
         other_position = start + tl.arange(0, COLUMNS)
         inside = (other_position < N)[None, :]
-        other = tl.load(tokens_ptr + other_position, mask=other_position < N, other=-1)
+        other = _known(tl.load(tokens_ptr + other_position, mask=other_position < N, other=-1), V)
         equal = (other[None, :] == token[:, None]) & inside
-        before = equal & (other_position[None, :] < position[:, None])
-        place += tl.sum(((other[None, :] < token[:, None]) & inside).to(tl.int32), 1)
-        earlier += tl.sum(before.to(tl.int32), 1)
-        same += tl.sum(equal.to(tl.int32), 1)
+        place_UC += ((other[None, :] < token[:, None]) & inside).to(tl.int32)
+        earlier_UC += (equal & (other_position[None, :] < position[:, None])).to(tl.int32)
+        same_UC += equal.to(tl.int32)
+    place, earlier, same = tl.sum(place_UC, 1), tl.sum(earlier_UC, 1), tl.sum(same_UC, 1)
     place += earlier
     tl.store(order_ptr + replica * N + place, position, mask=position < N)
-    first = (earlier == 0) & (token >= 0) & (token < V)
+    first = (earlier == 0) & (token >= 0)
     tl.store(count_ptr + replica * N + place, tl.where(first, same, 0), mask=position < N)
 
 

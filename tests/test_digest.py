@@ -1,17 +1,18 @@
-"""Digest: kernel, plain torch and numpy agree on every bit; pieces add up; single changes show."""
+"""Digest: kernel, plain torch and numpy agree on every bit, for whole and split masters; single changes show."""
 
 import numpy as np
 import pytest
 import torch
 from stacked import DEVICE, normal
 
+from kernels.adamw import split_master
 from kernels.digest import digest, digest_reference, digest_triton
 
 
-def digest_numpy(weights_P, offset=0):
+def digest_numpy(weights_P):
     """The definition, in numpy's own wrapping uint64."""
     bits = np.where(np.isnan(weights_P), np.uint32(0x7FC00000), weights_P.view(np.uint32)).astype(np.uint64)
-    z = (np.arange(offset, offset + bits.size, dtype=np.uint64) << np.uint64(32)) + bits
+    z = (np.arange(bits.size, dtype=np.uint64) << np.uint64(32)) + bits
     z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -24,19 +25,35 @@ def awkward_weights(R, P):
     return weights
 
 
+def everyone(weights):
+    return torch.arange(len(weights), device=weights.device)
+
+
 @pytest.mark.parametrize("P", [3, 63, 1000, 9001])
-@pytest.mark.parametrize("offset", [0, 5, 2**31 - 10])
-def test_three_implementations_agree(P, offset):
+def test_three_implementations_agree(P):
     weights = awkward_weights(3, P)
-    expected = [digest_numpy(row, offset) for row in weights.cpu().numpy()]
-    assert digest_reference(weights, offset).tolist() == expected
-    assert digest_triton(weights, offset).tolist() == expected
+    expected = [digest_numpy(row) for row in weights.cpu().numpy()]
+    assert digest_reference(weights, None, everyone(weights)).tolist() == expected
+    assert digest_triton(weights, None, everyone(weights)).tolist() == expected
 
 
-def test_pieces_add_up_whatever_their_shape_and_stride():
-    weights = awkward_weights(2, 600)
-    pieces = [(weights[:, :100].unflatten(1, (4, 25)), 0), (weights[:, 100:103], 100), (weights[:, 103:], 103)]
-    assert torch.equal(sum(digest(piece, offset) for piece, offset in pieces), digest(weights))
+@pytest.mark.parametrize("P", [63, 9001])
+def test_a_split_master_has_the_digest_of_the_whole(P):
+    master = awkward_weights(3, P)
+    weights, remainder = split_master(master)
+    expected = digest(master).tolist()
+    assert digest_reference(weights, remainder, everyone(weights)).tolist() == expected
+    assert digest_triton(weights, remainder, everyone(weights)).tolist() == expected
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_only_the_replicas_asked_for_in_their_order_and_whatever_their_stride(split):
+    master = awkward_weights(5, 700)
+    parts = split_master(master[:, :600]) if split else (master[:, :600], None)
+    chosen = torch.tensor([3, 0, 3], device=DEVICE)
+    expected = digest(master[:, :600].contiguous())[chosen]
+    assert torch.equal(digest(*parts, chosen), expected)
+    assert torch.equal(digest_triton(*parts, chosen), expected)
 
 
 def test_every_single_change_shows():
@@ -55,19 +72,22 @@ def test_signed_zeros_differ_and_all_nans_are_one():
     nans = torch.tensor([[0x7FC00000, 0x7F800001]], dtype=torch.int32).view(torch.float32)
     negative = torch.tensor([[-1, -2]], dtype=torch.int32).view(torch.float32)
     assert negative.isnan().all()
-    assert torch.equal(digest_triton(nans.to(DEVICE)), digest_triton(negative.to(DEVICE)))
-    assert torch.equal(digest_reference(nans), digest_reference(negative))
+    one = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    assert torch.equal(digest_triton(nans.to(DEVICE), None, one), digest_triton(negative.to(DEVICE), None, one))
+    assert torch.equal(digest(nans), digest(negative))
 
 
 def test_refuses_another_dtype_and_indices_that_do_not_fit():
-    with pytest.raises(ValueError, match="expected float32"):
+    with pytest.raises(ValueError, match=r"expected torch\.float32"):
         digest(torch.zeros(1, 4, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"expected torch\.bfloat16"):
+        digest(torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.int16))
     with pytest.raises(ValueError, match="at most 2\\^32"):
-        digest(torch.zeros(1, 4), offset=2**32 - 3)
+        digest(torch.zeros(1, 1).expand(1, 2**32 + 1))
 
 
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements():
     weights = torch.zeros(3, 2**30, device=DEVICE)
     weights[-1] = torch.randn(2**30, device=DEVICE)
-    assert torch.equal(digest(weights), digest_reference(weights))
+    assert torch.equal(digest(weights), digest_reference(weights, None, everyone(weights)))

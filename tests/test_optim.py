@@ -23,7 +23,7 @@ def filled(mixed: bool = False) -> Stack:
     for slot in range(R):
         generator = torch.Generator().manual_seed(slot)
         initial = {name: torch.randn(shape, generator=generator) for name, shape in network.shapes.items()}
-        stack.load(slot, initial, 1.0)
+        stack.load(slot, stack.flatten(initial, 1.0))
     return stack
 
 

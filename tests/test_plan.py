@@ -10,6 +10,8 @@ from engine import plan
 from engine.config import SCHEDULES, SweepConfig, resolve
 from engine.grid import HYPER_PARAMETERS
 
+GIB = 2**30
+
 AXES = {
     "lr": "lr:log:1e-3:1e1",
     "lr.matrix": "lr.matrix:log:1e-3:1e1",
@@ -102,6 +104,7 @@ def test_memory_counts_every_buffer_a_replica_has():
 
 
 def test_a_replica_that_does_not_fit_is_refused_in_one_line():
-    assert plan.slots_that_fit(plan.Memory(60, 40), 1099) == 10
+    assert plan.slots_that_fit(plan.Memory(60, 40, 10), 1099) == 9, "each of the 9 may be under evaluation"
+    assert plan.slots_that_fit(plan.Memory(2 * GIB, GIB, GIB), 14 * GIB) == 4, "2 of the 4 at once"
     with pytest.raises(ValueError, match=r"one replica needs 2\.0 GiB, the device offers 1\.0 GiB; lower --depth"):
-        plan.slots_that_fit(plan.Memory(2**30, 2**30), 2**30)
+        plan.slots_that_fit(plan.Memory(GIB, GIB // 2, GIB // 2), GIB)

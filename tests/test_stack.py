@@ -102,7 +102,7 @@ def test_each_replica_of_a_stack_trains_as_alone_under_torch_sgd(tmp_path, momen
 def test_parameters_are_aligned_views_that_do_not_overlap(tmp_path):
     made = setup(tiny(tmp_path))
     stack = Stack(made.network, 3, torch.float32, CPU)
-    stack.load(1, made.network.initial(0), 2.0)
+    stack.load(1, stack.flatten(made.network.initial(0), 2.0))
     covered = np.zeros(stack.master_RP.shape[1], int)
     for span in stack.spans:
         assert span.slice.start % ALIGNMENT == 0
@@ -118,7 +118,7 @@ def test_a_mixed_stack_rounds_its_weights_from_the_master(tmp_path):
     made = setup(tiny(tmp_path))
     stack = Stack(made.network, 2, torch.bfloat16, CPU)
     initial = made.network.initial(3)
-    stack.load(0, initial, 1.0)
+    stack.load(0, stack.flatten(initial, 1.0))
     assert stack.weight_RP.dtype == torch.bfloat16 and stack.master_RP.dtype == torch.float32
     for name, weight in stack.master_weights(0).items():
         assert torch.equal(weight, initial[name]), "weight and remainder give the master back exactly"
@@ -131,7 +131,7 @@ def test_the_digest_of_a_mixed_stack_is_that_of_its_master(tmp_path):
     digests = set()
     for dtype in (torch.bfloat16, torch.float32):
         stack = Stack(made.network, 2, dtype, CPU)
-        stack.load(1, made.network.initial(0), 1.0)
+        stack.load(1, stack.flatten(made.network.initial(0), 1.0))
         digests.add(int(stack.digest(torch.tensor([1]))))
     assert len(digests) == 1
 
@@ -140,7 +140,7 @@ def test_the_digest_sees_every_weight_and_where_it_is(tmp_path):
     made = setup(tiny(tmp_path))
     stack = Stack(made.network, 2, torch.float32, CPU)
     for slot in (0, 1):
-        stack.load(slot, made.network.initial(0), 1.0)
+        stack.load(slot, stack.flatten(made.network.initial(0), 1.0))
     both = torch.tensor([0, 1])
     assert len(set(stack.digest(both).tolist())) == 1
     for span in stack.spans:

@@ -200,9 +200,9 @@ def test_held_out_loss_is_the_mean_over_the_held_out_targets(tmp_path):
     made = setup(tiny(tmp_path, label_smoothing=0.3))
     trainer = Trainer(made.config, made.network, made.corpus, 2, CPU)
     for slot in (0, 1):
-        trainer.stack.load(slot, made.network.initial(slot), 1.0)
+        trainer.stack.load(slot, trainer.stack.flatten(made.network.initial(slot), 1.0))
         weights = made.network.initial(slot)
-        tokens, targets = trainer.validation_tokens, trainer.validation_targets
+        tokens, targets = map(torch.from_numpy, (made.corpus.validation_tokens, made.corpus.validation_targets))
         total = torch.func.functional_call(made.network.module, weights, (tokens, targets, torch.tensor(0.0)))
         expected = float(total) / int((targets >= 0).sum())
         assert float(trainer.evaluate(torch.tensor([slot]))) == pytest.approx(expected, rel=1e-6)

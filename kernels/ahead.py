@@ -1,0 +1,38 @@
+"""Compile every kernel of a step before its first run, on all cores at once.
+
+Triton compiles a kernel when it is first launched, so a step with dozens of them waits for each in turn.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from triton import AsyncCompileMode, knobs
+
+
+def compile_ahead(*steps: Callable[[], object]) -> int:
+    """Compile the Triton kernels that `steps` launch, and load them; the number of kernels.
+
+    The steps run once with every launch of a kernel that is not compiled yet left out, so tensors such kernels
+    should fill hold arbitrary bits: a step must bear that.
+    """
+    wanted = {}
+
+    def note(*, fn, compile, **_):
+        wanted[fn.name, compile["key"]] = fn.jit_function, compile["specialization_data"]
+        return True  # neither compile nor launch
+
+    previous, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        for step in steps:
+            step()
+    finally:
+        knobs.runtime.jit_cache_hook = previous
+    # the compiler waits for its assembler and for the host's C compiler, so threads are enough
+    device = torch.cuda.current_device()
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        with AsyncCompileMode(pool):
+            compiling = [function.preload(specialization) for function, specialization in wanted.values()]
+        list(pool.map(lambda kernel: kernel.result().run, compiling))  # `run` builds the launcher and loads the code
+    return len(wanted)
