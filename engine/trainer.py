@@ -139,14 +139,14 @@ class Trainer:
         self.validation_tokens = torch.from_numpy(tokens).to(device)
         self.validation_targets = torch.from_numpy(targets).to(device)
         self.validation_count = int((targets >= 0).sum())
-        self.piece = torch.zeros((), dtype=torch.int64, device=device)
+        self.piece_1 = torch.zeros(1, dtype=torch.int64, device=device)  # the next one to evaluate
         evaluated = plan.evaluated_at_once(self.stack.weight_RP[0].nbytes, slots)
         self.evaluated_EP = torch.empty_like(self.stack.weight_RP[:evaluated])
         self.sum_E = torch.zeros(evaluated, device=device)
 
         self.graph = self.evaluation = None
         if device.type == "cuda":
-            compile_ahead(self.micro_step, self.evaluate_piece, lambda: self.stack.digest(self.piece[None]))
+            compile_ahead(self.micro_step, self.evaluate_piece, lambda: self.stack.digest(self.piece_1))
             self.graph = capture(self.micro_step)
             self.evaluation = capture(self.evaluate_piece, beside=self.graph)
 
@@ -360,7 +360,7 @@ class Trainer:
         for chosen in slots.split(len(self.evaluated_EP)):
             self.evaluated_EP[: len(chosen)] = self.stack.weight_RP[chosen]
             self.sum_E.zero_()
-            self.piece.zero_()
+            self.piece_1.zero_()
             for _ in range(len(self.validation_tokens)):
                 self.evaluate_piece(len(chosen)) if self.evaluation is None else self.evaluation.replay()
             means.append(self.sum_E[: len(chosen)] / self.validation_count)
@@ -371,12 +371,10 @@ class Trainer:
         """Add the next piece's losses to the sums of the first `count` sets of weights under evaluation (all)."""
         sum_E = self.sum_E[:count]
         weights = self.stack.views(self.evaluated_EP[:count])
-        tokens_EBT, targets_EBT = (
-            pieces[self.piece].expand(len(sum_E), -1, -1)
-            for pieces in (self.validation_tokens, self.validation_targets)
-        )
+        tokens_EBT = self.validation_tokens[self.piece_1].expand(len(sum_E), -1, -1)
+        targets_EBT = self.validation_targets[self.piece_1].expand(len(sum_E), -1, -1)
         sum_E += self.stack.losses(weights, tokens_EBT, targets_EBT, torch.zeros_like(sum_E))
-        self.piece.add_(1)
+        self.piece_1.copy_((self.piece_1 + 1) % len(self.validation_tokens))
 
 
 def slot_hyper(hyper: dict[str, float]) -> dict[str, float]:
