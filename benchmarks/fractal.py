@@ -1,6 +1,6 @@
 """Cells a second of the paper's network: the fused kernel against JAX's vmap + jit, in one run on one GPU.
 
-    python benchmarks/fractal.py [--ours SIZE ...] [--jax SIZE]
+    python benchmarks/fractal.py [--ours SIZE ...] [--precisions NAME ...] [--jax SIZE]
 
 Trains SIZE x SIZE maps of lr.0 x lr.1 over the default window (1e-3 to 1e6, log), tanh, 272 points, full
 batch, 500 steps, in fp32, tf32x3 and fp64, and the same with JAX (matrix products in full fp32; the
@@ -103,10 +103,11 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--ours", type=int, nargs="+", default=[512, 1024], help="sizes of our maps")
+    parser.add_argument("--precisions", choices=tuple(DTYPES), nargs="+", default=list(DTYPES), help="ours")
     parser.add_argument("--jax", type=int, default=512, help="size of JAX's maps (0: none)")
     options = parser.parse_args()
     rows = []
-    for precision in DTYPES:
+    for precision in options.precisions:
         for size in options.ours:
             rows.append(row("ours", precision, size, "default", *time_ours(size, "default", precision)))
         rows.append(row("ours", precision, 512, "converging", *time_ours(512, "converging", precision)))
