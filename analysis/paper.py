@@ -1,13 +1,16 @@
 """The table of fractal dimensions of Sohl-Dickstein 2024 (arXiv:2402.06184), measured again.
 
-Six experiments on the paper's network, each a map over its default window and a zoom sequence that follows
-the boundary. Every experiment is reported with both medians of local slopes (ours, and the published
-estimator, which is biased), the mean and the spread of the single maps' dimensions, and the same
-numbers for null maps of that size. Stores are kept, so a run that was interrupted goes on.
+Six experiments on the paper's network, each a map over its default window and zoom sequences that follow
+the boundary. The paper's sequences were chosen by eye; here a rule chooses, and `--follow` says which: the
+busiest part of the boundary, a typical one, or a quiet one. Every experiment is reported with both medians
+of local slopes (ours, and the published estimator, which is biased), the mean and the spread of the single
+maps' dimensions, and the same numbers for null maps of that size. Stores are kept, so a run that was
+interrupted goes on.
 """
 
 import csv
 import datetime
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +23,7 @@ from rich.table import Table
 from analysis.boundary import map_edges
 from analysis.classify import Labelling
 from analysis.dimension import NULLS, Dimension, local_median, measure, null_mask, published_median
-from analysis.zoom import sequence
+from analysis.zoom import check_follow, sequence
 from engine.command import parse, user_errors
 from engine.config import SweepConfig
 from engine.provenance import device_name, provenance
@@ -64,17 +67,20 @@ class Options(Labelling):
     only: str = ""  # comma-separated names of experiments (default: all six)
     size: int = 512  # cells a side of every map
     levels: int = 10  # zooms after the first map
+    follow: str = "1,0.5"  # parts of the boundary to zoom into, as quantiles of busyness: 1 busiest, 0.5 typical
     factor: int = 4  # how many times finer each zoom is
     steps: int = 500  # steps of gradient descent
     csv: str = ""  # append a row an experiment to this file
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
 
 
-def zoomed(experiment: Experiment, path: Path, options: Options, console: Console) -> Iterator[np.ndarray]:
+def zoomed(
+    experiment: Experiment, path: Path, follow: float, options: Options, console: Console
+) -> Iterator[np.ndarray]:
     """Boundary blocks of an experiment's map and of the zooms into it."""
     run_sweep(experiment.config, RunOptions(store=str(path), device=options.device, figures=False, quiet=True))
     store = open_store(path)
-    levels = sequence(store, options.levels, options.factor, 0, None, options, options.device, console)
+    levels = sequence(store, options.levels, options.factor, 0, None, follow, options, options.device, console)
     return (map_edges(level.codes) for level in levels)
 
 
@@ -118,32 +124,42 @@ def main() -> None:
             raise ValueError(
                 f"size is {options.size} and levels {options.levels}, expected at least {LEAST_CELLS} and 0"
             )
+        if not re.fullmatch(r"[\d.]+(,[\d.]+)*", options.follow):
+            raise ValueError(f"follow is {options.follow!r}, expected quantiles with commas between, such as 1,0.5")
+        follows = [float(text) for text in options.follow.split(",")]
+        for follow in follows:
+            check_follow(follow)
         device, console = choose_device(options.device), Console()
         versions = provenance(device)
-        table = Table("experiment", "published", "published estimator", "ours", "maps' mean ± deviation", "maps")
+        table = Table(
+            "experiment", "follow", "published", "published estimator", "ours", "maps' mean ± deviation", "maps"
+        )
         for name in names:
             path = Path(options.results, name.replace(" ", "-"))
-            result = figures(list(zoomed(found[name], path, options, console)))
-            add(table, name, f"{found[name].published:.2f}", result)
-            if options.csv:
+            for follow in follows:
+                result = figures(list(zoomed(found[name], path, follow, options, console)))
+                add(table, name, f"{follow:g}", f"{found[name].published:.2f}", result)
+                if not options.csv:
+                    continue
                 head = {"date": datetime.date.today().isoformat(), "device": device_name(device)}
                 head |= {"torch": versions["packages"]["torch"], "commit": versions["commit"]}
-                run = {"experiment": name, "size": options.size, "levels": options.levels, "steps": options.steps}
+                run = {"experiment": name, "follow": follow, "size": options.size, "levels": options.levels}
+                run |= {"steps": options.steps}
                 blank = dict.fromkeys(("maps", "published_estimator", "local_median", "mean", "deviation"), "")
                 append(Path(options.csv), head | run | {"published": found[name].published} | blank | result)
         for null in NULLS:
-            add(table, f"null: {null}", "", figures([null_mask(null, options.size - 1, options.size - 1)]))
+            add(table, f"null: {null}", "", "", figures([null_mask(null, options.size - 1, options.size - 1)]))
         console.print(table)
 
 
-def add(table: Table, name: str, published: str, result: dict[str, float]) -> None:
+def add(table: Table, name: str, follow: str, published: str, result: dict[str, float]) -> None:
     """One line of the table."""
     if not result:
-        table.add_row(name, published, "no boundary", "", "", "0")
+        table.add_row(name, follow, published, "no boundary", "", "", "0")
         return
     spread = f"{result['mean']:.3f} ± {result['deviation']:.3f}"
     medians = (f"{result['published_estimator']:.3f}", f"{result['local_median']:.3f}")
-    table.add_row(name, published, *medians, spread, str(result["maps"]))
+    table.add_row(name, follow, published, *medians, spread, str(result["maps"]))
 
 
 if __name__ == "__main__":

@@ -55,12 +55,13 @@ class Tile(NamedTuple):
 # ---- choosing where
 
 
-def busiest_tile(blocks: np.ndarray, height: int, width: int) -> Tile:
-    """The tile with most boundary inside it; of equals, the one nearest the middle of the map.
+def followed_tile(blocks: np.ndarray, height: int, width: int, follow: float = 1.0) -> Tile:
+    """A tile chosen by how much boundary is inside it; of equals, the one nearest the middle of the map.
 
     Args:
         blocks: boundary blocks [row - 1, col - 1].
         height, width: of the tile, in cells, at least 2.
+        follow: quantile of the boundary blocks inside, among all tiles with any: 1 the most, 0.5 the median.
 
     Raises:
         ValueError: there is no boundary.
@@ -72,7 +73,7 @@ def busiest_tile(blocks: np.ndarray, height: int, width: int) -> Tile:
     inner = height - 1, width - 1  # a tile of n cells holds n - 1 blocks
     held = total[inner[0] :, inner[1] :] - total[: -inner[0], inner[1] :]
     held = held - total[inner[0] :, : -inner[1]] + total[: -inner[0], : -inner[1]]
-    tops, lefts = np.nonzero(held == held.max())
+    tops, lefts = np.nonzero(held == np.quantile(held[held > 0], follow, method="nearest"))
     middle = (held.shape[0] - 1) / 2, (held.shape[1] - 1) / 2
     nearest = np.argmin((tops - middle[0]) ** 2 + (lefts - middle[1]) ** 2)
     top, left = int(tops[nearest]), int(lefts[nearest])
@@ -183,17 +184,21 @@ def sequence(
     factor: int,
     size: int,
     target: tuple[float, float] | None,
+    follow: float,
     labelling: Labelling,
     device: str,
     console: Console,
 ) -> Iterator[Level]:
-    """The store, then up to `levels` children, each over a tile of the one before.
+    """The store, then up to `levels` children, each over a tile of the one before: around `target`, or the one
+    that `follow` picks (see `followed_tile`).
 
     The paper's network is trained in fp64. Stops, saying so, where the next level's cells would lie too
     close, or where a level has no boundary left to follow.
     """
     base = store.path / "zoom"
-    where = "" if target is None else f"-at-{target[0]:g},{target[1]:g}"
+    where = f"-follow-{follow:g}" if follow < 1 else ""
+    if target is not None:
+        where = f"-at-{target[0]:g},{target[1]:g}"
     current = store
     for level in range(levels + 1):
         codes = classify(current, labelling.thresholds)
@@ -219,7 +224,10 @@ def sequence(
             yield Level(current, codes, value, None)
             console.print(stop, soft_wrap=True)
             return
-        tile = tile_around(current.grid, target, height, breadth) if target else busiest_tile(blocks, height, breadth)
+        if target is not None:
+            tile = tile_around(current.grid, target, height, breadth)
+        else:
+            tile = followed_tile(blocks, height, breadth, follow)
         yield Level(current, codes, value, tile)
         name = f"x{factor}-size-{size or rows}{where}-level-{level + 1:02d}"
         current = train(child_config(config, tile, density), base / name, device, quiet=True)
@@ -404,12 +412,15 @@ class Options(Labelling):
     """Where to zoom, and how far."""
 
     store: str  # path of the parent's store
-    rows: str = ""  # rows a:b of the parent to zoom into (default: with --cols all of them, else the busiest tile)
+    rows: str = ""  # rows a:b of the parent to zoom into (default: with --cols all of them, else see --follow)
     cols: str = ""  # columns a:b of the parent
     factor: int = 4  # how many times finer each zoom is, at least 2
     levels: int = 0  # length of a zoom sequence that follows the boundary (0: one zoom)
     size: int = 0  # cells a side of each level of a sequence (0: as many as the parent)
-    target: str = ""  # follow this point y,x (values of the axes) instead of the busiest tile
+    target: str = ""  # follow this point y,x (values of the axes) instead
+    follow: float = (
+        1.0  # the tile to follow, as a quantile of the boundary tiles hold: 1 the busiest, 0.5 a typical one
+    )
     movie: str = ""  # write the sequence as a movie: a .gif, or an .mp4 where ffmpeg is installed
     pixels: int = 512  # side of the movie's pictures
     frames: int = 16  # pictures of the movie from a level to the next
@@ -418,11 +429,18 @@ class Options(Labelling):
     pdf: bool = False  # write PDFs beside the PNGs
 
 
+def check_follow(follow: float) -> None:
+    """Raise ValueError for what is no quantile."""
+    if not 0 <= follow <= 1:
+        raise ValueError(f"follow is {follow:g}, expected a quantile between 0 and 1; 1 is the busiest tile")
+
+
 def check(options: Options) -> None:
     """Raise ValueError for options that do not go together."""
     for name, low in (("factor", 2), ("levels", 0), ("size", 0), ("pixels", 16), ("frames", 1), ("per_second", 1)):
         if getattr(options, name) < low:
             raise ValueError(f"{name} is {getattr(options, name)}, expected at least {low}")
+    check_follow(options.follow)
     if options.levels and (options.rows or options.cols):
         raise ValueError("--rows and --cols give one zoom; a sequence of --levels follows the boundary or --target")
     if options.movie and not options.levels:
@@ -439,9 +457,8 @@ def main() -> None:
         store, console = open_store(options.store), Console()
         target = parse_target(options.target) if options.target else None
         if options.levels:
-            levels = list(
-                sequence(store, options.levels, options.factor, options.size, target, options, options.device, console)
-            )
+            how = (options.levels, options.factor, options.size, target, options.follow)
+            levels = list(sequence(store, *how, options, options.device, console))
             report_sequence(levels, console)
             paths = draw_zoom(shown(levels), store.figures, "zoom-sequence", options.pdf)
             if options.movie:
@@ -462,7 +479,7 @@ def main() -> None:
 
 
 def choose_tile(store: Store, codes: np.ndarray, options: Options, target: tuple[float, float] | None) -> Tile:
-    """The tile of one zoom: the range asked for, around the target, or the busiest."""
+    """The tile of one zoom: the range asked for, around the target, or by --follow."""
     rows, cols = store.grid.shape
     if options.rows or options.cols:
         return Tile(*parse_range("rows", options.rows, rows), *parse_range("cols", options.cols, cols))
@@ -471,7 +488,7 @@ def choose_tile(store: Store, codes: np.ndarray, options: Options, target: tuple
         raise ValueError(f"the map has {rows} x {cols} cells; give --rows and --cols to zoom into so small a map")
     if target:
         return tile_around(store.grid, target, height, width)
-    return busiest_tile(map_edges(codes), height, width)
+    return followed_tile(map_edges(codes), height, width, options.follow)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def test_the_table_has_the_experiment_and_the_nulls(tmp_path, monkeypatch, capsy
     assert "relu" in printed
     assert "null: disc" in printed
     paper.main()  # the stores are there: nothing is trained again, the row is the same
-    first, second = csv.DictReader(rows.read_text().splitlines())
+    first, typical, second, _ = csv.DictReader(rows.read_text().splitlines())
+    assert (first["follow"], typical["follow"]) == ("1.0", "0.5")
     assert first["maps"] == "2"
     assert {**first, "commit": ""} == {**second, "commit": ""}
 

@@ -12,7 +12,7 @@ from PIL import Image
 from synthetic import julia_measure, mlp_store
 
 from analysis import zoom
-from analysis.zoom import Level, Tile, busiest_tile, frames, pick, refinable, tile_around, view
+from analysis.zoom import Level, Tile, followed_tile, frames, pick, refinable, tile_around, view
 from engine.config import SweepConfig
 from engine.grid import Axis, Grid
 from engine.store import open_store
@@ -37,12 +37,12 @@ def run(monkeypatch, *arguments):
 
 
 @given(hnp.arrays(bool, (11, 13)), st.integers(2, 6), st.integers(2, 6))
-def test_the_busiest_tile_holds_most_boundary_blocks(blocks, height, width):
+def test_the_followed_tile_holds_most_boundary_blocks(blocks, height, width):
     if not blocks.any():
         with pytest.raises(ValueError, match="no boundary to follow"):
-            busiest_tile(blocks, height, width)
+            followed_tile(blocks, height, width)
         return
-    tile = busiest_tile(blocks, height, width)
+    tile = followed_tile(blocks, height, width)
     assert (tile.bottom - tile.top, tile.right - tile.left) == (height, width)
     assert 0 <= tile.top <= tile.bottom <= 12
     assert 0 <= tile.left <= tile.right <= 14
@@ -52,6 +52,11 @@ def test_the_busiest_tile_holds_most_boundary_blocks(blocks, height, width):
 
     most = max(held(top, left) for top in range(13 - height) for left in range(15 - width))
     assert held(tile.top, tile.left) == most
+    counts = sorted(held(top, left) for top in range(13 - height) for left in range(15 - width))
+    counts = [count for count in counts if count > 0]
+    typical, quietest = (followed_tile(blocks, height, width, follow) for follow in (0.5, 0.0))
+    assert held(typical.top, typical.left) in counts[(len(counts) - 1) // 2 : len(counts) // 2 + 1]
+    assert held(quietest.top, quietest.left) == counts[0]
 
 
 def test_a_target_is_kept_inside_the_grid():
