@@ -7,8 +7,9 @@ Rotary and norm cost a few operations on tiles that are loaded anyway, so every 
 and nothing but the output and the logsumexp is kept. A program owns one (replica, batch row, kv
 head, block of times) and loops over the query heads of its group, so no sum crosses programs and
 no atomics are needed. Where all keys fit one block (T <= 128 in bf16) a single backward kernel
-yields dq, dk and dv; longer contexts take one kernel for dq and one for dk and dv. The halves of
-the head dimension are separate tiles: rotary then needs no shuffle, and q k^T is two dots.
+yields dq, dk and dv, in three causal pairs of half blocks where no kv head is shared; longer
+contexts take one kernel for dq and one for dk and dv. The halves of the head dimension are separate
+tiles: rotary then needs no shuffle, and q k^T is two dots.
 """
 
 import math
@@ -142,12 +143,19 @@ def _attention_backward(
     R, B, T, C = qkv_RBTC.shape
     K = C // (heads + 2 * kv_heads)
     dqkv_RBTC = torch.empty_like(qkv_RBTC, memory_format=torch.contiguous_format)
-    delta_RBHT = torch.empty_like(logsumexp_RBHT)
     qkv_RBTC, do_RBTD = qkv_RBTC.contiguous(), do_RBTD.contiguous()
     tables = _tables(cos_RTK2, sin_RTK2)
     shape = _shape(B, T, K, heads, kv_heads, qk_norm)
+    half = 64 if qkv_RBTC.dtype == torch.bfloat16 else 32
+    if heads == kv_heads and half < T <= 2 * half and K <= 64:
+        grid, tiles = (R * B * heads,), _cut((half, half, 4, 1), T, K)
+        _backward_head_kernel[grid](
+            qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, dqkv_RBTC, eps, **shape, **tiles
+        )
+        return dqkv_RBTC
     tiles = _backward_tiles(T, K, qkv_RBTC.dtype)
     one_block = tiles["BLOCK_K"] >= T
+    delta_RBHT = torch.empty_like(logsumexp_RBHT)
     if not one_block:
         grid = (R * B * heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
         _backward_queries_kernel[grid](
@@ -425,6 +433,115 @@ def _backward_keys_kernel(
     dk1 *= SCALE
     dk2 *= SCALE
     _store_unrotated(dk1, dk2, k1, k2, k_scale, dqkv_ptr + k_at, cos_ptr, sin_ptr, k_time, T, K, C, HALF, QK_NORM)
+
+
+@triton.jit
+def _pair(
+    k1, k2, v, q1, q2, do, logsumexp, delta, k_time, q_time,
+    SCALE: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """p and the scores' gradient ds [keys, queries] of one block of keys and one of queries, in the dtype of v."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    s = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
+    s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[None, :])
+    ds = p * (dp - delta[None, :])
+    if DIAGONAL:
+        seen = k_time[:, None] <= q_time[None, :]
+        p = tl.where(seen, p, 0.0)
+        ds = tl.where(seen, ds, 0.0)
+    return p.to(v.dtype), ds.to(v.dtype)
+
+
+@triton.jit
+def _load_upstream(o_ptr, do_ptr, logsumexp_ptr, time, T, K, ROW, FULL: tl.constexpr):
+    """do, the logsumexp and delta = sum(do * o) of a block of queries."""
+    do = _load_rows(do_ptr, time, T, K, ROW, FULL)
+    o = _load_rows(o_ptr, time, T, K, ROW, FULL)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    return do, tl.load(logsumexp_ptr + time, mask=time < T, other=0.0), delta
+
+
+@triton.jit
+def _backward_head_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    cos_stride,
+    sin_stride,
+    o_ptr,
+    do_ptr,
+    logsumexp_ptr,
+    dqkv_ptr,
+    eps,
+    B: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (replica, batch row, head of a network with H = G): dq, dk and dv of T <= 2 BLOCK times.
+
+    Three causal block pairs, ordered so that only one block's dq and one's dk and dv are held at a time.
+    """
+    C: tl.constexpr = 3 * H * K
+    head = tl.program_id(0) % H
+    row = (tl.program_id(0) // H).to(tl.int64)
+    cos_ptr += row // B * cos_stride
+    sin_ptr += row // B * sin_stride
+    q_ptr = qkv_ptr + row * T * C + head * K
+    k_ptr = q_ptr + H * K
+    v_ptr = k_ptr + H * K
+    dq_ptr = dqkv_ptr + row * T * C + head * K
+    dk_ptr = dq_ptr + H * K
+    dv_ptr = dk_ptr + H * K
+    o_ptr += row * T * H * K + head * K
+    do_ptr += row * T * H * K + head * K
+    logsumexp_ptr += (row * H + head) * T
+
+    early = tl.arange(0, BLOCK_K)
+    late = BLOCK_K + early
+    # late queries, late keys
+    q1, q2, q_scale = _load_rotated(q_ptr, cos_ptr, sin_ptr, late, eps, T, K, C, HALF, QK_NORM)
+    do, logsumexp, delta = _load_upstream(o_ptr, do_ptr, logsumexp_ptr, late, T, K, H * K, FULL)
+    k1, k2, k_scale = _load_rotated(k_ptr, cos_ptr, sin_ptr, late, eps, T, K, C, HALF, QK_NORM)
+    v = _load_rows(v_ptr, late, T, K, C, FULL)
+    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, late, late, SCALE, True, PRECISION)
+    _store_rows(tl.dot(p, do, input_precision=PRECISION), dv_ptr, late, T, K, C, FULL)
+    dk1 = tl.dot(ds, q1, input_precision=PRECISION) * SCALE
+    dk2 = tl.dot(ds, q2, input_precision=PRECISION) * SCALE
+    dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION)
+    dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION)
+    _store_unrotated(dk1, dk2, k1, k2, k_scale, dk_ptr, cos_ptr, sin_ptr, late, T, K, C, HALF, QK_NORM)
+    # late queries, early keys
+    k1, k2, k_scale = _load_rotated(k_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
+    v = _load_rows(v_ptr, early, T, K, C, FULL)
+    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, late, SCALE, False, PRECISION)
+    dv = tl.dot(p, do, input_precision=PRECISION)
+    dk1 = tl.dot(ds, q1, input_precision=PRECISION)
+    dk2 = tl.dot(ds, q2, input_precision=PRECISION)
+    dq1 = tl.dot(tl.trans(ds), k1, dq1, input_precision=PRECISION) * SCALE
+    dq2 = tl.dot(tl.trans(ds), k2, dq2, input_precision=PRECISION) * SCALE
+    _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, late, T, K, C, HALF, QK_NORM)
+    # early queries, early keys
+    q1, q2, q_scale = _load_rotated(q_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
+    do, logsumexp, delta = _load_upstream(o_ptr, do_ptr, logsumexp_ptr, early, T, K, H * K, FULL)
+    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, early, SCALE, True, PRECISION)
+    _store_rows(tl.dot(p, do, dv, input_precision=PRECISION), dv_ptr, early, T, K, C, FULL)
+    dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION) * SCALE
+    dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION) * SCALE
+    dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * SCALE
+    dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION) * SCALE
+    _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, early, T, K, C, HALF, QK_NORM)
+    _store_unrotated(dk1, dk2, k1, k2, k_scale, dk_ptr, cos_ptr, sin_ptr, early, T, K, C, HALF, QK_NORM)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ def check_against_float64(R, B, T, H, G, K, qk_norm, dtype, tolerance):
         (2, 1, 2, 1, 16, False),
         (2, 16, 2, 2, 32, True),
         (1, 63, 3, 1, 16, False),
+        (2, 63, 2, 2, 16, True),
         (1, 100, 2, 1, 48, True),
         (1, 127, 1, 1, 64, False),
     ],
@@ -61,7 +62,7 @@ def test_plain_torch_attention_agrees():
     torch.testing.assert_close(qkv_attention_reference(qkv, cos, sin, H, G, True), expected)
 
 
-@pytest.mark.parametrize(("T", "H"), [(9, 2), (40, 1)])  # 40: the blocks of a longer context
+@pytest.mark.parametrize(("T", "H"), [(9, 2), (40, 1), (70, 1)])  # 40: pairs of half blocks; 70: a longer context
 def test_blind_to_company(T, H):
     qkv = normal(2, 5, 1, T, (H + 2) * 16)
     assert_blind_to_company(bind(qkv_attention_triton, T, 16, H, 1, True), [qkv])
@@ -101,6 +102,7 @@ def test_refuses_channels_and_tables_that_do_not_fit():
         (63, 9, 3, 64, True),
         (64, 2, 2, 16, False),
         (100, 4, 2, 96, True),
+        (70, 3, 3, 32, False),
         (128, 2, 2, 64, True),
         (128, 9, 3, 64, False),
         (127, 2, 1, 128, True),
