@@ -16,7 +16,7 @@ import torch
 from benchmarks.timing import copy_terabytes, milliseconds, run_benchmarks
 from benchmarks.tune import TOKENS, bmm, problems, rotated
 from kernels.adamw import AdamWScalars, accumulate_, adamw_, adamw_split_, global_norm, split_master
-from kernels.linear import linear_add_op, linear_op, linear_relu2_op, stacked_matmul
+from kernels.linear import linear_op, linear_relu2_op, stacked_matmul
 from kernels.loss import cross_entropy_
 from kernels.newton_schulz import newton_schulz, newton_schulz_reference
 
@@ -70,7 +70,7 @@ def fused_linear_rows(case: str, replicas: int, d: int) -> list[dict]:
             lambda: torch.bmm(x, up.mT).relu().square(),
         ),
         "linear_add": (
-            lambda: linear_add_op(hidden, down, residual),
+            lambda: stacked_matmul(hidden, down, "nt", "add", residual),
             lambda: residual + torch.bmm(hidden, down.mT),
         ),
         "relu2_backward": (

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.norm import rms_norm_backward_op, rms_norm_op, rms_norm_reference
 from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 from kernels.tiles import Tile, tile_for
 
@@ -38,10 +39,16 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     return form(x, weight_OI)
 
 
-def linear_add(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
-    """residual + x W^T in one kernel, rounded once: residual [..., O]; the rest as `linear`."""
-    form = linear_add_reference if x.device.type == "cpu" else linear_add_triton
-    return form(x, weight_OI, residual)
+def linear_add_norm(
+    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(y), y) of y = residual + x W^T: the residual stream is updated, and read by its next user.
+
+    residual [..., O]; norm_O and eps as in `rms_norm`; the rest as `linear`. The sum is made in the
+    product's kernel and rounded once; backward, the two gradients of y meet in the norm's kernel.
+    """
+    form = linear_add_norm_reference if x.device.type == "cpu" else linear_add_norm_triton
+    return form(x, weight_OI, residual, norm_O, eps)
 
 
 def linear_relu2(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -50,13 +57,15 @@ def linear_relu2(x: Tensor, weight_OI: Tensor) -> Tensor:
     return form(x, weight_OI)
 
 
-def relu2_mlp(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
-    """residual + relu(x up^T)^2 down^T: a ReLU-squared MLP without elementwise passes either way.
+def relu2_mlp_norm(
+    x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor, norm_D: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(y), y) of y = residual + relu(x up^T)^2 down^T: a ReLU-squared MLP without elementwise passes.
 
-    x, residual [..., D] -> [..., D]; the same bits as `linear_add` of `linear_relu2`.
+    x, residual [..., D] -> [..., D] twice; the same bits as `linear_add_norm` of `linear_relu2`.
     """
-    form = relu2_mlp_reference if x.device.type == "cpu" else relu2_mlp_triton
-    return form(x, up_FD, down_DF, residual)
+    form = relu2_mlp_norm_reference if x.device.type == "cpu" else relu2_mlp_norm_triton
+    return form(x, up_FD, down_DF, residual, norm_D, eps)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -71,32 +80,45 @@ def linear_triton(x: Tensor, weight_OI: Tensor) -> Tensor:
     return _one(linear_op(_tokens(x), weight_OI[None]), x)
 
 
-def linear_add_triton(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
-    return _one(linear_add_op(_tokens(x), weight_OI[None], _tokens(residual)), x)
+def linear_add_norm_triton(
+    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    norm_RO = None if norm_O is None else norm_O[None]
+    normed, y = linear_add_norm_op(_tokens(x), weight_OI[None], _tokens(residual), norm_RO, eps)
+    return _one(normed, x), _one(y, x)
 
 
 def linear_relu2_triton(x: Tensor, weight_OI: Tensor) -> Tensor:
     return _one(linear_relu2_op(_tokens(x), weight_OI[None]), x)
 
 
-def relu2_mlp_triton(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
-    return _one(relu2_mlp_op(_tokens(x), up_FD[None], down_DF[None], _tokens(residual))[0], x)
+def relu2_mlp_norm_triton(
+    x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor, norm_D: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    norm_RD = None if norm_D is None else norm_D[None]
+    normed, y, _ = relu2_mlp_norm_op(_tokens(x), up_FD[None], down_DF[None], _tokens(residual), norm_RD, eps)
+    return _one(normed, x), _one(y, x)
 
 
 def linear_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
     return functional.linear(x, weight_OI)
 
 
-def linear_add_reference(x: Tensor, weight_OI: Tensor, residual: Tensor) -> Tensor:
-    return residual + functional.linear(x, weight_OI)
+def linear_add_norm_reference(
+    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    y = residual + functional.linear(x, weight_OI)
+    return rms_norm_reference(y, norm_O, eps), y
 
 
 def linear_relu2_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
     return functional.linear(x, weight_OI).relu().square()
 
 
-def relu2_mlp_reference(x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor) -> Tensor:
-    return linear_add_reference(linear_relu2_reference(x, up_FD), down_DF, residual)
+def relu2_mlp_norm_reference(
+    x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor, norm_D: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    return linear_add_norm_reference(linear_relu2_reference(x, up_FD), down_DF, residual, norm_D, eps)
 
 
 # ---- the stacked matrix product ------------------------------------------------------------------
@@ -399,21 +421,41 @@ linear_op.register_autograd(_linear_backward, setup_context=_save_operands)
 
 
 @fold_vmap
-@custom_operator("fractal::linear_add")
-def linear_add_op(x_RNI: Tensor, weight_ROI: Tensor, residual_RNO: Tensor) -> Tensor:
-    return stacked_matmul(x_RNI, weight_ROI, "nt", "add", residual_RNO)
+@custom_operator("fractal::linear_add_norm")
+def linear_add_norm_op(
+    x_RNI: Tensor, weight_ROI: Tensor, residual_RNO: Tensor, norm_RO: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    y_RNO = stacked_matmul(x_RNI, weight_ROI, "nt", "add", residual_RNO)
+    return rms_norm_op(y_RNO, norm_RO, eps), y_RNO
 
 
-@linear_add_op.register_fake
-def _(x_RNI, weight_ROI, residual_RNO):
-    return torch.empty_like(residual_RNO, memory_format=torch.contiguous_format)
+@linear_add_norm_op.register_fake
+def _(x_RNI, weight_ROI, residual_RNO, norm_RO, eps):
+    y_RNO = torch.empty_like(residual_RNO, memory_format=torch.contiguous_format)
+    return torch.empty_like(y_RNO), y_RNO
 
 
-def _linear_add_backward(ctx, dy_RNO):
-    return *gradients(ctx, dy_RNO, *ctx.saved_tensors), dy_RNO
+def _linear_add_norm_save(ctx, inputs, output):
+    x_RNI, weight_ROI, _, norm_RO, ctx.eps = inputs
+    ctx.save_for_backward(x_RNI, weight_ROI, norm_RO, output[1])
+    ctx.set_materialize_grads(False)  # the last layer's y goes nowhere: no zeros to read for it
 
 
-linear_add_op.register_autograd(_linear_add_backward, setup_context=_save_operands)
+def _norm_backward(dnormed, dy, y, norm, eps):
+    """The gradients of y and of the norm's weight, from those of (rms_norm(y), y)."""
+    if dnormed is None:
+        return dy, None
+    dy, dnorm = rms_norm_backward_op(dnormed, dy, y, norm, eps)
+    return dy, None if norm is None else dnorm
+
+
+def _linear_add_norm_backward(ctx, dnormed_RNO, dy_RNO):
+    x_RNI, weight_ROI, norm_RO, y_RNO = ctx.saved_tensors
+    dy_RNO, dnorm_RO = _norm_backward(dnormed_RNO, dy_RNO, y_RNO, norm_RO, ctx.eps)
+    return *gradients(ctx, dy_RNO, x_RNI, weight_ROI), dy_RNO, dnorm_RO, None
+
+
+linear_add_norm_op.register_autograd(_linear_add_norm_backward, setup_context=_linear_add_norm_save)
 
 
 @fold_vmap
@@ -440,30 +482,36 @@ linear_relu2_op.register_autograd(_linear_relu2_backward, setup_context=_linear_
 
 
 @fold_vmap
-@custom_operator("fractal::relu2_mlp")
-def relu2_mlp_op(x_RND: Tensor, up_RFD: Tensor, down_RDF: Tensor, residual_RND: Tensor) -> tuple[Tensor, Tensor]:
+@custom_operator("fractal::relu2_mlp_norm")
+def relu2_mlp_norm_op(
+    x_RND: Tensor, up_RFD: Tensor, down_RDF: Tensor, residual_RND: Tensor, norm_RD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rms_norm(y), y, the hidden units after ReLU squared, which the backward reads)."""
     hidden_RNF = stacked_matmul(x_RND, up_RFD, "nt", "relu2")
-    return stacked_matmul(hidden_RNF, down_RDF, "nt", "add", residual_RND), hidden_RNF
+    y_RND = stacked_matmul(hidden_RNF, down_RDF, "nt", "add", residual_RND)
+    return rms_norm_op(y_RND, norm_RD, eps), y_RND, hidden_RNF
 
 
-@relu2_mlp_op.register_fake
-def _(x_RND, up_RFD, down_RDF, residual_RND):
-    hidden_RNF = x_RND.new_empty((x_RND.shape[0], x_RND.shape[1], up_RFD.shape[1]))
-    return torch.empty_like(residual_RND, memory_format=torch.contiguous_format), hidden_RNF
+@relu2_mlp_norm_op.register_fake
+def _(x_RND, up_RFD, down_RDF, residual_RND, norm_RD, eps):
+    y_RND = torch.empty_like(residual_RND, memory_format=torch.contiguous_format)
+    return torch.empty_like(y_RND), y_RND, x_RND.new_empty((*x_RND.shape[:2], up_RFD.shape[1]))
 
 
-def _relu2_mlp_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], output[1])
-    ctx.set_materialize_grads(False)  # nothing flows back into the second result: make no zeros for it
+def _relu2_mlp_norm_save(ctx, inputs, output):
+    *operands, _, norm_RD, ctx.eps = inputs
+    ctx.save_for_backward(*operands, norm_RD, *output[1:])
+    ctx.set_materialize_grads(False)  # nothing flows back into the hidden units: make no zeros for them
 
 
-def _relu2_mlp_backward(ctx, dy_RND, _):
-    x_RND, up_RFD, down_RDF, hidden_RNF = ctx.saved_tensors
+def _relu2_mlp_norm_backward(ctx, dnormed_RND, dy_RND, _):
+    x_RND, up_RFD, down_RDF, norm_RD, y_RND, hidden_RNF = ctx.saved_tensors
+    dy_RND, dnorm_RD = _norm_backward(dnormed_RND, dy_RND, y_RND, norm_RD, ctx.eps)
     dh_RNF = matmul_op(dy_RND, down_RDF, "nn", "relu2_backward", hidden_RNF)
     dx_RND = matmul_op(dh_RNF, up_RFD, "nn")
     dup_RFD = matmul_op(dh_RNF, x_RND, "tn")
     ddown_RDF = matmul_op(dy_RND, hidden_RNF, "tn")
-    return dx_RND, dup_RFD, ddown_RDF, dy_RND
+    return dx_RND, dup_RFD, ddown_RDF, dy_RND, dnorm_RD, None
 
 
-relu2_mlp_op.register_autograd(_relu2_mlp_backward, setup_context=_relu2_mlp_save)
+relu2_mlp_norm_op.register_autograd(_relu2_mlp_norm_backward, setup_context=_relu2_mlp_norm_save)

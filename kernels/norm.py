@@ -44,7 +44,7 @@ def add_rms_norm(x, residual, weight=None, eps=1e-6):
 def rms_norm_triton(x, weight=None, eps=1e-6):
     """`rms_norm` on the Triton kernels whatever the device."""
     _check(x, weight)
-    return _rms_norm(x[None], None if weight is None else weight[None], eps).squeeze(0)
+    return rms_norm_op(x[None], None if weight is None else weight[None], eps).squeeze(0)
 
 
 def add_rms_norm_triton(x, residual, weight=None, eps=1e-6):
@@ -77,7 +77,7 @@ def _check(x, weight):
 
 
 @custom_operator("fractal::rms_norm")
-def _rms_norm(x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float) -> torch.Tensor:
+def rms_norm_op(x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float) -> torch.Tensor:
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     _forward(x, None, weight_RD, normed, None, eps)
     return normed
@@ -94,7 +94,7 @@ def _add_rms_norm(
 
 
 @custom_operator("fractal::rms_norm_backward")
-def _rms_norm_backward(
+def rms_norm_backward_op(
     dnormed: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dweight); `dtotal`, the gradient that reaches x past the norm, is added to dx."""
@@ -131,7 +131,7 @@ def _save_norm(ctx, inputs, output):
 
 def _differentiate_norm(ctx, dnormed):
     x, weight_RD = ctx.saved_tensors
-    dx, dweight_RD = _rms_norm_backward(dnormed, None, x, weight_RD, ctx.eps)
+    dx, dweight_RD = rms_norm_backward_op(dnormed, None, x, weight_RD, ctx.eps)
     return dx, None if weight_RD is None else dweight_RD, None
 
 
@@ -145,13 +145,13 @@ def _differentiate_add_norm(ctx, dnormed, dtotal):
     total, weight_RD = ctx.saved_tensors
     if dnormed is None:
         return dtotal, dtotal, None, None
-    dx, dweight_RD = _rms_norm_backward(dnormed, dtotal, total, weight_RD, ctx.eps)
+    dx, dweight_RD = rms_norm_backward_op(dnormed, dtotal, total, weight_RD, ctx.eps)
     return dx, dx, None if weight_RD is None else dweight_RD, None
 
 
-_rms_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+rms_norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)
 _add_rms_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)
-fold_vmap(_rms_norm)
+fold_vmap(rms_norm_op)
 fold_vmap(_add_rms_norm)
 
 

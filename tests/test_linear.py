@@ -5,17 +5,18 @@ import torch
 from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
 
 from kernels.linear import (
-    linear_add_reference,
-    linear_add_triton,
+    linear_add_norm_reference,
+    linear_add_norm_triton,
     linear_op,
     linear_reference,
     linear_relu2_reference,
     linear_relu2_triton,
     linear_triton,
-    relu2_mlp_reference,
-    relu2_mlp_triton,
+    relu2_mlp_norm_reference,
+    relu2_mlp_norm_triton,
     stacked_matmul,
 )
+from kernels.norm import rms_norm_triton
 from kernels.tiles import TUNED, Tile, tile_for
 
 
@@ -28,18 +29,20 @@ def plain_inputs(R, N, outputs, inputs, dtype=torch.float32):
 
 def mlp_inputs(R, N, D, F, dtype=torch.float32):
     x, up = plain_inputs(R, N, F, D, dtype)
-    return [x, up, normal(2, R, D, F, dtype=dtype) / F**0.5, normal(3, R, N, D, dtype=dtype)]
+    down, residual = normal(2, R, D, F, dtype=dtype) / F**0.5, normal(3, R, N, D, dtype=dtype)
+    return [x, up, down, residual, normal(4, R, D, dtype=dtype)]
 
 
 def add_inputs(R, N, outputs, inputs, dtype=torch.float32):
-    return [*plain_inputs(R, N, outputs, inputs, dtype), normal(3, R, N, outputs, dtype=dtype)]
+    residual, norm = normal(3, R, N, outputs, dtype=dtype), normal(4, R, outputs, dtype=dtype)
+    return [*plain_inputs(R, N, outputs, inputs, dtype), residual, norm]
 
 
 OPERATORS = {
     "linear": (linear_triton, linear_reference, plain_inputs),
-    "linear_add": (linear_add_triton, linear_add_reference, add_inputs),
+    "linear_add_norm": (linear_add_norm_triton, linear_add_norm_reference, add_inputs),
     "linear_relu2": (linear_relu2_triton, linear_relu2_reference, plain_inputs),
-    "relu2_mlp": (relu2_mlp_triton, relu2_mlp_reference, mlp_inputs),
+    "relu2_mlp_norm": (relu2_mlp_norm_triton, relu2_mlp_norm_reference, mlp_inputs),
 }
 
 
@@ -80,12 +83,33 @@ def test_weights_are_read_from_one_flat_buffer():
 
 
 def test_fused_mlp_has_the_bits_of_its_parts():
-    x, up, down, residual = mlp_inputs(2, 9, 16, 24)
-    fused = torch.func.vmap(relu2_mlp_triton)(x, up, down, residual)
-    parts = torch.func.vmap(lambda x, up, down, r: linear_add_triton(linear_relu2_triton(x, up), down, r))(
-        x, up, down, residual
-    )
-    assert torch.equal(fused, parts)
+    inputs = mlp_inputs(2, 9, 16, 24)
+    fused = torch.func.vmap(relu2_mlp_norm_triton)(*inputs)
+
+    def parts(x, up, down, residual, norm):
+        return linear_add_norm_triton(linear_relu2_triton(x, up), down, residual, norm)
+
+    def separate(x, up, down, residual, norm):
+        y = residual + linear_triton(linear_relu2_triton(x, up), down)
+        return rms_norm_triton(y, norm), y
+
+    for other in (parts, separate):
+        for one, two in zip(fused, torch.func.vmap(other)(*inputs), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_the_two_results_may_go_nowhere(used):
+    inputs = [x.requires_grad_() for x in add_inputs(2, 5, 16, 24)]
+    upstream = normal(7, 2, 5, 16)
+    gradients = []
+    for form in (linear_add_norm_triton, linear_add_norm_reference):
+        y = torch.func.vmap(form)(*inputs)[used]
+        gradients.append(torch.autograd.grad(y, inputs, upstream, allow_unused=True))
+    for ours, true in zip(*gradients, strict=True):
+        assert (ours is None) == (true is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, true)
 
 
 def test_a_shared_weight_gathers_every_replicas_gradient():

@@ -4,8 +4,8 @@ Rotary positions, QK-norm, ReLU² MLP, RMSNorm without weights (also after the e
 biases, an untied unembedding whose logits are soft-capped to ±15 by tanh. Every heavy operation
 is a function of `kernels`, which brings its own vmap rule.
 
-A layer maps the residual stream to itself; its two additions ride in the norm and the product
-that follow and precede them (`add_rms_norm`, `relu2_mlp`), so no kernel only adds.
+Each half of a layer takes the residual stream and its norm, and hands on both: the additions ride in the
+product before and, backward, in the norm behind them, so no kernel only adds.
 
 Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V vocabulary, N = B·T.
 """
@@ -26,9 +26,9 @@ from engine.models import (
 )
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
-from kernels.linear import linear, relu2_mlp
+from kernels.linear import linear, linear_add_norm, relu2_mlp_norm
 from kernels.loss import linear_cross_entropy
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import rms_norm
 
 ROTARY_BASE = 10_000.0
 NORM_EPS = 1e-6
@@ -73,11 +73,11 @@ class Attention(nn.Module):
         self.qkv = nn.Parameter(torch.empty(projected, config.width))
         self.output = nn.Parameter(torch.empty(config.width, config.width))
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
-        qkv_BTC = linear(rms_norm(x_BTD, None, NORM_EPS), self.qkv)
+    def forward(self, normed_BTD: Tensor, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> tuple[Tensor, Tensor]:
+        qkv_BTC = linear(normed_BTD, self.qkv)
         heads, kv_heads = self.config.heads, self.config.kv_heads
         mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, True, NORM_EPS)
-        return linear(mixed_BTD, self.output)
+        return linear_add_norm(mixed_BTD, self.output, x_BTD, None, NORM_EPS)
 
 
 class MLP(nn.Module):
@@ -86,8 +86,8 @@ class MLP(nn.Module):
         self.up = nn.Parameter(torch.empty(config.mlp_width, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
 
-    def forward(self, normed_BTD: Tensor, x_BTD: Tensor) -> Tensor:
-        return relu2_mlp(normed_BTD, self.up, self.down, x_BTD)
+    def forward(self, normed_BTD: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return relu2_mlp_norm(normed_BTD, self.up, self.down, x_BTD, None, NORM_EPS)
 
 
 class Layer(nn.Module):
@@ -96,10 +96,8 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
-        mixed_BTD = self.attention(x_BTD, cos_TK2, sin_TK2)
-        normed_BTD, x_BTD = add_rms_norm(mixed_BTD, x_BTD, None, NORM_EPS)
-        return self.mlp(normed_BTD, x_BTD)
+    def forward(self, normed_BTD: Tensor, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mlp(*self.attention(normed_BTD, x_BTD, cos_TK2, sin_TK2))
 
 
 class GPT(nn.Module):
@@ -124,9 +122,10 @@ class GPT(nn.Module):
         time = tokens_BT.shape[-1]
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
         x_BTD = rms_norm(embedding(tokens_BT, self.embedding.weight), None, NORM_EPS)
+        normed_BTD = rms_norm(x_BTD, None, NORM_EPS)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TK2, sin_TK2)
-        return rms_norm(x_BTD, None, NORM_EPS)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, cos_TK2, sin_TK2)
+        return normed_BTD
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, label_smoothing: Tensor) -> Tensor:
         """Summed loss, 0-dim fp32, over the targets that are not -100.

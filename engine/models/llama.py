@@ -23,9 +23,9 @@ from engine.models import (
 from kernels.activation import swiglu
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
-from kernels.linear import linear, linear_add
+from kernels.linear import linear, linear_add_norm
 from kernels.loss import linear_cross_entropy
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import rms_norm
 
 NO_SOFTCAP = 0.0
 
@@ -85,22 +85,26 @@ class Attention(nn.Module):
         self.qkv = nn.Parameter(torch.empty(projected, config.width))
         self.output = nn.Parameter(torch.empty(config.width, config.width))
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
+    def forward(
+        self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor, cos_TK2: Tensor, sin_TK2: Tensor
+    ) -> tuple[Tensor, Tensor]:
         config = self.config
-        qkv_BTC = linear(rms_norm(x_BTD, self.norm, config.norm_eps), self.qkv)
+        qkv_BTC = linear(normed_BTD, self.qkv)
         mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, config.heads, config.kv_heads, False, config.norm_eps)
-        return linear(mixed_BTD, self.output)
+        return linear_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, config.norm_eps)
 
 
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
+        self.norm_eps = config.norm_eps
         self.norm = nn.Parameter(torch.empty(config.width))
         self.gate_up = nn.Parameter(torch.empty(2 * config.mlp_width, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
 
-    def forward(self, normed_BTD: Tensor, x_BTD: Tensor) -> Tensor:
-        return linear_add(swiglu(linear(normed_BTD, self.gate_up)), self.down, x_BTD)
+    def forward(self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_BTF = swiglu(linear(normed_BTD, self.gate_up))
+        return linear_add_norm(hidden_BTF, self.down, x_BTD, next_norm_D, self.norm_eps)
 
 
 class Layer(nn.Module):
@@ -108,12 +112,12 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.mlp = MLP(config)
-        self.norm_eps = config.norm_eps
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
-        mixed_BTD = self.attention(x_BTD, cos_TK2, sin_TK2)
-        normed_BTD, x_BTD = add_rms_norm(mixed_BTD, x_BTD, self.mlp.norm, self.norm_eps)
-        return self.mlp(normed_BTD, x_BTD)
+    def forward(
+        self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor, cos_TK2: Tensor, sin_TK2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, self.mlp.norm, cos_TK2, sin_TK2)
+        return self.mlp(normed_BTD, x_BTD, next_norm_D)
 
 
 class Llama(nn.Module):
@@ -143,9 +147,12 @@ class Llama(nn.Module):
         time = tokens_BT.shape[-1]
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
         x_BTD = embedding(tokens_BT, self.embedding.weight)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TK2, sin_TK2)
-        return rms_norm(x_BTD, self.final_norm, self.config.norm_eps)
+        # the residual stream is normed where it is updated, with the weight of whoever reads it next
+        norms = [layer.attention.norm for layer in self.layers] + [self.final_norm]
+        normed_BTD = rms_norm(x_BTD, norms[0], self.config.norm_eps)
+        for layer, next_norm_D in zip(self.layers, norms[1:], strict=True):
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos_TK2, sin_TK2)
+        return normed_BTD
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, label_smoothing: Tensor) -> Tensor:
         """Summed loss, 0-dim fp32, over the targets that are not -100.
