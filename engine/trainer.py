@@ -146,7 +146,8 @@ class Trainer:
 
         self.graph = self.evaluation = None
         if device.type == "cuda":
-            compile_ahead(self.micro_step, self.evaluate_piece, lambda: self.stack.digest(self.piece_1))
+            first_1 = torch.zeros(1, dtype=torch.int64, device=device)
+            compile_ahead(self.micro_step, self.evaluate_piece, lambda: self.stack.digest(first_1))
             self.graph = capture(self.micro_step)
             self.evaluation = capture(self.evaluate_piece, beside=self.graph)
 

@@ -14,8 +14,8 @@ from triton import AsyncCompileMode, knobs
 def compile_ahead(*steps: Callable[[], object]) -> int:
     """Compile the Triton kernels that `steps` launch, and load them; the number of kernels.
 
-    The steps run once with every launch of a kernel that is not compiled yet left out, so tensors such kernels
-    should fill hold arbitrary bits: a step must bear that.
+    The steps run once with every launch of a kernel that is not compiled yet left out, and the others made. What
+    the missing ones should have filled holds arbitrary bits then: a step must bear that, and take no index from it.
     """
     wanted = {}
 

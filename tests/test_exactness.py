@@ -3,6 +3,7 @@
 Letters: R replica (slot).
 """
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -135,3 +136,14 @@ def test_the_gpu_and_the_cpu_tell_the_same_story(tmp_path):
         losses.append(train(made, 2, [run(made, (0, 0), lr=1e-3)])[0, 0].losses)
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     assert not torch.equal(torch.tensor(losses[0][:1]), torch.tensor(losses[0][-1:]))
+
+
+def test_a_stack_of_one_after_a_large_one_reads_nothing_beyond_itself(tmp_path):
+    """Kernels are compiled by then, so what runs while others compile ahead runs on the last replica's border."""
+    for slots, width in ((64, 512), (1, 512), (1, 256)):
+        made = ready(tmp_path, width=width, heads=4, depth=2)
+        train(made, slots, [run(made, (0, 0), lr=1e-3)])
+        del made
+        gc.collect()
+        torch.cuda.empty_cache()  # addresses behind the stack are no longer mapped
+    torch.cuda.synchronize()
