@@ -49,13 +49,14 @@ LONG = [
 
 
 def use(tiles: tuple[int, ...]) -> None:
-    """Make both passes of attention use these tiles."""
+    """Make both passes of attention use these tiles, and no pairs of half blocks, which have one tile."""
 
     def chosen(T, K, dtype):
         cap = {"maxnreg": tiles[4]} if tiles[4] else {}
         return attention._cut(tiles[:4], T, K) | cap
 
     attention._forward_tiles = attention._backward_tiles = chosen
+    attention._half_block = lambda *_: 0
 
 
 def time_shape(name: str) -> list[dict]:

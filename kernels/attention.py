@@ -146,8 +146,8 @@ def _attention_backward(
     qkv_RBTC, do_RBTD = qkv_RBTC.contiguous(), do_RBTD.contiguous()
     tables = _tables(cos_RTK2, sin_RTK2)
     shape = _shape(B, T, K, heads, kv_heads, qk_norm)
-    half = 64 if qkv_RBTC.dtype == torch.bfloat16 else 32
-    if heads == kv_heads and half < T <= 2 * half and K <= 64:
+    half = _half_block(T, K, heads, kv_heads, qkv_RBTC.dtype)
+    if half:
         grid, tiles = (R * B * heads,), _cut((half, half, 4, 1), T, K)
         _backward_head_kernel[grid](
             qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, dqkv_RBTC, eps, **shape, **tiles
@@ -207,6 +207,12 @@ def _backward_tiles(T, K, dtype):
     else:
         tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
     return _cut(tiles, T, K)
+
+
+def _half_block(T, K, heads, kv_heads, dtype):
+    """Times in a half block where the backward goes by pairs of them, else 0."""
+    half = 64 if dtype == torch.bfloat16 else 32
+    return half if heads == kv_heads and half < T <= 2 * half and K <= 64 else 0
 
 
 def _cut(tiles, T, K):
