@@ -418,9 +418,7 @@ class Options(Labelling):
     levels: int = 0  # length of a zoom sequence that follows the boundary (0: one zoom)
     size: int = 0  # cells a side of each level of a sequence (0: as many as the parent)
     target: str = ""  # follow this point y,x (values of the axes) instead
-    follow: float = (
-        1.0  # the tile to follow, as a quantile of the boundary tiles hold: 1 the busiest, 0.5 a typical one
-    )
+    follow: float = 1.0  # tile to follow, as a quantile of the boundary in them: 1 the busiest, 0.5 a typical one
     movie: str = ""  # write the sequence as a movie: a .gif, or an .mp4 where ffmpeg is installed
     pixels: int = 512  # side of the movie's pictures
     frames: int = 16  # pictures of the movie from a level to the next

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.norm import rms_norm_backward_op, rms_norm_op, rms_norm_reference
+from kernels.norm import rms_norm_op, rms_norm_reference, sum_and_norm_backward
 from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 from kernels.tiles import Tile, tile_for
 
@@ -441,17 +441,9 @@ def _linear_add_norm_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # the last layer's y goes nowhere: no zeros to read for it
 
 
-def _norm_backward(dnormed, dy, y, norm, eps):
-    """The gradients of y and of the norm's weight, from those of (rms_norm(y), y)."""
-    if dnormed is None:
-        return dy, None
-    dy, dnorm = rms_norm_backward_op(dnormed, dy, y, norm, eps)
-    return dy, None if norm is None else dnorm
-
-
 def _linear_add_norm_backward(ctx, dnormed_RNO, dy_RNO):
     x_RNI, weight_ROI, norm_RO, y_RNO = ctx.saved_tensors
-    dy_RNO, dnorm_RO = _norm_backward(dnormed_RNO, dy_RNO, y_RNO, norm_RO, ctx.eps)
+    dy_RNO, dnorm_RO = sum_and_norm_backward(dnormed_RNO, dy_RNO, y_RNO, norm_RO, ctx.eps)
     return *gradients(ctx, dy_RNO, x_RNI, weight_ROI), dy_RNO, dnorm_RO, None
 
 
@@ -506,7 +498,7 @@ def _relu2_mlp_norm_save(ctx, inputs, output):
 
 def _relu2_mlp_norm_backward(ctx, dnormed_RND, dy_RND, _):
     x_RND, up_RFD, down_RDF, norm_RD, y_RND, hidden_RNF = ctx.saved_tensors
-    dy_RND, dnorm_RD = _norm_backward(dnormed_RND, dy_RND, y_RND, norm_RD, ctx.eps)
+    dy_RND, dnorm_RD = sum_and_norm_backward(dnormed_RND, dy_RND, y_RND, norm_RD, ctx.eps)
     dh_RNF = matmul_op(dy_RND, down_RDF, "nn", "relu2_backward", hidden_RNF)
     dx_RND = matmul_op(dh_RNF, up_RFD, "nn")
     dup_RFD = matmul_op(dh_RNF, x_RND, "tn")

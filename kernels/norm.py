@@ -141,12 +141,17 @@ def _save_add_norm(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # the last norm's total goes nowhere: no zeros to read for it
 
 
-def _differentiate_add_norm(ctx, dnormed, dtotal):
-    total, weight_RD = ctx.saved_tensors
+def sum_and_norm_backward(dnormed, dtotal, total, weight_RD, eps):
+    """The gradients of a sum and of the norm's weight, from those of the sum's norm and of the sum (None: unused)."""
     if dnormed is None:
-        return dtotal, dtotal, None, None
-    dx, dweight_RD = rms_norm_backward_op(dnormed, dtotal, total, weight_RD, ctx.eps)
-    return dx, dx, None if weight_RD is None else dweight_RD, None
+        return dtotal, None
+    dsum, dweight_RD = rms_norm_backward_op(dnormed, dtotal, total, weight_RD, eps)
+    return dsum, None if weight_RD is None else dweight_RD
+
+
+def _differentiate_add_norm(ctx, dnormed, dtotal):
+    dx, dweight_RD = sum_and_norm_backward(dnormed, dtotal, *ctx.saved_tensors, ctx.eps)
+    return dx, dx, dweight_RD, None
 
 
 rms_norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)
