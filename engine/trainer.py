@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine import optim, plan
 from engine.config import SweepConfig
-from engine.data import Corpus, batch_order
+from engine.data import IGNORED, Corpus, batch_order
 from engine.network import Network
 from engine.plan import Mark, Trajectory, largest_batch, longest, seeds
 from engine.schedule import factor
@@ -135,7 +135,7 @@ class Trainer:
         rows = -len(corpus.validation_tokens) % self.micro_batch
         shape = (-1, self.micro_batch, config.context)
         tokens = np.pad(corpus.validation_tokens, ((0, rows), (0, 0))).reshape(shape)
-        targets = np.pad(corpus.validation_targets, ((0, rows), (0, 0)), constant_values=-100).reshape(shape)
+        targets = np.pad(corpus.validation_targets, ((0, rows), (0, 0)), constant_values=IGNORED).reshape(shape)
         self.validation_tokens = torch.from_numpy(tokens).to(device)
         self.validation_targets = torch.from_numpy(targets).to(device)
         self.validation_count = int((targets >= 0).sum())
@@ -161,7 +161,7 @@ class Trainer:
         rows_RB = self.rows(first_R, within_RB)
         tokens_RBT = self.tokens[rows_RB]
         outside_RB = within_RB >= self.batch_R[:, None]
-        targets_RBT = self.targets[rows_RB].masked_fill(outside_RB[:, :, None], -100)
+        targets_RBT = self.targets[rows_RB].masked_fill(outside_RB[:, :, None], IGNORED)
         whole_B = torch.arange(self.largest_batch, device=self.device).expand(self.slots, -1)
         counts_RB = self.supervised[self.rows(first_R, whole_B)].masked_fill(whole_B >= self.batch_R[:, None], 0)
         return tokens_RBT, targets_RBT, counts_RB.sum(1)
