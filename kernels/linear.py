@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.norm import rms_norm_op, rms_norm_reference, sum_and_norm_backward
+from kernels.norm import check_norm, rms_norm_op, rms_norm_reference, sum_and_norm_backward
 from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 from kernels.tiles import Tile, tile_for
 
@@ -83,6 +83,7 @@ def linear_triton(x: Tensor, weight_OI: Tensor) -> Tensor:
 def linear_add_norm_triton(
     x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
+    check_norm(residual, norm_O)
     norm_RO = None if norm_O is None else norm_O[None]
     normed, y = linear_add_norm_op(_tokens(x), weight_OI[None], _tokens(residual), norm_RO, eps)
     return _one(normed, x), _one(y, x)
@@ -95,6 +96,7 @@ def linear_relu2_triton(x: Tensor, weight_OI: Tensor) -> Tensor:
 def relu2_mlp_norm_triton(
     x: Tensor, up_FD: Tensor, down_DF: Tensor, residual: Tensor, norm_D: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
+    check_norm(residual, norm_D)
     norm_RD = None if norm_D is None else norm_D[None]
     normed, y, _ = relu2_mlp_norm_op(_tokens(x), up_FD[None], down_DF[None], _tokens(residual), norm_RD, eps)
     return _one(normed, x), _one(y, x)

@@ -43,13 +43,13 @@ def add_rms_norm(x, residual, weight=None, eps=1e-6):
 
 def rms_norm_triton(x, weight=None, eps=1e-6):
     """`rms_norm` on the Triton kernels whatever the device."""
-    _check(x, weight)
+    check_norm(x, weight)
     return rms_norm_op(x[None], None if weight is None else weight[None], eps).squeeze(0)
 
 
 def add_rms_norm_triton(x, residual, weight=None, eps=1e-6):
     """`add_rms_norm` on the Triton kernels whatever the device."""
-    _check(x, weight)
+    check_norm(x, weight)
     normed, total = _add_rms_norm(x[None], residual[None], None if weight is None else weight[None], eps)
     return normed.squeeze(0), total.squeeze(0)
 
@@ -69,7 +69,8 @@ def add_rms_norm_reference(x, residual, weight=None, eps=1e-6):
     return rms_norm_reference(total, weight, eps), total
 
 
-def _check(x, weight):
+def check_norm(x, weight):
+    """Raise ValueError for a width or weight that the kernels do not take."""
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"rms_norm got width {x.shape[-1]}, expected at most {MAX_WIDTH}: use a narrower network")
     if weight is not None and weight.shape != x.shape[-1:]:

@@ -139,7 +139,7 @@ def test_the_gpu_and_the_cpu_tell_the_same_story(tmp_path):
 
 
 def test_a_stack_of_one_after_a_large_one_reads_nothing_beyond_itself(tmp_path):
-    """Kernels are compiled by then, so what runs while others compile ahead runs on the last replica's border."""
+    """Its kernels are compiled by then, and run while others compile ahead, at the border of the only replica."""
     for slots, width in ((64, 512), (1, 512), (1, 256)):
         made = ready(tmp_path, width=width, heads=4, depth=2)
         train(made, slots, [run(made, (0, 0), lr=1e-3)])

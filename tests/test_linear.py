@@ -98,6 +98,14 @@ def test_fused_mlp_has_the_bits_of_its_parts():
             assert torch.equal(one, two)
 
 
+def test_a_norm_weight_of_another_width_is_refused():
+    x, weight, residual, _ = (tensor[0] for tensor in add_inputs(1, 5, 16, 24))
+    with pytest.raises(ValueError, match=r"expected \(16,\): one value a channel"):
+        linear_add_norm_triton(x, weight, residual, normal(0, 24))
+    with pytest.raises(ValueError, match=r"expected \(16,\): one value a channel"):
+        relu2_mlp_norm_triton(normal(0, 5, 16), normal(1, 24, 16), normal(2, 16, 24), normal(3, 5, 16), normal(0, 24))
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_of_the_two_results_may_go_nowhere(used):
     inputs = [x.requires_grad_() for x in add_inputs(2, 5, 16, 24)]
