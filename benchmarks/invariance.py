@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.random_runs import random_corpus
 from benchmarks.throughput import names
@@ -85,12 +86,11 @@ class NormTrainer(Trainer):
         self.norms_RS = torch.full((slots, steps), torch.nan, device=device)
         super().__init__(config, network, corpus, slots, device, steps)
 
-    def update(self, gradients, update_R) -> None:
-        if self.clips:
-            place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]
-            norm_R1 = torch.where(update_R[:, None], global_norm(gradients)[:, None], self.norms_RS.gather(1, place_R1))
-            self.norms_RS.scatter_(1, place_R1, norm_R1)
-        super().update(gradients, update_R)
+    def clip_scale(self, gradients: list[Tensor]) -> Tensor:
+        place_R1, update_R1 = self.step_R.clamp(max=self.longest - 1)[:, None], self.updating()[:, None]
+        norm_R1 = torch.where(update_R1, global_norm(gradients)[:, None], self.norms_RS.gather(1, place_R1))
+        self.norms_RS.scatter_(1, place_R1, norm_R1)
+        return super().clip_scale(gradients)
 
 
 def configuration(network: str, precision: str, form: str, device: str = "cuda") -> SweepConfig:

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.timing import copy_terabytes, milliseconds, run_benchmarks
+from benchmarks.timing import copy_terabytes, milliseconds, milliseconds_in_turn, run_benchmarks
 from benchmarks.tune import TOKENS, bmm, problems, rotated
 from kernels.adamw import AdamWScalars, accumulate_, adamw_, adamw_split_, global_norm, split_master
 from kernels.linear import linear_op, linear_relu2_op, stacked_matmul
@@ -32,15 +32,14 @@ def row(kernel: str, case: str, ms: float, work: float, unit: str, peer: str, pe
 
 
 def measure_linear() -> list[dict]:
-    """Every product of every network against torch.bmm, both timed twice and in turn."""
+    """Every product of every network against torch.bmm, in turn."""
     rows = []
     names = {"nt": "y", "nn": "dX", "tn": "dW"}
     for network, replicas, form, m, n, k in problems():
         sets = rotated(replicas, form, m, n, k)
         ours = [partial(stacked_matmul, a, b, form, out=out) for a, b, out in sets]
         theirs = [partial(bmm, a, b, out, form) for a, b, out in sets]
-        times = [(milliseconds(ours), milliseconds(theirs)) for _ in range(2)]
-        ms, bmm_ms = (statistics.mean(pair) for pair in zip(*times, strict=True))
+        ms, bmm_ms = milliseconds_in_turn([ours, theirs])
         case = f"{network} R={replicas} {names[form]} {m}x{n}x{k}"
         rows.append(row("linear bf16", case, ms, 2e-12 * replicas * m * n * k, "TFLOP/s", "bmm", bmm_ms))
     mean = statistics.geometric_mean([r["ratio"] for r in rows])

@@ -16,12 +16,8 @@ import triton
 RESULTS = Path(__file__).with_name("results")
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], budget: float = 8.0, replays: int = 5) -> float:
-    """Median time of one call, over replays of one CUDA graph that runs all of `calls` in turn.
-
-    The calls do the same work on different buffers, together larger than L2. The graph repeats them
-    until it takes about `budget` ms.
-    """
+def captured(calls: Sequence[Callable[[], object]], budget: float) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph that repeats all of `calls` until it takes about `budget` ms, and the calls in it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -40,15 +36,36 @@ def milliseconds(calls: Sequence[Callable[[], object]], budget: float = 8.0, rep
         for _ in range(rounds):
             for call in calls:
                 call()
-    times = []
-    for _ in range(replays + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[1:]) / (rounds * len(calls))
+    return graph, rounds * len(calls)
+
+
+def milliseconds_in_turn(
+    ways: Sequence[Sequence[Callable[[], object]]], budget: float = 8.0, rounds: int = 5
+) -> list[float]:
+    """Median time of one call of each way to do the same, over replays of one CUDA graph a way.
+
+    The calls of a way do the same work on different buffers, together larger than L2. The ways take turns without
+    a pause: a GPU at its power limit runs faster just after a rest, which would favour whoever is measured then.
+    """
+    graphs = [captured(calls, budget) for calls in ways]
+    times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in ways]
+    for _ in range(rounds + 1):
+        for (graph, _), events in zip(graphs, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            events.append((start, end))
+    torch.cuda.synchronize()
+    return [
+        statistics.median(start.elapsed_time(end) for start, end in events[1:]) / count
+        for (_, count), events in zip(graphs, times, strict=True)
+    ]
+
+
+def milliseconds(calls: Sequence[Callable[[], object]], budget: float = 8.0, replays: int = 5) -> float:
+    """Median time of one call: `milliseconds_in_turn` of one way."""
+    return milliseconds_in_turn([calls], budget, replays)[0]
 
 
 def copy_terabytes() -> float:

@@ -9,6 +9,7 @@ copy. Autograd runs outside vmap.
 Letters: R replica, B batch, T time, P flat parameters.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -86,14 +87,26 @@ class Stack:
         return vmap(one_replica)(weights, tokens_RBT, targets_RBT, smoothing_R)
 
     def losses_and_gradients(
-        self, tokens_RBT: Tensor, targets_RBT: Tensor, smoothing_R: Tensor, count_R: Tensor
+        self,
+        tokens_RBT: Tensor,
+        targets_RBT: Tensor,
+        smoothing_R: Tensor,
+        count_R: Tensor,
+        ready: Callable[[Span, Tensor], None] = lambda span, gradient: None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Summed losses [R], and the gradients of loss / count, one [R, n] a parameter.
 
-        The gradient of a sum over replicas is each replica's own: a NaN neighbour adds nothing.
+        The gradient of a sum over replicas is each replica's own: a NaN neighbour adds nothing. `ready` is
+        called with each gradient once it is known, when nothing reads that parameter any more.
         """
         loss_R = self.losses(self.weights, tokens_RBT, targets_RBT, smoothing_R)
+        hooks = [
+            self.weights[span.name].register_hook(lambda gradient, span=span: ready(span, gradient.flatten(1)))
+            for span in self.spans
+        ]
         gradients = torch.autograd.grad((loss_R / count_R).sum(), list(self.weights.values()))
+        for hook in hooks:
+            hook.remove()
         return loss_R.detach(), [gradient.flatten(1) for gradient in gradients]
 
     def flatten(self, initial: dict[str, Tensor], scale: float) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ from engine.data import IGNORED, Corpus, batch_order
 from engine.network import Network
 from engine.plan import Mark, Trajectory, largest_batch, longest, seeds
 from engine.schedule import factor
-from engine.stack import Stack
+from engine.stack import Span, Stack
 from kernels.adamw import accumulate_, global_norm
 from kernels.ahead import compile_ahead
 
@@ -37,6 +37,8 @@ IDLE = 0.03  # share of a stack's slots that may wait, finished, until the next 
 LAST = 20  # steps that last_loss is the mean of
 RATES = ("attention", "mlp", "embedding", "unembedding")
 HYPER = (*RATES, "warmup", "weight_decay", "clip", "beta1", "beta2", "label_smoothing")
+LOW, HIGH = 0, -1  # priorities of CUDA streams
+BESIDE = 2**24  # parameters from which products are bound by arithmetic, so that updates beside them pay
 RESIDENT = 4 * 2**30  # bytes of initial weights kept on the device, at most
 
 
@@ -144,6 +146,10 @@ class Trainer:
         self.evaluated_EP = torch.empty_like(self.stack.weight_RP[:evaluated])
         self.sum_E = torch.zeros(evaluated, device=device)
 
+        # Large networks on a GPU: a parameter is updated beside the rest of the backward, unless clipping needs all
+        # gradients first. Products have precedence: an update runs where they leave room on a multiprocessor.
+        beside = device.type == "cuda" and network.parameters >= BESIDE and not self.clips
+        self.branch = torch.cuda.Stream(device, priority=LOW) if beside else None
         self.graph = self.evaluation = None
         if device.type == "cuda":
             first_1 = torch.zeros(1, dtype=torch.int64, device=device)
@@ -171,23 +177,48 @@ class Trainer:
         position_RB = (first_R[:, None] + within_RB).clamp(max=self.order.shape[1] - 1)
         return self.order[self.seed_R[:, None], position_RB].long()
 
+    def active(self) -> Tensor:
+        """Slots that train in this micro-step, bool [R]."""
+        return (self.step_R < self.stop_R) & (self.nonfinite_R < 0)
+
+    def updating(self) -> Tensor:
+        """Slots whose batch this micro-step completes, bool [R]."""
+        return self.active() & (self.micro_R + 1 == self.micros_R)
+
     def micro_step(self) -> None:
         """Forward, backward and, where a batch is complete, the update of every active slot."""
-        active_R = (self.step_R < self.stop_R) & (self.nonfinite_R < 0)
+        active_R, update_R, fresh_R = self.active(), self.updating(), self.micro_R == 0
         tokens_RBT, targets_RBT, count_R = self.gather()
         smoothing_R = self.hyper_R["label_smoothing"].float()
-        sum_R, gradients = self.stack.losses_and_gradients(tokens_RBT, targets_RBT, smoothing_R, count_R)
-        fresh_R = self.micro_R == 0
-        self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
-        if self.accumulator_RP is not None:
-            pieces = [self.accumulator_RP[:, span.slice] for span in self.stack.spans]
-            for piece, gradient in zip(pieces, gradients, strict=True):
-                accumulate_(piece, gradient, fresh_R, active_R)
-            gradients = pieces
-        self.micro_R.copy_(torch.where(active_R, self.micro_R + 1, self.micro_R))
-        update_R = active_R & (self.micro_R == self.micros_R)
-        self.update(gradients, update_R)
+        update = self.update_of(update_R)
 
+        def accumulated(span: Span, gradient: Tensor) -> Tensor:
+            if self.accumulator_RP is None:
+                return gradient
+            piece = self.accumulator_RP[:, span.slice]
+            accumulate_(piece, gradient, fresh_R, active_R)
+            return piece
+
+        def take(span: Span, gradient: Tensor) -> None:
+            branch.wait_stream(main)
+            with torch.cuda.stream(branch):
+                self.update(span, accumulated(span, gradient), update)
+
+        batch = tokens_RBT, targets_RBT, smoothing_R, count_R
+        if self.branch is None:
+            sum_R, gradients = self.stack.losses_and_gradients(*batch)
+            gradients = [accumulated(*each) for each in zip(self.stack.spans, gradients, strict=True)]
+            if self.clips:
+                update = update._replace(scale_R=self.clip_scale(gradients))
+            for span, gradient in zip(self.stack.spans, gradients, strict=True):
+                self.update(span, gradient, update)
+        else:
+            main, branch = torch.cuda.current_stream(), self.branch
+            # the gradients are kept until both streams have met, so that no memory of theirs is used anew before
+            sum_R, gradients = self.stack.losses_and_gradients(*batch, take)
+            main.wait_stream(branch)
+
+        self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
         loss_R = self.loss_R / count_R
         place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]
         self.losses_RS.scatter_(
@@ -196,31 +227,37 @@ class Trainer:
         bad_R = update_R & (~torch.isfinite(loss_R) | (self.broken_R > 0))
         self.nonfinite_R.copy_(torch.where(bad_R, self.step_R, self.nonfinite_R))
         self.step_R.add_(update_R)
-        self.micro_R.copy_(torch.where(update_R, 0, self.micro_R))
+        self.micro_R.copy_(torch.where(update_R, 0, torch.where(active_R, self.micro_R + 1, self.micro_R)))
 
-    def update(self, gradients: list[Tensor], update_R: Tensor) -> None:
-        """The optimizer's step in every slot whose batch is complete."""
+    def update_of(self, update_R: Tensor) -> optim.Update:
+        """What the optimizer needs for the slots whose batch is complete, the factor of clipping left out."""
         hyper_R, config = self.hyper_R, self.config
         factor_R = factor(config.schedule, self.step_R, self.total_R, hyper_R["warmup"], config.decay, config.floor)
-        scale_R = None
-        if self.clips:
-            norm_R = global_norm(gradients).double()
-            # NaN norms give NaN scales: a comparison that fails must not hide them
-            scale_R = torch.where(norm_R <= hyper_R["clip"], 1.0, hyper_R["clip"] / norm_R).float()
-        update = optim.Update(
+        beta1_R, beta2_R = hyper_R["beta1"].float(), hyper_R["beta2"].float()
+        return optim.Update(
             rate_R={group: (hyper_R[group] * factor_R).float() for group in RATES},
             decay_R=hyper_R["weight_decay"].float(),
-            beta1_R=hyper_R["beta1"].float(),
-            beta2_R=hyper_R["beta2"].float(),
-            count_R=self.step_R + 1,
-            scale_R=scale_R,
+            beta1_R=beta1_R,
+            beta2_R=beta2_R,
+            bias1_R=optim.bias(beta1_R, self.step_R + 1),
+            bias2_R=optim.bias(beta2_R, self.step_R + 1),
+            scale_R=None,
             active_R=update_R,
             nonfinite_R=self.broken_R,
         )
+
+    def clip_scale(self, gradients: list[Tensor]) -> Tensor:
+        """The factor on every slot's gradient that holds its norm to the slot's limit, fp32 [R]."""
+        norm_R, limit_R = global_norm(gradients).double(), self.hyper_R["clip"]
+        # NaN norms give NaN factors: a comparison that fails must not hide them
+        return torch.where(norm_R <= limit_R, 1.0, limit_R / norm_R).float()
+
+    def update(self, span: Span, gradient: Tensor, update: optim.Update) -> None:
+        """The optimizer's step of one parameter."""
         if isinstance(self.state, optim.AdamWState):
-            optim.adamw_update(self.stack, self.state, gradients, update, config.eps)
+            optim.adamw_update(self.stack, self.state, span, gradient, update, self.config.eps)
         else:
-            optim.sgd_update(self.stack, self.state, gradients, update, config.momentum)
+            optim.sgd_update(self.stack, self.state, span, gradient, update, self.config.momentum)
 
     def run(self, count: int) -> None:
         """Enqueue `count` micro-steps."""
@@ -420,14 +457,14 @@ def capture(
     The calls before the capture load what is loaded at a first call, and run: here every slot is empty
     then, so nothing changes.
     """
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream(priority=HIGH)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(calls_before):
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=beside.pool() if beside else None):
+    with torch.cuda.graph(graph, pool=beside.pool() if beside else None, stream=side):
         step()
     return graph
 

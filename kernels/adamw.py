@@ -17,8 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+# Beside a matrix product that fills a multiprocessor's shared memory there is room for programs of this size: all
+# types of a block lie alike among 128 threads, so none is shuffled through shared memory.
+BLOCK = 512
 NORM_BLOCK = 8192
+ONCE = tl.constexpr("evict_first")  # each byte is touched once a step: leave the cache to the products
 
 # ---- the split master ----------------------------------------------------------------------------
 
@@ -181,14 +184,14 @@ def adamw_kernel(
     weight += row * weight_stride
     first_moment += row * first_stride
     second_moment += row * second_stride
-    g = tl.load(gradient + row * gradient_stride + at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(first_moment + at, mask=inside, other=0.0)
-    v = tl.load(second_moment + at, mask=inside, other=0.0)
+    g = tl.load(gradient + row * gradient_stride + at, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+    m = tl.load(first_moment + at, mask=inside, other=0.0, eviction_policy=ONCE)
+    v = tl.load(second_moment + at, mask=inside, other=0.0, eviction_policy=ONCE)
     if SPLIT:
-        high = tl.load(weight + at, mask=inside, other=0.0)
-        p = join_bits(high, tl.load(master + at, mask=inside, other=0))
+        high = tl.load(weight + at, mask=inside, other=0.0, eviction_policy=ONCE)
+        p = join_bits(high, tl.load(master + at, mask=inside, other=0, eviction_policy=ONCE))
     else:
-        p = tl.load(master + at, mask=inside, other=0.0)
+        p = tl.load(master + at, mask=inside, other=0.0, eviction_policy=ONCE)
     if SCALED:
         g *= tl.load(scale_R + replica)
     p, m, v = adamw_step(
@@ -201,12 +204,12 @@ def adamw_kernel(
     if HAS_WEIGHT:
         rounded = round_to_bfloat16_bits(p)
         broken = (rounded & 0x7F80) == 0x7F80
-        tl.store(weight + at, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+        tl.store(weight + at, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside, eviction_policy=ONCE)
     else:
         broken = (bits & 0x7F800000) == 0x7F800000
-    tl.store(master + at, bits.to(tl.int16) if SPLIT else p, mask=inside)
-    tl.store(first_moment + at, m, mask=inside)
-    tl.store(second_moment + at, v, mask=inside)
+    tl.store(master + at, bits.to(tl.int16) if SPLIT else p, mask=inside, eviction_policy=ONCE)
+    tl.store(first_moment + at, m, mask=inside, eviction_policy=ONCE)
+    tl.store(second_moment + at, v, mask=inside, eviction_policy=ONCE)
     any_broken = tl.max((broken & inside).to(tl.int32), axis=0)
     tl.store(nonfinite_R + replica, 1, mask=any_broken != 0)
 

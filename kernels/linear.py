@@ -4,9 +4,10 @@ Dimensions: R replica, N tokens (every leading dimension flattened), I input wid
 F MLP width, D model width; M, N, K the sides of a matrix product c [M, N] = a [M, K] b [K, N].
 
 One kernel computes every product, forward and backward, with the replica as the outermost part of
-its grid. A tile's arithmetic follows from one replica's shape and dtype (kernels/tiles.py), never
-from R. Transposed operands are read through their strides. On bf16 whose rows are whole 16-byte
-units the tensor-map engine (TMA) moves the tiles, which also keeps reads inside one replica.
+its grid. The order of every sum follows from one replica's shape and dtype (kernels/tiles.py), never
+from R: tiles of the last wave may be taken by halves, which changes who adds, not in what order.
+Transposed operands are read through their strides. On bf16 whose rows are whole 16-byte units the
+tensor-map engine (TMA) moves the tiles, which also keeps reads inside one replica.
 """
 
 import os
@@ -196,6 +197,33 @@ def _finish(
 
 
 @triton.jit
+def _place(tile, m, n, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr):
+    """Replica, first row and first column of a tile."""
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, COLUMNS)
+    replica = tile // (tiles_m * tiles_n)
+    tile = tile % (tiles_m * tiles_n)
+    group = tile // (GROUP_M * tiles_n)
+    group_rows = min(tiles_m - group * GROUP_M, GROUP_M)
+    in_group = tile % (GROUP_M * tiles_n)
+    row = (group * GROUP_M + in_group % group_rows) * BLOCK_M
+    return replica, row, (in_group // group_rows) * COLUMNS
+
+
+@triton.jit
+def _load_a(
+    a, replica, row, at, m, k, a_R, a_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FORM: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    if FORM == "tn":
+        tile = _load(a, replica, at, row, k, m, a_R, a_row, COLUMNS, ROWS, TMA).T
+    else:
+        tile = _load(a, replica, row, at, m, k, a_R, a_row, ROWS, COLUMNS, TMA)
+    return tile.to(tl.float32) if WIDEN else tile
+
+
+@triton.jit
 def _tile(
     tile, a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
@@ -205,35 +233,17 @@ def _tile(
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCK_N // 2
-    COLUMNS: tl.constexpr = BLOCK_N + HALF if WIDE else BLOCK_N
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, COLUMNS)
-    replica = tile // (tiles_m * tiles_n)
-    tile = tile % (tiles_m * tiles_n)
-    group = tile // (GROUP_M * tiles_n)
-    group_rows = min(tiles_m - group * GROUP_M, GROUP_M)
-    in_group = tile % (GROUP_M * tiles_n)
-    row = (group * GROUP_M + in_group % group_rows) * BLOCK_M
-    column = (in_group // group_rows) * COLUMNS
-
+    replica, row, column = _place(tile, m, n, BLOCK_M, BLOCK_N + HALF if WIDE else BLOCK_N, GROUP_M)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     third = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         at = step * BLOCK_K
-        if FORM == "tn":
-            a_tile = _load(a, replica, at, row, k, m, a_R, a_row, BLOCK_K, BLOCK_M, TMA).T
-        else:
-            a_tile = _load(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, TMA)
-        if WIDEN:
-            a_tile = a_tile.to(tl.float32)
-        b_tile = _load_b(
-            b, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, FORM, TMA, WIDEN
-        )  # fmt: skip
+        a_tile = _load_a(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM, TMA, WIDEN)
+        b_tile = _load_b(b, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, FORM, TMA, WIDEN)
         product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
         if WIDE:
             b_tile = _load_b(
-                b_half, replica, at, column + BLOCK_N, k, n, b_R, b_row, BLOCK_K, HALF,
-                FORM, TMA, WIDEN,
+                b_half, replica, at, column + BLOCK_N, k, n, b_R, b_row, BLOCK_K, HALF, FORM, TMA, WIDEN
             )  # fmt: skip
             third = tl.dot(a_tile, b_tile, third, input_precision=PRECISION)
 
@@ -254,25 +264,60 @@ def _tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tiles"])  # one compiled kernel for any R
+@triton.jit
+def _half_tile(
+    tile, right, a, b_half, c, extra, scale_R, m, n, k, alpha, beta,
+    a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """The left (right = 0) or right (right = 1) half of `_tile`'s columns, with the same bits."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    replica, row, column = _place(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    column += right * HALF
+    product = tl.zeros((BLOCK_M, HALF), tl.float32)
+    for step in range(0, tl.cdiv(k, BLOCK_K)):
+        at = step * BLOCK_K
+        a_tile = _load_a(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM, TMA, WIDEN)
+        b_tile = _load_b(b_half, replica, at, column, k, n, b_R, b_row, BLOCK_K, HALF, FORM, TMA, WIDEN)
+        product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
+    scale = tl.load(scale_R + replica) if SCALED else 1.0
+    _finish(
+        product, c, extra, scale, replica, row, column, m, n, alpha, beta,
+        c_R, c_row, extra_R, extra_row, BLOCK_M, HALF, EPILOGUE, SCALED, DTYPE, TMA_STORE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["whole", "halves"])  # with and without halves one compiled kernel each for any R
 def stacked_matmul_kernel(
-    a, b, b_half, c, extra, scale_R, tiles, m, n, k, alpha, beta,
+    a, b, b_half, c, extra, scale_R, whole, halves, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
-    WIDEN: tl.constexpr, PERSISTENT: tl.constexpr,
+    WIDEN: tl.constexpr, PERSISTENT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
+    """The first `whole` tiles, and as `halves` half tiles those behind them (HALVES: there are some)."""
     if PERSISTENT:
         # Flattened, the next tile's loads begin during this one's end. With the two products of a
         # wide tile the flattened loop would make the tensor cores wait for each instruction.
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not WIDE):
+        for tile in tl.range(tl.program_id(0), whole, tl.num_programs(0), flatten=not WIDE):
             _tile(
                 tile, a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
                 a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, WIDE, FORM, EPILOGUE, SCALED,
                 DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
             )  # fmt: skip
+        if HALVES:
+            for half in tl.range(tl.program_id(0), halves, tl.num_programs(0), flatten=True):
+                _half_tile(
+                    whole + half // 2, half % 2, a, b_half, c, extra, scale_R, m, n, k, alpha, beta,
+                    a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, FORM, EPILOGUE, SCALED,
+                    DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
+                )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
@@ -280,6 +325,17 @@ def stacked_matmul_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, WIDE, FORM, EPILOGUE, SCALED,
             DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
         )  # fmt: skip
+
+
+def _programs(tiles: int, tile: Tile, device: torch.device) -> tuple[int, int, int]:
+    """Programs, tiles they take whole, and half tiles: the last wave is halved where that makes it half as long."""
+    if not tile.residents:
+        return tiles, tiles, 0
+    processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    places = processors * tile.residents
+    rest = tiles % places
+    halves = 2 * rest if 2 * rest <= places and not tile.wide else 0
+    return (places if tiles >= places else max(rest, halves)), tiles - halves // 2, halves
 
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -336,10 +392,7 @@ def stacked_matmul(
     if extra is not None:
         extra = _aligned(extra) if tma_store else dense_replicas(extra)
     tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.columns)
-    programs = tiles
-    if tile.residents:
-        processors = 1 if INTERPRETED else torch.cuda.get_device_properties(a.device).multi_processor_count
-        programs = min(tiles, processors * tile.residents)
+    programs, whole, halves = _programs(tiles, tile, a.device)
     other = c if extra is None else extra
     stacked_matmul_kernel[(programs,)](
         _described(a, block_a) if tma else a,
@@ -348,13 +401,13 @@ def stacked_matmul(
         _described(c, block_c) if tma_store else c,
         _described(other, block_c) if tma_store else other,
         scale_R,
-        tiles, m, n, k, alpha, beta,
+        whole, halves, m, n, k, alpha, beta,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         c.stride(0), c.stride(1), other.stride(0), other.stride(1),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         WIDE=tile.wide, FORM=form, EPILOGUE=epilogue, SCALED=scale_R is not None,
         DTYPE=DTYPES[a.dtype], PRECISION=precision, TMA=tma, TMA_STORE=tma_store,
-        WIDEN=INTERPRETED, PERSISTENT=tile.residents > 0,
+        WIDEN=INTERPRETED, PERSISTENT=tile.residents > 0, HALVES=halves > 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return c

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import invariance, peers, throughput
+from benchmarks import invariance, peers, slots, throughput
 from engine.config import SweepConfig, resolve
 from engine.models.gpt import GPTConfig
 from engine.network import load_network
@@ -110,3 +110,11 @@ def test_one_changed_bit_is_a_difference():
     assert invariance.difference(alone, alone._replace(losses=changed)).startswith("losses, step 1")
     assert invariance.difference(alone, alone._replace(norms=alone.norms[:1])).startswith("norms: 1 steps")
     assert invariance.difference(alone, alone._replace(digest=8)).startswith("weights digest")
+
+
+def test_slots_are_counted_and_their_time_adds_up():
+    row = slots.measure(slots.Options(1, 320, 4, 4, 8, steps=40, span=20, batch=2, device="cpu"))
+    assert row["runs"] == 4 * 8 and row["micro_steps"] >= 40
+    assert 0.9 < row["busy"] <= 1
+    parts = row["steps_s"] + row["held_out_s"] + row["rest_s"]
+    assert parts == pytest.approx(row["total_s"], abs=0.01) and row["held_out_s"] > 0

@@ -28,8 +28,9 @@ def filled(mixed: bool = False) -> Stack:
 
 
 def update(count: int, active=(True, True, True), scale=None) -> optim.Update:
+    bias1, bias2 = (optim.bias(beta, torch.full((R,), count)) for beta in (BETA1, BETA2))
     broken_R = torch.zeros(R, dtype=torch.int32)
-    return optim.Update(RATE, DECAY, BETA1, BETA2, torch.full((R,), count), scale, torch.tensor(active), broken_R)
+    return optim.Update(RATE, DECAY, BETA1, BETA2, bias1, bias2, scale, torch.tensor(active), broken_R)
 
 
 def gradients_of(step: int) -> list[torch.Tensor]:
@@ -38,11 +39,13 @@ def gradients_of(step: int) -> list[torch.Tensor]:
 
 
 def adamw(stack, state, gradients, update):
-    optim.adamw_update(stack, state, gradients, update, EPS)
+    for span, gradient in zip(stack.spans, gradients, strict=True):
+        optim.adamw_update(stack, state, span, gradient, update, EPS)
 
 
 def sgd(stack, state, gradients, update):
-    optim.sgd_update(stack, state, gradients, update, MOMENTUM)
+    for span, gradient in zip(stack.spans, gradients, strict=True):
+        optim.sgd_update(stack, state, span, gradient, update, MOMENTUM)
 
 
 BOTH = pytest.mark.parametrize(

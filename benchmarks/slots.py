@@ -1,0 +1,137 @@
+"""What slots cost: how busy they are, and the time a launch takes beyond its steps: `uv run benchmarks/slots.py`.
+
+Every cell of the grid is a run of its own (its schedule depends on its end), and their token budgets span a factor of
+1,000, so slots are read off and refilled all the time. The launch is trained and stored as a sweep does it. Its time
+is split into steps (their number times the time of a step with full slots, measured by itself), held-out losses, and
+the rest: looking, reading off, refilling and storing.
+"""
+
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.random_runs import random_corpus
+from benchmarks.timing import append_rows
+from engine.command import parse, user_errors
+from engine.config import SweepConfig, resolve
+from engine.network import load_network
+from engine.plan import Mark, replica_memory, trajectories
+from engine.progress import LABELLED, Progress
+from engine.sweep import LanguageSetup, Rank, choose_device, open_or_create, train_launch
+from engine.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Options:
+    """The grid and its network."""
+
+    depth: int = 4  # layers; width is 64 x depth
+    vocabulary: int = 4096  # rows of the embedding
+    slots: int = 64  # R
+    rows: int = 16  # learning rates
+    cols: int = 48  # token budgets
+    steps: int = 1000  # of the longest run
+    span: int = 1000  # longest over shortest token budget
+    batch: int = 8  # sequences a step, of 128 tokens
+    device: str = "cuda"  # cuda, or cpu to try the benchmark itself
+
+
+class TimedTrainer(Trainer):
+    """A trainer that says how long held-out losses took, in `evaluating` seconds."""
+
+    evaluating = 0.0
+
+    def evaluate(self, slots: torch.Tensor) -> torch.Tensor:
+        wait(self.device)
+        start = time.perf_counter()
+        means = super().evaluate(slots)
+        wait(self.device)
+        self.evaluating += time.perf_counter() - start
+        return means
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def prepared(options: Options) -> LanguageSetup:
+    """The sweep, on random tokens.
+
+    Raises:
+        ValueError: the device is not there, or the grid cannot be trained.
+    """
+    device = choose_device(options.device)
+    tokens = options.steps * options.batch * 128
+    config = SweepConfig(
+        y=f"lr:log:1e-5:1e-2:{options.rows}",
+        x=f"tokens:log:{tokens / options.span}:{tokens}:{options.cols}",
+        schedule="cosine",
+        depth=options.depth,
+        vocabulary=options.vocabulary,
+        context=128,
+        batch=options.batch,
+        rows_per_launch=str(options.rows),
+    )
+    config = resolve(config, device.type)
+    network = load_network(config, device)
+    memory = replica_memory(config, network.parameters, network.activation_bytes(options.batch * 128, 2))
+    widest = len(trajectories(config, range(options.rows)))
+    corpus = random_corpus(config, network.vocabulary)
+    return LanguageSetup(config, device, options.rows, options.slots, widest, network, corpus, memory)
+
+
+def step_seconds(trainer: Trainer, setup: LanguageSetup) -> float:
+    """Seconds of one micro-step with every slot training."""
+    run = trajectories(setup.config, range(1))[0]
+    for slot in range(trainer.slots):
+        trainer.fill(slot, replace(run, marks=(Mark(trainer.longest, ()),)))
+    count = min(200, trainer.longest // 2)
+    trainer.run(min(20, trainer.longest // 2))
+    wait(trainer.device)
+    start = time.perf_counter()
+    trainer.run(count)
+    wait(trainer.device)
+    return (time.perf_counter() - start) / count
+
+
+def measure(options: Options) -> dict:
+    """A row of results/slots.csv."""
+    with user_errors():
+        setup = prepared(options)
+    trainer = TimedTrainer(setup.config, setup.network, setup.corpus, setup.slots, setup.device)
+    rows = range(options.rows)
+    with ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "store")
+        writer = stack.enter_context(closing(open_or_create(setup, path, None, Rank(0, 1))))
+        stored = {name: writer.read(name) for name in LABELLED}
+        watch = stack.enter_context(Progress(setup.config, stored, [rows], quiet=True))
+        wait(setup.device)
+        start = time.perf_counter()
+        train_launch(setup, trainer, writer, rows, watch)
+        total = time.perf_counter() - start
+    micro_steps = trainer.spent // trainer.slots
+    row = {"depth": options.depth, "slots": options.slots, "runs": setup.widest, "span": options.span}
+    row |= {"busy": round(trainer.trained / trainer.spent, 4), "micro_steps": micro_steps}
+    steps = micro_steps * step_seconds(trainer, setup)
+    rest = total - steps - trainer.evaluating
+    figures = {"total_s": total, "steps_s": steps, "held_out_s": trainer.evaluating, "rest_s": rest}
+    return row | {name: round(value, 3) for name, value in figures.items()}
+
+
+def main() -> None:
+    """The command."""
+    options = parse(Options, __doc__.split("\n\n")[0])
+    row = measure(options)
+    print("{runs} runs over a span of {span} in {slots} slots: busy {busy} of {micro_steps} steps".format(**row))
+    print("{total_s} s: {steps_s} s of steps, {held_out_s} s of held-out losses, {rest_s} s for the rest".format(**row))
+    append_rows("slots.csv", [row])
+
+
+if __name__ == "__main__":
+    main()
