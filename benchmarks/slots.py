@@ -100,7 +100,7 @@ def step_seconds(trainer: Trainer, setup: LanguageSetup) -> float:
     return (time.perf_counter() - start) / count
 
 
-def measure(options: Options) -> dict:
+def measure(options: Options) -> dict[str, object]:
     """A row of results/slots.csv."""
     with user_errors():
         setup = prepared(options)
@@ -116,7 +116,12 @@ def measure(options: Options) -> dict:
         train_launch(setup, trainer, writer, rows, watch)
         total = time.perf_counter() - start
     micro_steps = trainer.spent // trainer.slots
-    row = {"depth": options.depth, "slots": options.slots, "runs": setup.widest, "span": options.span}
+    row: dict[str, object] = {
+        "depth": options.depth,
+        "slots": options.slots,
+        "runs": setup.widest,
+        "span": options.span,
+    }
     row |= {"busy": round(trainer.trained / trainer.spent, 4), "micro_steps": micro_steps}
     steps = micro_steps * step_seconds(trainer, setup)
     rest = total - steps - trainer.evaluating

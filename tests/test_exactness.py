@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import arrays, assert_equal_bits, tiny
 
-from engine import plan
+from engine import plan, trainer
 from engine.config import SweepConfig
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.replay import compare, replay_cell
@@ -66,6 +66,16 @@ def test_a_run_is_the_same_at_any_width_and_slot_and_beside_anything(tmp_path, k
                 work = [run(made, (1, other), lr=neighbour) for other in range(slots)]
                 work[slot] = run(made, (0, 0), lr=1e-2)
                 assert bits(train(made, slots, work)[0, 0]) == alone, (slots, slot, neighbour)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32", "accumulated", "sgd"])
+def test_updates_beside_the_backward_leave_every_bit(tmp_path, monkeypatch, kind):
+    made = ready(tmp_path, **KINDS[kind])
+    work = [run(made, (0, slot), lr=lr) for slot, lr in enumerate((1e-3, 1e30, 1e-2))]
+    after = train(made, 3, work)
+    monkeypatch.setattr(trainer, "BESIDE", 0)
+    beside = train(made, 3, work)
+    assert {cell: bits(harvest) for cell, harvest in beside.items()} == {cell: bits(h) for cell, h in after.items()}
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])

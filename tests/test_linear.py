@@ -62,10 +62,11 @@ def test_blind_to_company(name):
 @pytest.mark.parametrize("form", ["nt", "nn", "tn"])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("columns", [72, 70])
-def test_tiles_of_bf16(form, wide, columns):
-    """By tensor maps and by plain pointers, on shapes that no tile divides."""
-    tile = Tile(32, 32, 32, 4, 2, wide=wide)
-    a, b = normal(0, 2, 63, 40).bfloat16(), normal(1, 2, 40, columns).bfloat16()
+@pytest.mark.parametrize("residents", [0, 1])
+def test_tiles_of_bf16(form, wide, columns, residents):
+    """By tensor maps and by plain pointers, on shapes that no tile divides, the last two tiles of 18 by halves."""
+    tile = Tile(32, 32, 32, 4, 2, residents=residents, wide=wide)
+    a, b = normal(0, 3, 63, 40).bfloat16(), normal(1, 3, 40, columns).bfloat16()
     true = a.double() @ b.double()
     a = a.mT.contiguous() if form == "tn" else a
     b = b.mT.contiguous() if form == "nt" else b
@@ -210,6 +211,20 @@ def test_how_a_tile_is_moved_does_not_change_it(form):
     flat = torch.zeros(3, 512 * 512 + 3, dtype=torch.bfloat16, device=DEVICE)
     view = flat[:, 3:].unflatten(1, (512, 512)).copy_(b)
     assert torch.equal(wanted, stacked_matmul(a, view, form, tile=tile))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", ["none", "add", "relu2", "relu2_backward"])
+@pytest.mark.parametrize("form", ["nt", "nn", "tn"])
+def test_half_tiles_leave_every_bit(form, epilogue):
+    """8 tiles a replica on 132 multiprocessors: 16 replicas take none by halves, 17 the last 4, a lone one all."""
+    a, b, extra = (normal(i, 17, 512, 512, dtype=torch.bfloat16) for i in range(3))
+    extra = extra.square() if epilogue == "relu2_backward" else extra
+    tile = Tile(128, 256, 64, 8, 3, residents=1)
+    whole, mixed, halves = (
+        stacked_matmul(a[:count], b[:count], form, epilogue, extra[:count], tile=tile) for count in (16, 17, 1)
+    )
+    assert whole.isfinite().all() and torch.equal(whole, mixed[:16]) and torch.equal(whole[:1], halves)
 
 
 @pytest.mark.gpu
