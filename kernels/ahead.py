@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from triton import AsyncCompileMode, knobs
+from triton.runtime import driver
 
 
 def compile_ahead(*steps: Callable[[], object]) -> int:
@@ -34,5 +35,18 @@ def compile_ahead(*steps: Callable[[], object]) -> int:
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
         with AsyncCompileMode(pool):
             compiling = [function.preload(specialization) for function, specialization in wanted.values()]
-        list(pool.map(lambda kernel: kernel.result().run, compiling))  # `run` builds the launcher and loads the code
+        kernels = list(pool.map(build_launcher, compiling))
+    for kernel in kernels:
+        kernel.run  # noqa: B018  loads the launcher and the code
     return len(wanted)
+
+
+def build_launcher(compiling):
+    """The kernel once compiled, its launcher's library on disk.
+
+    The launcher made here is not kept. Triton 3.6 loads every launcher as a Python module of one name, so a thread
+    that loads one can exchange the function of another that a second thread has loaded but not yet read.
+    """
+    kernel = compiling.result()
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 SCRIPT = """
+import threading
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -22,14 +24,20 @@ class Pretender:
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
+    def launcher_cls(self, source, metadata):
+        assert threading.current_thread() is not threading.main_thread()
+        built.add(metadata.name)
+
 
 driver.set_active(Pretender())
 torch.cuda.current_device = lambda: 0
 torch.cuda.set_device = lambda device: None
-loaded, launched = set(), []
+built, loaded, launched = set(), set(), []
 
 
 def load(kernel):
+    assert threading.current_thread() is threading.main_thread(), "Triton 3.6 mixes launchers that threads load"
+    assert kernel.name in built
     loaded.add(kernel.name)
     kernel._run = lambda *arguments: launched.append(kernel.name)
 
