@@ -9,7 +9,6 @@ another. An .npz of the same arrays takes their place, so that another program's
 """
 
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -114,23 +113,16 @@ def train_rows(config: SweepConfig, rows: slice, device: str) -> dict[str, np.nd
 
     Returns:
         Arrays [rows, cols]: measure float64, first_loss and last_loss float32, steps and nonfinite_step int32,
-        weights_digest uint64; with `trace` on also losses float32 [rows, cols, steps]. On a GPU a
-        cell's bits depend on the cell alone. On a CPU they depend on its row, which is trained by itself.
+        weights_digest uint64; with `trace` on also losses float32 [rows, cols, steps]. On one GPU model, or one
+        CPU model, a cell's bits depend on the cell alone.
 
     Raises:
         ValueError: the problem file does not fit, or is given while the seed is swept.
     """
     launch = range(*rows.indices(config.grid.shape[0]))
-    if torch.device(device).type == "cuda":
-        results = [train_cells(config, launch, device)]
-    else:
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results = list(pool.map(lambda row: train_cells(config, range(row, row + 1), device), launch))
-        torch.set_num_threads(threads)
-    whole = {name: np.concatenate([result[name] for result in results]) for name in results[0]}
     shape = (len(launch), config.grid.shape[1])
-    return {name: array.reshape(*shape, *array.shape[1:]) for name, array in whole.items()}
+    cells = train_cells(config, launch, device)
+    return {name: array.reshape(*shape, *array.shape[1:]) for name, array in cells.items()}
 
 
 def train_cells(config: SweepConfig, rows: range, device: str) -> dict[str, np.ndarray]:

@@ -279,7 +279,7 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -
 
 
 def exact_at_any_width(setup: Setup) -> bool:
-    """Whether a cell's bits are the same whatever trains beside it; the mlp's cells are computed row by row."""
+    """Whether a cell's bits are the same whatever trains beside it; the mlp's cells never meet."""
     return not isinstance(setup, LanguageSetup) or bit_exact_at_any_width(setup.device)
 
 

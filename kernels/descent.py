@@ -27,8 +27,6 @@ points of its remaining steps and repeats the loss; all outputs are those of the
 alone settles nothing: a squared error may overflow and come back.
 """
 
-import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -46,8 +44,6 @@ DTYPES = {"fp32": torch.float32, "tf32x3": torch.float32, "fp64": torch.float64}
 UNITS = {"fp32": 4, "fp64": 2}  # hidden units a lane holds: the most whose weights and gradients fit its registers
 UNROLL = {"fp32": 2, "fp64": 1}  # data points of one loop body
 REGISTERS = {"fp32": None, "fp64": None}  # cap on a lane's registers (None: the compiler's choice)
-CPU_CHUNK = 256  # cells trained together by one thread of the CPU path
-CPU_CHECK = 8  # steps between its looks for settled cells
 
 SLOPE = tl.constexpr(2.0**0.5 / 4)  # sqrt(2) / sqrt(n)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -108,8 +104,7 @@ def descend(
         minibatch_QSB: int32 data points of each step's gradient; None: all of them. The loss is
             measured on all of them either way.
 
-    On a GPU a cell's bits depend on nothing but the cell (see the head of this file). On a CPU they are
-    the same whenever the same call is made again, on any number of threads.
+    A cell's bits depend on nothing but the cell (see the head of this file and of `kernels.descent_cpu`).
     """
     dtype = DTYPES[precision]
     for tensor in (x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R):
@@ -122,7 +117,7 @@ def descend(
     problem = (x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, steps, nonlinearity)
     options = (minibatch_QSB, offset_every_step, keep_losses, keep_weights)
     if x_QNK.device.type == "cpu":
-        return descend_reference(*problem, *options)
+        return descend_cpu(*problem, *options)
     return descend_triton(*problem, *options, precision=precision)
 
 
@@ -138,10 +133,10 @@ def digest(weights_RP):
     return mix(mix(bits_RP) + torch.arange(weights_RP.shape[1], device=weights_RP.device)).sum(1)
 
 
-# The plain-torch reference, which is the CPU path
+# The CPU path
 
 
-def descend_reference(
+def descend_cpu(
     x_QNK,
     y_QN,
     w0_QKH,
@@ -157,57 +152,11 @@ def descend_reference(
     keep_losses,
     keep_weights,
 ) -> Descent:
-    """`descend` in plain torch: chunks of CPU_CHUNK cells, each on one thread.
+    """`descend` by the compiled loop of `kernels.descent_cpu`."""
+    from kernels.descent_cpu import train  # half a second, which sweeps of language models need not wait for
 
-    Settled cells (see the head of this file) leave their chunk. That changes the shape of the others'
-    products, and with it perhaps their last bits; it happens alike in every run of the same call, on any
-    number of threads.
-    """
-    cells, dtype = len(lr0_R), lr0_R.dtype
-    losses_RS = torch.empty(cells, steps, dtype=dtype)
-    weights_RP = torch.empty(cells, PARAMETERS, dtype=dtype)
-
-    def train(q, cell_R):
-        minibatch_SB = None if minibatch_QSB is None else minibatch_QSB[q].long()
-        points = max(x_QNK.shape[1], 0 if minibatch_SB is None else minibatch_SB.shape[1])
-        network = Chunk(x_QNK[q], y_QN[q], nonlinearity, len(cell_R) * points)
-        w0_RHK = w0_QKH[q].T.repeat(len(cell_R), 1, 1)
-        w1_RH = w1_QH[q].repeat(len(cell_R), 1)
-        offset_R11, lr0_R11, lr1_R1 = offset_R[cell_R, None, None], lr0_R[cell_R, None, None], lr1_R[cell_R, None]
-        if not offset_every_step:
-            w0_RHK += offset_R11
-        for s in range(steps):
-            before = (w0_RHK, w1_RH)
-            if offset_every_step:
-                w0_RHK = w0_RHK + offset_R11
-            drawn_B = None if minibatch_SB is None else minibatch_SB[s]
-            loss_R, g0_RHK, g1_RH = network.gradient(w0_RHK, w1_RH, drawn_B)
-            losses_RS[cell_R, s] = loss_R
-            w0_RHK = torch.addcmul(w0_RHK, lr0_R11, g0_RHK, value=-1)
-            w1_RH = torch.addcmul(w1_RH, lr1_R1, g1_RH, value=-1)
-            if s % CPU_CHECK:
-                continue
-            settled_R = torch.ones(len(cell_R), dtype=torch.bool)
-            for old, new in zip(before, (w0_RHK, w1_RH), strict=True):
-                same = new.isnan() if drawn_B is not None else (new == old) | (new.isnan() & old.isnan())
-                settled_R &= same.flatten(1).all(1)
-            if settled_R.any():
-                done_R, kept_R = cell_R[settled_R], ~settled_R
-                losses_RS[done_R, s + 1 :] = loss_R[settled_R, None]
-                weights_RP[done_R] = flat_weights(w0_RHK[settled_R], w1_RH[settled_R])
-                cell_R, w0_RHK, w1_RH = cell_R[kept_R], w0_RHK[kept_R], w1_RH[kept_R]
-                offset_R11, lr0_R11, lr1_R1 = offset_R11[kept_R], lr0_R11[kept_R], lr1_R1[kept_R]
-                if not len(cell_R):
-                    return
-        weights_RP[cell_R] = flat_weights(w0_RHK, w1_RH)
-
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        chunks = [
-            (q, c) for q in problem_R.unique().tolist() for c in (problem_R == q).nonzero()[:, 0].split(CPU_CHUNK)
-        ]
-        list(pool.map(lambda chunk: train(*chunk), chunks))
-    torch.set_num_threads(threads)
+    problem = (x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R)
+    losses_RS, weights_RP = train(*problem, minibatch_QSB, steps, nonlinearity, offset_every_step)
     measure_R, last_loss_R, nonfinite_step_R = measure(losses_RS)
     return Descent(
         measure_R,
@@ -218,57 +167,6 @@ def descend_reference(
         losses_RS.float() if keep_losses else None,
         weights_RP if keep_weights else None,
     )
-
-
-class Chunk:
-    """The network, its loss and its gradients for a chunk of cells, in buffers that are allocated once.
-
-    tanh comes from the (vectorised, faster) sigmoid p of twice its argument: phi = 2 p - 1 and
-    phi' = 4 p (1 - p). That costs an absolute error of about 1e-7 in fp32, 2e-16 in fp64.
-    """
-
-    def __init__(self, x_NK, y_N, nonlinearity, evaluations):
-        self.x_NK, self.y_N, self.nonlinearity = x_NK, y_N, nonlinearity
-        self.buffers = torch.empty(2, evaluations * WIDTH, dtype=x_NK.dtype)
-        self.slope = 0.25 if nonlinearity == "identity" else SLOPE.value
-
-    def gradient(self, w0_RHK, w1_RH, drawn_B):
-        """Loss [R] on all points; gradients [R, H, K] and [R, H] of the loss on the drawn ones (None: all)."""
-        x_NK, y_N = self.x_NK, self.y_N
-        p_RHN, r_RN = self.forward(x_NK, y_N, w0_RHK, w1_RH)
-        loss_R = r_RN.square().mean(1)
-        if drawn_B is not None:
-            x_NK, y_N = x_NK[drawn_B], y_N[drawn_B]
-            p_RHN, r_RN = self.forward(x_NK, y_N, w0_RHK, w1_RH)
-        r_RN *= 2 / (WIDTH * len(y_N))
-        g1_RH = torch.bmm(r_RN[:, None, :], p_RHN.mT)[:, 0]  # as row times matrix: eight times as fast as the transpose
-        upstream_RHN = self.buffers[1, : p_RHN.numel()].view(p_RHN.shape)
-        torch.mul(w1_RH[:, :, None], r_RN[:, None, :], out=upstream_RHN)
-        slope = self.slope
-        if self.nonlinearity == "tanh":
-            torch.ops.aten.sigmoid_backward(upstream_RHN, p_RHN, grad_input=upstream_RHN)
-            g1_RH = 2 * g1_RH - r_RN.sum(1, keepdim=True)
-            slope = 4 * slope
-        elif self.nonlinearity == "relu":
-            torch.ops.aten.threshold_backward(upstream_RHN, p_RHN, 0, grad_input=upstream_RHN)
-        return loss_R, torch.mm(upstream_RHN.flatten(0, 1), x_NK).view_as(w0_RHK) * slope, g1_RH
-
-    def forward(self, x_NK, y_N, w0_RHK, w1_RH):
-        """phi [R, H, N] (p for tanh) and the residuals [R, N]."""
-        shape = (*w1_RH.shape, len(y_N))
-        p_RHN = self.buffers[0, : math.prod(shape)].view(shape)
-        scale = 2 * self.slope if self.nonlinearity == "tanh" else self.slope
-        torch.addmm(p_RHN.flatten(0, 1), w0_RHK.flatten(0, 1), x_NK.T, beta=0, alpha=scale, out=p_RHN.flatten(0, 1))
-        if self.nonlinearity == "relu":
-            p_RHN.relu_()
-        y_RN = torch.bmm(w1_RH[:, None, :], p_RHN.sigmoid_() if self.nonlinearity == "tanh" else p_RHN)[:, 0]
-        if self.nonlinearity == "tanh":
-            y_RN = 2 * y_RN - w1_RH.sum(1, keepdim=True)
-        return p_RHN, y_RN / WIDTH - y_N
-
-
-def flat_weights(w0_RHK, w1_RH):
-    return torch.cat([w0_RHK.mT.flatten(1), w1_RH], 1)
 
 
 def measure(losses_RS):
