@@ -199,11 +199,6 @@ class Trainer:
             accumulate_(piece, gradient, fresh_R, active_R)
             return piece
 
-        def take(span: Span, gradient: Tensor) -> None:
-            branch.wait_stream(main)
-            with torch.cuda.stream(branch):
-                self.update(span, accumulated(span, gradient), update)
-
         batch = tokens_RBT, targets_RBT, smoothing_R, count_R
         if self.branch is None:
             sum_R, gradients = self.stack.losses_and_gradients(*batch)
@@ -214,9 +209,15 @@ class Trainer:
                 self.update(span, gradient, update)
         else:
             main, branch = torch.cuda.current_stream(), self.branch
-            # the gradients are kept until both streams have met, so that no memory of theirs is used anew before
-            sum_R, gradients = self.stack.losses_and_gradients(*batch, take)
+
+            def update_beside(span: Span, gradient: Tensor) -> None:
+                branch.wait_stream(main)
+                with torch.cuda.stream(branch):
+                    self.update(span, accumulated(span, gradient), update)
+
+            sum_R, kept = self.stack.losses_and_gradients(*batch, update_beside)
             main.wait_stream(branch)
+            del kept  # not before both streams have met: its memory would be used anew while the branch reads it
 
         self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
         loss_R = self.loss_R / count_R
