@@ -152,3 +152,28 @@ def test_the_digest_sees_every_weight_and_where_it_is(tmp_path):
     first = stack.spans[0].slice.start
     stack.master_RP[1, [first, first + 1]] = stack.master_RP[1, [first + 1, first]]
     assert len(set(stack.digest(both).tolist())) == 2
+
+
+def test_a_gradient_is_handed_on_once_and_when_its_weights_are_read_no_more(tmp_path):
+    """Weights made NaN as soon as their gradient is there spoil no other gradient."""
+    config = tiny(tmp_path, depth=2)
+    made = setup(config)
+    stack = Stack(made.network, 2, torch.float32, CPU)
+    for slot in range(2):
+        stack.load(slot, stack.flatten(made.network.initial(slot), 1.0))
+    tokens_RBT = torch.from_numpy(made.corpus.tokens[:4]).view(2, 2, -1).long()
+    targets_RBT = torch.from_numpy(made.corpus.targets[:4]).view(2, 2, -1).long()
+    batch = tokens_RBT, targets_RBT, torch.zeros(2), torch.ones(2)
+    _, wanted = stack.losses_and_gradients(*batch)
+    seen = {}
+
+    def ready(span, gradient):
+        assert span.name not in seen
+        seen[span.name] = gradient
+        stack.weight_RP.data[:, span.slice] = torch.nan  # `data`: autograd must not notice
+
+    _, gradients = stack.losses_and_gradients(*batch, ready)
+    for span, before, after in zip(stack.spans, wanted, gradients, strict=True):
+        assert torch.equal(before, after) and torch.equal(after, seen[span.name])
+    _, again = stack.losses_and_gradients(*batch)
+    assert len(seen) == len(again) and all(gradient.isnan().any() for gradient in again)  # the hooks are gone
