@@ -3,6 +3,8 @@
 Letters: R replica, B batch, T time, S step, V vocabulary.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny import setup, tiny
 from torch.func import functional_call
 
 from engine import plan
+from engine.models import gpt, llama, normal_weights, parameter_shapes
 from engine.schedule import factor
 from engine.stack import ALIGNMENT, Stack
 from engine.trainer import Trainer
@@ -154,16 +157,24 @@ def test_the_digest_sees_every_weight_and_where_it_is(tmp_path):
     assert len(set(stack.digest(both).tolist())) == 2
 
 
-def test_a_gradient_is_handed_on_once_and_when_its_weights_are_read_no_more(tmp_path):
-    """Weights made NaN as soon as their gradient is there spoil no other gradient."""
-    config = tiny(tmp_path, depth=2)
-    made = setup(config)
-    stack = Stack(made.network, 2, torch.float32, CPU)
+TINY_GPT = gpt.GPTConfig(depth=2, width=24, heads=4, kv_heads=2, context=12, vocabulary=37)
+TINY_LLAMA = llama.LlamaConfig(depth=2, width=24, heads=4, kv_heads=2, mlp_width=40, context=12, vocabulary=37)
+
+
+@pytest.mark.parametrize(("network", "config"), [(gpt.GPT, TINY_GPT), (llama.Llama, TINY_LLAMA)])
+def test_a_gradient_is_handed_on_once_and_when_its_weights_are_read_no_more(network, config):
+    """Weights made NaN as soon as their gradient is there spoil no other gradient, not even where a head is tied."""
+    with torch.device("meta"):
+        module = network(config)
+    shapes = parameter_shapes(module)
+    stack = Stack(
+        SimpleNamespace(module=module, shapes=shapes, groups=dict.fromkeys(shapes, "mlp")), 2, torch.float32, CPU
+    )
     for slot in range(2):
-        stack.load(slot, stack.flatten(made.network.initial(slot), 1.0))
-    tokens_RBT = torch.from_numpy(made.corpus.tokens[:4]).view(2, 2, -1).long()
-    targets_RBT = torch.from_numpy(made.corpus.targets[:4]).view(2, 2, -1).long()
-    batch = tokens_RBT, targets_RBT, torch.zeros(2), torch.ones(2)
+        initial = {name: normal_weights(slot, name, shape, 0.3) for name, shape in shapes.items()}
+        stack.load(slot, stack.flatten(initial, 1.0))
+    tokens_RBT = torch.arange(2 * 3 * 12).view(2, 3, 12) % 37
+    batch = tokens_RBT, tokens_RBT.roll(1, 2), torch.zeros(2), torch.ones(2)
     _, wanted = stack.losses_and_gradients(*batch)
     seen = {}
 
@@ -174,6 +185,7 @@ def test_a_gradient_is_handed_on_once_and_when_its_weights_are_read_no_more(tmp_
 
     _, gradients = stack.losses_and_gradients(*batch, ready)
     for span, before, after in zip(stack.spans, wanted, gradients, strict=True):
+        assert before.isfinite().all() and before.any()
         assert torch.equal(before, after) and torch.equal(after, seen[span.name])
     _, again = stack.losses_and_gradients(*batch)
     assert len(seen) == len(again) and all(gradient.isnan().any() for gradient in again)  # the hooks are gone
