@@ -2,14 +2,13 @@
 
 Every cell of the grid is a run of its own (its schedule depends on its end), and their token budgets span a factor of
 1,000, so slots are read off and refilled all the time. The launch is trained and stored as a sweep does it. Its time
-is split into steps (their number times the time of a step with full slots, measured by itself), held-out losses, and
-the rest: looking, reading off, refilling and storing.
+is split into steps, held-out losses, and the rest: looking, reading off, refilling and storing.
 """
 
 import tempfile
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from benchmarks.timing import append_rows
 from engine.command import parse, user_errors
 from engine.config import SweepConfig, resolve
 from engine.network import load_network
-from engine.plan import Mark, replica_memory, trajectories
+from engine.plan import replica_memory, trajectories
 from engine.progress import LABELLED, Progress
 from engine.sweep import LanguageSetup, Rank, choose_device, open_or_create, train_launch
 from engine.trainer import Trainer
@@ -41,9 +40,34 @@ class Options:
 
 
 class TimedTrainer(Trainer):
-    """A trainer that says how long held-out losses took, in `evaluating` seconds."""
+    """A trainer that says how long its steps and held-out losses took.
 
-    evaluating = 0.0
+    stepping: start and end of every run of micro-steps, CUDA events or seconds. evaluating: seconds.
+    """
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.stepping: list[tuple] = []
+        self.evaluating = 0.0
+
+    def run(self, count: int) -> None:
+        start = self.stamp()
+        super().run(count)
+        self.stepping.append((start, self.stamp()))
+
+    def stamp(self):
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def step_seconds(self) -> float:
+        """Seconds spent in steps so far."""
+        wait(self.device)
+        if self.device.type == "cpu":
+            return sum(end - start for start, end in self.stepping)
+        return sum(start.elapsed_time(end) for start, end in self.stepping) / 1000
 
     def evaluate(self, slots: torch.Tensor) -> torch.Tensor:
         wait(self.device)
@@ -86,20 +110,6 @@ def prepared(options: Options) -> LanguageSetup:
     return LanguageSetup(config, device, options.rows, options.slots, widest, network, corpus, memory)
 
 
-def step_seconds(trainer: Trainer, setup: LanguageSetup) -> float:
-    """Seconds of one micro-step with every slot training."""
-    run = trajectories(setup.config, range(1))[0]
-    for slot in range(trainer.slots):
-        trainer.fill(slot, replace(run, marks=(Mark(trainer.longest, ()),)))
-    count = min(200, trainer.longest // 2)
-    trainer.run(min(20, trainer.longest // 2))
-    wait(trainer.device)
-    start = time.perf_counter()
-    trainer.run(count)
-    wait(trainer.device)
-    return (time.perf_counter() - start) / count
-
-
 def measure(options: Options) -> dict[str, object]:
     """A row of results/slots.csv."""
     with user_errors():
@@ -123,7 +133,7 @@ def measure(options: Options) -> dict[str, object]:
         "span": options.span,
     }
     row |= {"busy": round(trainer.trained / trainer.spent, 4), "micro_steps": micro_steps}
-    steps = micro_steps * step_seconds(trainer, setup)
+    steps = trainer.step_seconds()
     rest = total - steps - trainer.evaluating
     figures = {"total_s": total, "steps_s": steps, "held_out_s": trainer.evaluating, "rest_s": rest}
     return row | {name: round(value, 3) for name, value in figures.items()}
@@ -135,7 +145,8 @@ def main() -> None:
     row = measure(options)
     print("{runs} runs over a span of {span} in {slots} slots: busy {busy} of {micro_steps} steps".format(**row))
     print("{total_s} s: {steps_s} s of steps, {held_out_s} s of held-out losses, {rest_s} s for the rest".format(**row))
-    append_rows("slots.csv", [row])
+    if options.device == "cuda":
+        append_rows("slots.csv", [row])
 
 
 if __name__ == "__main__":
