@@ -36,9 +36,8 @@ def compile_ahead(*steps: Callable[[], object]) -> int:
         with AsyncCompileMode(pool):
             compiling = [function.preload(specialization) for function, specialization in wanted.values()]
         kernels = list(pool.map(build_launcher, compiling))
-    for kernel in kernels:
-        kernel.run  # noqa: B018  loads the launcher and the code
-    return len(wanted)
+    loaded = [kernel.run for kernel in kernels]  # the property loads the launcher and the code
+    return len(loaded)
 
 
 def build_launcher(compiling):

@@ -205,7 +205,6 @@ def test_a_settled_cell_ends_as_the_full_loop_ends(form, path, monkeypatch):
         options = (5, nonlinearity, None if draws is None else draws.cpu(), False, True, True)
         # as Python runs it: compiled, it cannot be kept from stopping
         monkeypatch.setattr(descent_cpu, "train_cells", descent_cpu.train_cells.py_func)
-        monkeypatch.setattr(descent_cpu, "tanh", np.tanh)
         early = kernel.descend_cpu(*alone, *options)
         monkeypatch.setattr(descent_cpu, "settled", lambda old, new, draws: False)
         full = kernel.descend_cpu(*alone, *options)
