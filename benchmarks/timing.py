@@ -45,7 +45,7 @@ def milliseconds_in_turn(
     """Median time of one call of each way to do the same, over replays of one CUDA graph a way.
 
     The calls of a way do the same work on different buffers, together larger than L2. The ways take turns without
-    a pause: a GPU at its power limit runs faster just after a rest, which would favour whoever is measured then.
+    a pause: a GPU under full load runs faster just after a rest, which would favour whoever is measured then.
     """
     graphs = [captured(calls, budget) for calls in ways]
     times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in ways]
