@@ -87,7 +87,8 @@ class NormTrainer(Trainer):
         super().__init__(config, network, corpus, slots, device, steps)
 
     def clip_scale(self, gradients: list[Tensor]) -> Tensor:
-        place_R1, update_R1 = self.step_R.clamp(max=self.longest - 1)[:, None], self.updating()[:, None]
+        place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]
+        update_R1 = self.updating(self.active())[:, None]
         norm_R1 = torch.where(update_R1, global_norm(gradients)[:, None], self.norms_RS.gather(1, place_R1))
         self.norms_RS.scatter_(1, place_R1, norm_R1)
         return super().clip_scale(gradients)

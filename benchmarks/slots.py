@@ -125,18 +125,19 @@ def measure(options: Options) -> dict[str, object]:
         start = time.perf_counter()
         train_launch(setup, trainer, writer, rows, watch)
         total = time.perf_counter() - start
-    micro_steps = trainer.spent // trainer.slots
-    row: dict[str, object] = {
+    steps = trainer.step_seconds()
+    return {
         "depth": options.depth,
         "slots": options.slots,
         "runs": setup.widest,
         "span": options.span,
+        "busy": round(trainer.trained / trainer.spent, 4),
+        "micro_steps": trainer.spent // trainer.slots,
+        "total_s": round(total, 3),
+        "steps_s": round(steps, 3),
+        "held_out_s": round(trainer.evaluating, 3),
+        "rest_s": round(total - steps - trainer.evaluating, 3),
     }
-    row |= {"busy": round(trainer.trained / trainer.spent, 4), "micro_steps": micro_steps}
-    steps = trainer.step_seconds()
-    rest = total - steps - trainer.evaluating
-    figures = {"total_s": total, "steps_s": steps, "held_out_s": trainer.evaluating, "rest_s": rest}
-    return row | {name: round(value, 3) for name, value in figures.items()}
 
 
 def main() -> None:

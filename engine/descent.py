@@ -120,15 +120,8 @@ def train_rows(config: SweepConfig, rows: slice, device: str) -> dict[str, np.nd
         ValueError: the problem file does not fit, or is given while the seed is swept.
     """
     launch = range(*rows.indices(config.grid.shape[0]))
-    shape = (len(launch), config.grid.shape[1])
-    cells = train_cells(config, launch, device)
-    return {name: array.reshape(*shape, *array.shape[1:]) for name, array in cells.items()}
-
-
-def train_cells(config: SweepConfig, rows: range, device: str) -> dict[str, np.ndarray]:
-    """`train_rows` in one call of the kernel; arrays [rows * cols]."""
     dtype = DTYPES[config.precision]
-    values_R = cell_values(config, rows)
+    values_R = cell_values(config, launch)
     seeds, problem_R = np.unique(values_R["seed"].astype(np.int64), return_inverse=True)
     problems = problems_of(config, [int(seed) for seed in seeds])
 
@@ -168,7 +161,8 @@ def train_cells(config: SweepConfig, rows: range, device: str) -> dict[str, np.n
     }
     if run.losses_RS is not None:
         arrays["losses"] = run.losses_RS
-    results = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    shape = (len(launch), config.grid.shape[1])
+    results = {name: tensor.unflatten(0, shape).cpu().numpy() for name, tensor in arrays.items()}
     results["weights_digest"] = results["weights_digest"].view(np.uint64)
     return results
 

@@ -92,18 +92,20 @@ class Stack:
         targets_RBT: Tensor,
         smoothing_R: Tensor,
         count_R: Tensor,
-        ready: Callable[[Span, Tensor], None] = lambda span, gradient: None,
+        ready: Callable[[Span, Tensor], None] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Summed losses [R], and the gradients of loss / count, one [R, n] a parameter.
 
-        The gradient of a sum over replicas is each replica's own: a NaN neighbour adds nothing. `ready` is
-        called with each gradient once it is known, when nothing reads that parameter any more.
+        The gradient of a sum over replicas is each replica's own: a NaN neighbour adds nothing. `ready`, if
+        given, is called with each gradient once it is known, when nothing reads that parameter any more.
         """
         loss_R = self.losses(self.weights, tokens_RBT, targets_RBT, smoothing_R)
-        hooks = [
-            self.weights[span.name].register_hook(lambda gradient, span=span: ready(span, gradient.flatten(1)))
-            for span in self.spans
-        ]
+        hooks = []
+        if ready is not None:
+            hooks = [
+                self.weights[span.name].register_hook(lambda gradient, span=span: ready(span, gradient.flatten(1)))
+                for span in self.spans
+            ]
         gradients = torch.autograd.grad((loss_R / count_R).sum(), list(self.weights.values()))
         for hook in hooks:
             hook.remove()

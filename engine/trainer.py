@@ -181,13 +181,14 @@ class Trainer:
         """Slots that train in this micro-step, bool [R]."""
         return (self.step_R < self.stop_R) & (self.nonfinite_R < 0)
 
-    def updating(self) -> Tensor:
-        """Slots whose batch this micro-step completes, bool [R]."""
-        return self.active() & (self.micro_R + 1 == self.micros_R)
+    def updating(self, active_R: Tensor) -> Tensor:
+        """Those of the active slots whose batch this micro-step completes, bool [R]."""
+        return active_R & (self.micro_R + 1 == self.micros_R)
 
     def micro_step(self) -> None:
         """Forward, backward and, where a batch is complete, the update of every active slot."""
-        active_R, update_R, fresh_R = self.active(), self.updating(), self.micro_R == 0
+        active_R, fresh_R = self.active(), self.micro_R == 0
+        update_R = self.updating(active_R)
         tokens_RBT, targets_RBT, count_R = self.gather()
         smoothing_R = self.hyper_R["label_smoothing"].float()
         update = self.update_of(update_R)

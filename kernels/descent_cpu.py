@@ -16,10 +16,14 @@ import torch
 from numba import njit, types
 from numba.extending import overload
 
+from kernels import descent
+from kernels.descent import PARAMETERS, WIDTH
+
 BLOCK = 16  # cells a thread takes at once
 SUMS = {"reassoc", "contract", "nsz", "arcp"}  # what a vectorised sum needs; NaN and infinity keep their meaning
-SLOPE = 2**0.5 / 4  # sqrt(2) / sqrt(n)
-NONLINEARITIES = {"identity": 0, "relu": 1, "tanh": 2}
+SLOPE = descent.SLOPE.value
+IDENTITY, RELU, TANH = range(3)
+NONLINEARITIES = {"identity": IDENTITY, "relu": RELU, "tanh": TANH}
 
 
 def train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_QSB, steps, nonlinearity, every_step):
@@ -30,7 +34,7 @@ def train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_Q
     x_QNK, y_QN, w0_QKH, w1_QH = (t.numpy() for t in (x_QNK, y_QN, w0_QKH, w1_QH))
     drawn_QSB = None if drawn_QSB is None else drawn_QSB.numpy()
     losses_RS = np.empty((len(lr0_R), steps), y_QN.dtype)
-    weights_RP = np.empty((len(lr0_R), w0_QKH[0].size + w1_QH[0].size), y_QN.dtype)
+    weights_RP = np.empty((len(lr0_R), PARAMETERS), y_QN.dtype)
     x_QKN, w0_QHK = (np.ascontiguousarray(array.swapaxes(1, 2)) for array in (x_QNK, w0_QKH))
     cellwise = (*(t.numpy() for t in (lr0_R, lr1_R, offset_R, problem_R)), losses_RS, weights_RP)
 
@@ -49,11 +53,11 @@ def train_cells(
     lr0_R, lr1_R, offset_R, problem_R, losses_RS, weights_RP, nonlinearity, every_step,
 ):  # fmt: skip
     points, steps, real = y_QN.shape[1], losses_RS.shape[1], y_QN.dtype
-    a_HN, r_N, u_2N = np.empty((16, points), real), np.empty(points, real), np.empty((2, points), real)
+    a_HN, r_N, u_2N = np.empty((WIDTH, points), real), np.empty(points, real), np.empty((2, points), real)
     if drawn_QSB is not None:
         drawn = drawn_QSB.shape[2]
-        a_HB, r_B, u_2B = np.empty((16, drawn), real), np.empty(drawn, real), np.empty((2, drawn), real)
-        x_KB, y_B = np.empty((16, drawn), real), np.empty(drawn, real)
+        a_HB, r_B, u_2B = np.empty((WIDTH, drawn), real), np.empty(drawn, real), np.empty((2, drawn), real)
+        x_KB, y_B = np.empty((WIDTH, drawn), real), np.empty(drawn, real)
     for cell in range(len(lr0_R)):
         q = problem_R[cell]
         x_KN, y_N, w0_HK, w1_H = x_QKN[q], y_QN[q], w0_QHK[q].copy(), w1_QH[q].copy()
@@ -72,7 +76,7 @@ def train_cells(
                 for b in range(drawn):
                     point = drawn_QSB[q, s, b]
                     y_B[b] = y_N[point]
-                    for k in range(16):
+                    for k in range(WIDTH):
                         x_KB[k, b] = x_KN[k, point]
                 forward(x_KB, y_B, w0_HK, w1_H, a_HB, r_B, nonlinearity)
                 update(x_KB, w0_HK, w1_H, a_HB, r_B, u_2B, lr0, lr1, nonlinearity)
@@ -80,10 +84,10 @@ def train_cells(
             if settled(old0_HK.ravel(), w0_HK.ravel(), draws) and settled(old1_H, w1_H, draws):
                 losses_RS[cell, s + 1 :] = losses_RS[cell, s]
                 break
-        for h in range(16):
-            for k in range(16):
-                weights_RP[cell, 16 * k + h] = w0_HK[h, k]
-            weights_RP[cell, 256 + h] = w1_H[h]
+        for h in range(WIDTH):
+            for k in range(WIDTH):
+                weights_RP[cell, WIDTH * k + h] = w0_HK[h, k]
+            weights_RP[cell, WIDTH * WIDTH + h] = w1_H[h]
 
 
 # Numba puts these into `train_cells`, where it sees that their arrays do not overlap, and can use vectors
@@ -93,27 +97,27 @@ def train_cells(
 def forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity):
     """Fill the activations [H, N] and the residuals [N]."""
     points, real = len(y_N), y_N.dtype.type
-    inner = real(0.25 if nonlinearity == 0 else SLOPE)
+    inner = real(0.25 if nonlinearity == IDENTITY else SLOPE)
     r_N[:] = 0
-    for h in range(0, 16, 2):
+    for h in range(0, WIDTH, 2):
         w, v, a, b = w0_HK[h], w0_HK[h + 1], a_HN[h], a_HN[h + 1]
         for n in range(points):
             y, z = real(0), real(0)
-            for k in range(16):
+            for k in range(WIDTH):
                 y += w[k] * x_KN[k, n]
                 z += v[k] * x_KN[k, n]
             a[n], b[n] = inner * y, inner * z
         for c in (a, b):
-            if nonlinearity == 1:
+            if nonlinearity == RELU:
                 for n in range(points):
                     c[n] = real(0) if c[n] <= real(0) else c[n]  # NaN stays NaN
-            elif nonlinearity == 2:
+            elif nonlinearity == TANH:
                 for n in range(points):
                     c[n] = tanh(c[n])
         for n in range(points):
             r_N[n] += w1_H[h] * a[n] + w1_H[h + 1] * b[n]
     for n in range(points):
-        r_N[n] = r_N[n] * real(1 / 16) - y_N[n]
+        r_N[n] = r_N[n] * real(1 / WIDTH) - y_N[n]
 
 
 @njit(inline="always")
@@ -129,10 +133,10 @@ def squares(r_N):
 def update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
     """One step of gradient descent of both layers; u_2N is room for the gradients of two hidden units."""
     points, real = len(r_N), r_N.dtype.type
-    zero, factor = real(0), real(2 / 16) / real(points)
-    inner = real(0.25 if nonlinearity == 0 else SLOPE)
+    zero, factor = real(0), real(2 / WIDTH) / real(points)
+    inner = real(0.25 if nonlinearity == IDENTITY else SLOPE)
     u, v = u_2N[0], u_2N[1]
-    for h in range(0, 16, 2):
+    for h in range(0, WIDTH, 2):
         a, b = a_HN[h], a_HN[h + 1]
         c, d = w1_H[h] * factor * inner, w1_H[h + 1] * factor * inner
         g, e = zero, zero
@@ -140,17 +144,17 @@ def update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
             g += r_N[n] * a[n]
             e += r_N[n] * b[n]
             u[n], v[n] = c * r_N[n], d * r_N[n]
-        if nonlinearity == 1:
+        if nonlinearity == RELU:
             for n in range(points):
                 u[n] = u[n] if a[n] > zero else zero
                 v[n] = v[n] if b[n] > zero else zero
-        elif nonlinearity == 2:
+        elif nonlinearity == TANH:
             for n in range(points):
                 u[n] *= real(1) - a[n] * a[n]
                 v[n] *= real(1) - b[n] * b[n]
         w1_H[h] -= lr1 * (factor * g)
         w1_H[h + 1] -= lr1 * (factor * e)
-        for k in range(0, 16, 4):
+        for k in range(0, WIDTH, 4):
             s0, s1, s2, s3, t0, t1, t2, t3 = zero, zero, zero, zero, zero, zero, zero, zero
             for n in range(points):
                 s0 += u[n] * x_KN[k, n]
@@ -169,8 +173,8 @@ def update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
 @njit(cache=True)
 def shift(w0_HK, offset):
     """Add a constant to every weight. Array operations like `w0_HK += offset` compile for seconds each."""
-    for h in range(16):
-        for k in range(16):
+    for h in range(WIDTH):
+        for k in range(WIDTH):
             w0_HK[h, k] += offset
 
 

@@ -158,15 +158,16 @@ def _store(
 
 
 @triton.jit
-def _load_b(
-    b, replica, at, column, k, n, b_R, b_row,
+def _operand(
+    source, replica, row, column, rows, columns, stride_R, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FORM: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    if FORM == "nt":
-        tile = _load(b, replica, column, at, n, k, b_R, b_row, COLUMNS, ROWS, TMA).T
+    """A tile of an operand as the product reads it; TRANSPOSED: memory holds the transpose."""
+    if TRANSPOSED:
+        tile = _load(source, replica, column, row, columns, rows, stride_R, stride_row, COLUMNS, ROWS, TMA).T
     else:
-        tile = _load(b, replica, at, column, k, n, b_R, b_row, ROWS, COLUMNS, TMA)
+        tile = _load(source, replica, row, column, rows, columns, stride_R, stride_row, ROWS, COLUMNS, TMA)
     return tile.to(tl.float32) if WIDEN else tile
 
 
@@ -211,19 +212,6 @@ def _place(tile, m, n, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
-def _load_a(
-    a, replica, row, at, m, k, a_R, a_row,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FORM: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    if FORM == "tn":
-        tile = _load(a, replica, at, row, k, m, a_R, a_row, COLUMNS, ROWS, TMA).T
-    else:
-        tile = _load(a, replica, row, at, m, k, a_R, a_row, ROWS, COLUMNS, TMA)
-    return tile.to(tl.float32) if WIDEN else tile
-
-
-@triton.jit
 def _tile(
     tile, a, b, b_half, c, extra, scale_R, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
@@ -238,12 +226,12 @@ def _tile(
     third = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         at = step * BLOCK_K
-        a_tile = _load_a(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM, TMA, WIDEN)
-        b_tile = _load_b(b, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, FORM, TMA, WIDEN)
+        a_tile = _operand(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM == "tn", TMA, WIDEN)
+        b_tile = _operand(b, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, FORM == "nt", TMA, WIDEN)
         product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
         if WIDE:
-            b_tile = _load_b(
-                b_half, replica, at, column + BLOCK_N, k, n, b_R, b_row, BLOCK_K, HALF, FORM, TMA, WIDEN
+            b_tile = _operand(
+                b_half, replica, at, column + BLOCK_N, k, n, b_R, b_row, BLOCK_K, HALF, FORM == "nt", TMA, WIDEN
             )  # fmt: skip
             third = tl.dot(a_tile, b_tile, third, input_precision=PRECISION)
 
@@ -280,8 +268,8 @@ def _half_tile(
     product = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         at = step * BLOCK_K
-        a_tile = _load_a(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM, TMA, WIDEN)
-        b_tile = _load_b(b_half, replica, at, column, k, n, b_R, b_row, BLOCK_K, HALF, FORM, TMA, WIDEN)
+        a_tile = _operand(a, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM == "tn", TMA, WIDEN)
+        b_tile = _operand(b_half, replica, at, column, k, n, b_R, b_row, BLOCK_K, HALF, FORM == "nt", TMA, WIDEN)
         product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
     scale = tl.load(scale_R + replica) if SCALED else 1.0
     _finish(
