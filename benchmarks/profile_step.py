@@ -3,11 +3,13 @@
 `uv run benchmarks/profile_step.py --depth 4 --replicas 64` on a machine with a CUDA GPU.
 """
 
+import time
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.random_runs import filled_trainer, gpt_config
+from benchmarks.timing import append_rows, card
 from engine.command import parse, user_errors
 from engine.sweep import choose_device
 
@@ -36,11 +38,23 @@ def main() -> None:
     torch.cuda.synchronize()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    trainer.run(20)
+    trainer.run(5)
     end.record()
     torch.cuda.synchronize()
-    step = begin.elapsed_time(end) / 20
-    print(f"{step:.3f} ms a step, {step / options.replicas:.4f} ms a replica-step, R = {options.replicas}")
+    # two seconds without a pause, the card looked at halfway; a step just after a rest is faster
+    count = round(2000 / (begin.elapsed_time(end) / 5))
+    begin.record()
+    trainer.run(count)
+    end.record()
+    time.sleep(1)
+    state = card()
+    torch.cuda.synchronize()
+    step = begin.elapsed_time(end) / count
+    each = step / options.replicas
+    print(f"{step:.3f} ms a step, {each:.4f} ms a replica-step, R = {options.replicas}")
+    print("{sm_mhz} MHz, {power_w} W, held down by the power limit: {at_power_limit}".format(**state))
+    row = {"ms_a_step": round(step, 3), "replicas": options.replicas, "ms_a_replica_step": round(each, 4)}
+    append_rows("steps.csv", [row | state])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         trainer.run(3)
         torch.cuda.synchronize()

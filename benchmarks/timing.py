@@ -76,6 +76,16 @@ def copy_terabytes() -> float:
     return 2e-9 * source.nbytes / min(milliseconds([way], budget=20) for way in ways)
 
 
+def card() -> dict[str, object]:
+    """The SM clock in MHz, the power drawn in W, and whether the power limit holds the clock down, at this moment."""
+    query = "clocks.sm,power.draw.instant,clocks_event_reasons.sw_power_cap"
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    clock, power, capped = (text.strip() for text in said.split(","))
+    return {"sm_mhz": int(clock), "power_w": round(float(power)), "at_power_limit": capped}
+
+
 def commit() -> str:
     """The commit being measured, from $COMMIT where the tree travels without its history."""
     if "COMMIT" in os.environ:

@@ -146,9 +146,11 @@ class Trainer:
         self.evaluated_EP = torch.empty_like(self.stack.weight_RP[:evaluated])
         self.sum_E = torch.zeros(evaluated, device=device)
 
-        # Large networks on a GPU: a parameter is updated beside the rest of the backward, unless clipping needs all
-        # gradients first. Products have precedence: an update runs where they leave room on a multiprocessor.
-        beside = device.type == "cuda" and network.parameters >= BESIDE and not self.clips
+        # Large networks on a GPU: AdamW updates a parameter beside the rest of the backward, unless clipping needs all
+        # gradients first. Products have precedence: an update runs where they leave room on a multiprocessor. SGD
+        # comes after: its torch operations raise the version all weights share, which autograd takes for a mistake.
+        large = device.type == "cuda" and network.parameters >= BESIDE
+        beside = large and config.optimizer == "adamw" and not self.clips
         self.branch = torch.cuda.Stream(device, priority=LOW) if beside else None
         self.graph = self.evaluation = None
         if device.type == "cuda":

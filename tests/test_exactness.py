@@ -68,8 +68,9 @@ def test_a_run_is_the_same_at_any_width_and_slot_and_beside_anything(tmp_path, k
                 assert bits(train(made, slots, work)[0, 0]) == alone, (slots, slot, neighbour)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32", "accumulated", "sgd"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_updates_beside_the_backward_leave_every_bit(tmp_path, monkeypatch, kind):
+    """Clipping and SGD keep theirs after the backward, also in a network that is large enough."""
     made = ready(tmp_path, **KINDS[kind])
     work = [run(made, (0, slot), lr=lr) for slot, lr in enumerate((1e-3, 1e30, 1e-2))]
     after = train(made, 3, work)
