@@ -120,12 +120,12 @@ def measure_adamw() -> list[dict]:
     gradient = torch.randn(shape, device="cuda").bfloat16()
     master, first, second = (torch.rand(shape, device="cuda") for _ in range(3))
     weight, remainder = split_master(master)
-    rate, decay, beta1, beta2, bias1, bias2 = (
-        torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 0.5, 0.5)
+    rate, decay, beta1, beta2, correction1, correction2 = (
+        torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 2.0, 1.4)
     )
     active = torch.ones(replicas, dtype=torch.bool, device="cuda")
     nonfinite = torch.zeros(replicas, dtype=torch.int32, device="cuda")
-    scalars = AdamWScalars(rate, decay, beta1, beta2, bias1, bias2, 1e-8, None, active, nonfinite)
+    scalars = AdamWScalars(rate, decay, beta1, beta2, correction1, correction2, 1e-8, None, active, nonfinite)
     copy = copy_terabytes()
     print(f"copy: {copy:.3f} TB/s")
     cases: dict[str, tuple[int, Callable[[], object]]] = {

@@ -17,16 +17,16 @@ class Update(NamedTuple):
     """What an update needs to know about this step, one value a replica.
 
     rate_R: learning rate by parameter group, fp32. decay_R: decoupled weight decay. beta1_R, beta2_R: of
-    AdamW, and bias1_R, bias2_R, 1 - beta^count after `count` updates, this one included. scale_R: factor on the
-    gradient (clipping), or None. active_R: bool. nonfinite_R: int32, set to 1 where an updated weight is not finite.
+    AdamW, as correction1_R and correction2_R, its `corrections`. scale_R: factor on the gradient (clipping), or
+    None. active_R: bool. nonfinite_R: int32, set to 1 where an updated weight is not finite.
     """
 
     rate_R: dict[str, Tensor]
     decay_R: Tensor
     beta1_R: Tensor
     beta2_R: Tensor
-    bias1_R: Tensor
-    bias2_R: Tensor
+    correction1_R: Tensor
+    correction2_R: Tensor
     scale_R: Tensor | None
     active_R: Tensor
     nonfinite_R: Tensor
@@ -50,9 +50,13 @@ def adamw_init(stack: Stack) -> AdamWState:
     return AdamWState(stack.zeros(), stack.zeros())
 
 
-def bias(beta_R: Tensor, count_R: Tensor) -> Tensor:
-    """1 - beta^count in fp64, rounded to fp32."""
-    return (1 - beta_R.double() ** count_R.double()).float()
+def corrections(beta1_R: Tensor, beta2_R: Tensor, count_R: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / (1 - beta1^count) and 1 / sqrt(1 - beta2^count), fp32 [R], computed in fp64.
+
+    Moments start at zero: the first, and the second one's root, count that much more in the count-th update.
+    """
+    bias1_R, bias2_R = (1 - beta_R.double() ** count_R.double() for beta_R in (beta1_R, beta2_R))
+    return (1 / bias1_R).float(), (1 / bias2_R.sqrt()).float()
 
 
 def adamw_update(stack: Stack, state: AdamWState, span: Span, gradient: Tensor, update: Update, eps: float) -> None:
@@ -67,8 +71,8 @@ def adamw_update(stack: Stack, state: AdamWState, span: Span, gradient: Tensor, 
         weight_decay_R=update.decay_R,
         beta1_R=update.beta1_R,
         beta2_R=update.beta2_R,
-        bias1_R=update.bias1_R,
-        bias2_R=update.bias2_R,
+        correction1_R=update.correction1_R,
+        correction2_R=update.correction2_R,
         eps=eps,
         scale_R=update.scale_R,
         active_R=update.active_R,

@@ -238,13 +238,14 @@ class Trainer:
         hyper_R, config = self.hyper_R, self.config
         factor_R = factor(config.schedule, self.step_R, self.total_R, hyper_R["warmup"], config.decay, config.floor)
         beta1_R, beta2_R = hyper_R["beta1"].float(), hyper_R["beta2"].float()
+        correction1_R, correction2_R = optim.corrections(beta1_R, beta2_R, self.step_R + 1)
         return optim.Update(
             rate_R={group: (hyper_R[group] * factor_R).float() for group in RATES},
             decay_R=hyper_R["weight_decay"].float(),
             beta1_R=beta1_R,
             beta2_R=beta2_R,
-            bias1_R=optim.bias(beta1_R, self.step_R + 1),
-            bias2_R=optim.bias(beta2_R, self.step_R + 1),
+            correction1_R=correction1_R,
+            correction2_R=correction2_R,
             scale_R=None,
             active_R=update_R,
             nonfinite_R=self.broken_R,

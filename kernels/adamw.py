@@ -29,19 +29,16 @@ ONCE = tl.constexpr("evict_first")  # each byte is touched once a step: leave th
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 master -> (bf16 weight, int16 remainder); `join_master` gives the master back exactly.
 
-    Signalling NaNs come back quiet, which is what any arithmetic makes of them.
+    Every NaN comes back as the canonical one.
     """
-    bits = master.contiguous().view(torch.int32)
-    rounded = torch.where(torch.isnan(master), (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
-    return rounded.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+    bits = torch.where(torch.isnan(master), torch.nan, master).view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
     """(bf16 weight, int16 remainder) of `split_master` -> the fp32 master."""
     high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
-    low = remainder.to(torch.int32)
-    bits = torch.where(torch.isnan(weight), high | (low & 0xFFFF), high + low)
-    return bits.view(torch.float32)
+    return (high + remainder.to(torch.int32)).view(torch.float32)
 
 
 def round_to_weight(master: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,17 +52,17 @@ def round_to_weight(master: Tensor, dtype: torch.dtype) -> Tensor:
 class AdamWScalars(NamedTuple):
     """What one step needs beside the buffers; tensors are [R].
 
-    bias1_R and bias2_R are 1 - beta^t. scale_R multiplies the gradient (clipping). Where active_R (bool)
-    is False nothing of that replica is written. nonfinite_R (int32) becomes 1 where an updated weight is
-    not finite.
+    correction1_R is 1 / (1 - beta1^t), correction2_R 1 / sqrt(1 - beta2^t). scale_R multiplies the gradient
+    (clipping). Where active_R (bool) is False nothing of that replica is written. nonfinite_R (int32) becomes 1
+    where an updated weight is not finite.
     """
 
     learning_rate_R: Tensor
     weight_decay_R: Tensor
     beta1_R: Tensor
     beta2_R: Tensor
-    bias1_R: Tensor
-    bias2_R: Tensor
+    correction1_R: Tensor
+    correction2_R: Tensor
     eps: float
     scale_R: Tensor | None
     active_R: Tensor
@@ -81,15 +78,16 @@ def adamw_reference_(
     scalars: AdamWScalars,
 ) -> None:
     *factors_R, eps, scale_R, active_R, nonfinite_R = scalars
-    learning_rate, decay, beta1, beta2, bias1, bias2 = (factor_R[:, None] for factor_R in factors_R)
+    learning_rate, decay, beta1, beta2, correction1, correction2 = (factor_R[:, None] for factor_R in factors_R)
     active = active_R[:, None]
     gradient = gradient.float() if scale_R is None else gradient.float() * scale_R[:, None]
     first = beta1 * first_moment + (1 - beta1) * gradient
     second = beta2 * second_moment + ((1 - beta2) * gradient) * gradient
     # torch's fp32 square root on a CPU can be an ulp off; the fp64 one, rounded, never is.
-    root = (second / bias2).double().sqrt().float()
-    step = (first / bias1) / (root + eps)
-    updated = master * (1 - learning_rate * decay) - learning_rate * step
+    root = second.double().sqrt().float()
+    step = first / (correction2 * root + eps)
+    updated = master * (1 - learning_rate * decay) - (learning_rate * correction1) * step
+    updated = torch.where(torch.isnan(updated), torch.nan, updated)
     rounded = updated if weight is None else round_to_weight(updated, weight.dtype)
     first_moment.copy_(torch.where(active, first, first_moment))
     second_moment.copy_(torch.where(active, second, second_moment))
@@ -110,14 +108,15 @@ def adamw_(
 ) -> None:
     """One AdamW step of one parameter of every replica, in place, decoupled weight decay.
 
-    master, first_moment, second_moment: fp32 [R, n], any replica stride. gradient: [R, n], bf16 or
-    fp32. weight: bf16 [R, n], or None where the network computes with the master itself. Moves 28
-    bytes a parameter with a bf16 gradient.
+    master, first_moment, second_moment: fp32 [R, n]. gradient: [R, n], bf16 or fp32. weight: bf16 [R, n], or None
+    where the network computes with the master itself. All but the gradient have one replica stride. Moves 28 bytes
+    a parameter with a bf16 gradient.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
-    p = p (1 - lr wd) - lr (m / bias1) / (sqrt(v / bias2) + eps)
+    p = p (1 - lr wd) - (lr c1) m / (c2 sqrt(v) + eps)  with c1 = 1 / (1 - b1^t), c2 = 1 / sqrt(1 - b2^t)
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019). Written with one division an
+    element: beside a product the energy of these instructions counts.
     """
     step = adamw_reference_ if master.device.type == "cpu" else launch_adamw_
     step(master, gradient, weight, first_moment, second_moment, scalars)
@@ -144,47 +143,36 @@ def adamw_split_(
 
 
 @triton.jit
-def round_to_bfloat16_bits(master):
-    """The bits, as int32, of `split_master`'s weight."""
-    bits = master.to(tl.int32, bitcast=True)
-    return tl.where(master != master, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
-
-
-@triton.jit
 def join_bits(weight, remainder):
     """`join_master` of a bf16 weight and an int16 remainder."""
     high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    low = remainder.to(tl.int32)
-    is_nan = (high & 0x7FFFFFFF) > 0x7F800000
-    return tl.where(is_nan, high | (low & 0xFFFF), high + low).to(tl.float32, bitcast=True)
+    return (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def adamw_step(master, gradient, first, second, learning_rate, decay, beta1, beta2, bias1, bias2, eps):
+def adamw_step(master, gradient, first, second, learning_rate, decay, beta1, beta2, correction1, correction2, eps):
     first = beta1 * first + (1 - beta1) * gradient
     second = beta2 * second + ((1 - beta2) * gradient) * gradient
-    denominator = tl.sqrt_rn(tl.div_rn(second, bias2)) + eps
-    step = tl.div_rn(tl.div_rn(first, bias1), denominator)
-    return master * (1 - learning_rate * decay) - learning_rate * step, first, second
+    step = tl.div_rn(first, correction2 * tl.sqrt_rn(second) + eps)
+    updated = master * (1 - learning_rate * decay) - (learning_rate * correction1) * step
+    return tl.where(updated != updated, float("nan"), updated), first, second
 
 
 @triton.jit
 def adamw_kernel(
     master, gradient, weight, first_moment, second_moment,
-    learning_rate_R, weight_decay_R, beta1_R, beta2_R, bias1_R, bias2_R, eps,
-    scale_R, active_R, nonfinite_R,
-    n, master_stride, gradient_stride, weight_stride, first_stride, second_stride,
+    learning_rate_R, weight_decay_R, beta1_R, beta2_R, correction1_R, correction2_R, eps,
+    scale_R, active_R, nonfinite_R, n, stride, gradient_stride,
     BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     replica = tl.program_id(1)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.where(tl.load(active_R + replica), n, 0)
     row = replica.to(tl.int64)
-    master += row * master_stride
-    weight += row * weight_stride
-    first_moment += row * first_stride
-    second_moment += row * second_stride
-    g = tl.load(gradient + row * gradient_stride + at, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    active = tl.load(active_R + replica)
+    inside = at < tl.where(active, n, 0)
+    gradient += row * gradient_stride + at
+    at += row * stride
+    g = tl.load(gradient, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
     m = tl.load(first_moment + at, mask=inside, other=0.0, eviction_policy=ONCE)
     v = tl.load(second_moment + at, mask=inside, other=0.0, eviction_policy=ONCE)
     if SPLIT:
@@ -198,20 +186,20 @@ def adamw_kernel(
         p, g, m, v,
         tl.load(learning_rate_R + replica), tl.load(weight_decay_R + replica),
         tl.load(beta1_R + replica), tl.load(beta2_R + replica),
-        tl.load(bias1_R + replica), tl.load(bias2_R + replica), eps,
+        tl.load(correction1_R + replica), tl.load(correction2_R + replica), eps,
     )  # fmt: skip
     bits = p.to(tl.int32, bitcast=True)
+    seen = bits  # the weight as the network computes with it, by its bits
     if HAS_WEIGHT:
-        rounded = round_to_bfloat16_bits(p)
-        broken = (rounded & 0x7F80) == 0x7F80
-        tl.store(weight + at, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside, eviction_policy=ONCE)
-    else:
-        broken = (bits & 0x7F800000) == 0x7F800000
+        seen = bits + 0x8000
+        rounded = (seen >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        tl.store(weight + at, rounded, mask=inside, eviction_policy=ONCE)
     tl.store(master + at, bits.to(tl.int16) if SPLIT else p, mask=inside, eviction_policy=ONCE)
     tl.store(first_moment + at, m, mask=inside, eviction_policy=ONCE)
     tl.store(second_moment + at, v, mask=inside, eviction_policy=ONCE)
-    any_broken = tl.max((broken & inside).to(tl.int32), axis=0)
-    tl.store(nonfinite_R + replica, 1, mask=any_broken != 0)
+    # behind the end p is 0, or NaN by factors that make every p NaN
+    largest = tl.max(seen & 0x7F800000, axis=0)
+    tl.store(nonfinite_R + replica, 1, mask=active & (largest == 0x7F800000))
 
 
 def launch_adamw_(
@@ -224,13 +212,12 @@ def launch_adamw_(
 ) -> None:
     """The Triton form of `adamw_`, and of `adamw_split_` where master is the int16 remainder."""
     replicas, n = gradient.shape
-    for tensor in (master, gradient, first_moment, second_moment):
-        assert tensor.shape == (replicas, n) and tensor.stride(1) == 1
     weight = master if weight is None else weight
+    for tensor in (master, weight, first_moment, second_moment):
+        assert tensor.shape == (replicas, n) and tensor.stride() == (master.stride(0), 1)
+    assert gradient.stride(1) == 1
     adamw_kernel[(triton.cdiv(n, BLOCK), replicas)](
-        master, gradient, weight, first_moment, second_moment, *scalars,
-        n, master.stride(0), gradient.stride(0), weight.stride(0),
-        first_moment.stride(0), second_moment.stride(0),
+        master, gradient, weight, first_moment, second_moment, *scalars, n, master.stride(0), gradient.stride(0),
         BLOCK=BLOCK, HAS_WEIGHT=weight is not master, SPLIT=master.dtype == torch.int16,
         SCALED=scalars.scale_R is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

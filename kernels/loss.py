@@ -19,6 +19,7 @@ from kernels.stacking import custom_operator, fold_vmap
 IGNORED = -100
 IN_REGISTERS = 8192  # the longest row that is read once
 BLOCK = 4096  # of a longer row
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def linear_cross_entropy(
@@ -68,16 +69,18 @@ def linear_cross_entropy_reference(
 
 @triton.jit
 def _capped(logits, SOFTCAP: tl.constexpr):
+    """c tanh(x / c) as c - 2 c / (1 + e^(2 x / c)), by instructions that need no care for special cases."""
     if SOFTCAP > 0:
-        return SOFTCAP * (2 * tl.sigmoid(logits * (2 / SOFTCAP)) - 1)
+        root = tl.rsqrt(1 + tl.exp2(logits * (2 * LOG2E / SOFTCAP)))
+        return SOFTCAP - (2 * SOFTCAP) * (root * root)
     else:
         return logits
 
 
 @triton.jit
-def _gradient(z, is_target, lse, smoothing, vocabulary, SOFTCAP: tl.constexpr):
-    """With respect to the logit whose capped value is z."""
-    gradient = tl.exp(z - lse) - (tl.where(is_target, 1 - smoothing, 0.0) + smoothing / vocabulary)
+def _gradient(z, unlikely, lse, SOFTCAP: tl.constexpr):
+    """With respect to the logit whose capped value is z: its probability less `unlikely`, through the cap."""
+    gradient = tl.exp2((z - lse) * LOG2E) - unlikely
     if SOFTCAP > 0:
         tanh = z * (1 / SOFTCAP)
         gradient *= 1 - tanh * tanh
@@ -87,8 +90,9 @@ def _gradient(z, is_target, lse, smoothing, vocabulary, SOFTCAP: tl.constexpr):
 @triton.jit
 def cross_entropy_kernel(
     logits, targets, smoothing_R, loss_RN, tokens, vocabulary, ignored,
-    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
+    """Loss and gradient of one token's row, whole blocks of it where EVEN."""
     # Under a soft cap of at most 40 no exponential of z - SOFTCAP overflows or vanishes in fp32, so
     # that the largest logit need not be found.
     BOUNDED: tl.constexpr = SOFTCAP > 0 and SOFTCAP <= 40
@@ -104,40 +108,44 @@ def cross_entropy_kernel(
                 tl.store(row + start + v, 0.0, mask=start + v < vocabulary)
     else:
         hit = _capped(tl.load(row + target).to(tl.float32), SOFTCAP)
+        others = smoothing / vocabulary  # the probability that is wanted of every other token
         if ONE_BLOCK:  # the row stays in registers
-            inside = v < vocabulary
+            inside = EVEN | (v < vocabulary)
             z = _capped(tl.load(row + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
             mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / vocabulary
             peak = SOFTCAP if BOUNDED else tl.max(tl.where(inside, z, -float("inf")), axis=0)
-            lse = peak + tl.log(tl.sum(tl.where(inside, tl.exp(z - peak), 0.0), axis=0))
+            lse = peak + tl.log(tl.sum(tl.where(inside, tl.exp2((z - peak) * LOG2E), 0.0), axis=0))
             if GRADIENT:
-                gradient = _gradient(z, v == target, lse, smoothing, vocabulary, SOFTCAP)
                 tl.debug_barrier()  # every thread has read the target's logit
+                gradient = _gradient(z, others, lse, SOFTCAP)
                 tl.store(row + v, gradient.to(logits.dtype.element_ty), mask=inside)
         else:
             peak = tl.full((), SOFTCAP if BOUNDED else -float("inf"), tl.float32)
             exponentials = tl.zeros((BLOCK,), tl.float32)
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, vocabulary, BLOCK):
-                inside = start + v < vocabulary
+                inside = EVEN | (start + v < vocabulary)
                 z = _capped(tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
                 total += tl.where(inside, z, 0.0)
                 if BOUNDED:
-                    exponentials += tl.where(inside, tl.exp(z - peak), 0.0)
+                    exponentials += tl.where(inside, tl.exp2((z - peak) * LOG2E), 0.0)
                 else:
                     z = tl.where(inside, z, -float("inf"))
                     higher = tl.maximum(peak, tl.max(z, axis=0))
-                    exponentials = exponentials * tl.exp(peak - higher) + tl.exp(z - higher)
+                    exponentials = exponentials * tl.exp2((peak - higher) * LOG2E) + tl.exp2((z - higher) * LOG2E)
                     peak = higher
             mean = tl.sum(total, axis=0) / vocabulary
             lse = peak + tl.log(tl.sum(exponentials, axis=0))
             if GRADIENT:
                 tl.debug_barrier()  # every thread has read the target's logit
                 for start in range(0, vocabulary, BLOCK):
-                    inside = start + v < vocabulary
+                    inside = EVEN | (start + v < vocabulary)
                     z = _capped(tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
-                    gradient = _gradient(z, start + v == target, lse, smoothing, vocabulary, SOFTCAP)
+                    gradient = _gradient(z, others, lse, SOFTCAP)
                     tl.store(row + start + v, gradient.to(logits.dtype.element_ty), mask=inside)
+        if GRADIENT:
+            tl.debug_barrier()  # the target's own comes last
+            tl.store(row + target, _gradient(hit, others + (1 - smoothing), lse, SOFTCAP).to(logits.dtype.element_ty))
         tl.store(loss_RN + token, lse - ((1 - smoothing) * hit + smoothing * mean))
 
 
@@ -162,7 +170,7 @@ def cross_entropy_(
     block = triton.next_power_of_2(vocabulary) if one_block else BLOCK
     cross_entropy_kernel[(replicas * tokens,)](
         logits_RNV, targets_RN.contiguous(), smoothing_R.contiguous(), loss_RN, tokens, vocabulary,
-        IGNORED, SOFTCAP=softcap, GRADIENT=gradient, BLOCK=block, ONE_BLOCK=one_block,
+        IGNORED, SOFTCAP=softcap, GRADIENT=gradient, BLOCK=block, ONE_BLOCK=one_block, EVEN=vocabulary % block == 0,
         num_warps=max(1, min(block // 512, 8)),
     )  # fmt: skip
     sum_kernel[(replicas,)](loss_RN, loss_R, tokens, BLOCK=1024, num_warps=4)

@@ -32,20 +32,19 @@ def same(a, b):
 
 
 def special_masters():
-    """Ties, infinities, zeros, the largest finite number, subnormals, quiet NaNs, and random bits."""
+    """Ties, infinities, zeros, the largest finite number, subnormals, NaNs of all kinds, and random bits."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(-(2**31), 2**31, (100_000,), generator=generator)
     ties = (words[:1000] & ~0xFFFF) | 0x8000
     named = [0x7F800000, -0x800000, 0x7F7FFFFF, 0, -(2**31), 1, 0x7FFFFFFF, 0x7FC00000, 0x7F7F8000]
     words = torch.cat([words, ties, torch.tensor(named)]).to(torch.int32)
-    signalling = (words & 0x7FFFFFFF > 0x7F800000) & (words & 0x400000 == 0)
-    return words[~signalling].view(torch.float32)
+    return words.view(torch.float32)
 
 
 def test_master_splits_exactly():
     master = special_masters()
     weight, remainder = split_master(master)
-    assert same(join_master(weight, remainder), master)
+    assert same(join_master(weight, remainder), torch.where(master.isnan(), torch.nan, master))
     assert torch.equal(weight.isnan(), master.isnan())
     finite = master.isfinite()
     to_even = master.to(torch.bfloat16)
@@ -63,11 +62,12 @@ class State:
         self.master, self.first, self.second = (buffer[:, 16 : 16 + n] for buffer in flat)
         weights = torch.zeros(R, n + 24, dtype=torch.bfloat16, device=DEVICE)
         self.weight = weights[:, 16 : 16 + n].copy_(round_to_weight(self.master, torch.bfloat16))
-        self.remainder = split_master(self.master)[1]
+        remainders = torch.zeros(R, n + 24, dtype=torch.int16, device=DEVICE)
+        self.remainder = remainders[:, 16 : 16 + n].copy_(split_master(self.master)[1])
         self.gradient = normal(seed + 1, R, n, dtype=gradient_dtype)
         draw = torch.rand(6, R, generator=torch.Generator().manual_seed(2)).to(DEVICE)
         rate, decay, beta1, beta2, bias1, bias2 = draw * 0.9 + 0.05
-        self.scalars = (rate, decay, beta1, beta2, bias1, bias2, EPS)
+        self.scalars = (rate, decay, beta1, beta2, 1 / bias1, bias2**-0.5, EPS)
         self.active = torch.ones(R, dtype=torch.bool, device=DEVICE)
         self.nonfinite = torch.zeros(R, dtype=torch.int32, device=DEVICE)
 
@@ -104,7 +104,7 @@ def test_reference_is_adamw():
     for step in range(1, 4):
         parameter.grad = gradients[step - 1].double()
         optimizer.step()
-        rates = (0.1, 0.3, 0.8, 0.9, 1 - 0.8**step, 1 - 0.9**step)
+        rates = (0.1, 0.3, 0.8, 0.9, 1 / (1 - 0.8**step), (1 - 0.9**step) ** -0.5)
         scalars = [torch.tensor([value]) for value in rates]
         flags = (torch.ones(R, dtype=torch.bool), torch.zeros(R, dtype=torch.int32))
         adamw_(master, gradients[None, step - 1], None, first, second, AdamWScalars(*scalars, EPS, None, *flags))
@@ -202,7 +202,7 @@ def test_addresses_beyond_two_to_the_31():
     gradient = torch.zeros(R, n, dtype=torch.bfloat16, device=DEVICE)
     master, first, second = (torch.zeros(R, n, device=DEVICE) for _ in range(3))
     gradient[-1, -5:] = 1
-    ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 0.1, 0.1)]
+    ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 10, 10**0.5)]
     flags = (torch.ones(R, dtype=torch.bool, device=DEVICE), torch.zeros(R, dtype=torch.int32, device=DEVICE))
     launch_adamw_(master, gradient, None, first, second, AdamWScalars(*ones, EPS, None, *flags))
     assert torch.equal(master.count_nonzero(dim=1).cpu(), torch.tensor([0, 0, 5]))

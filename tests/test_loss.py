@@ -43,7 +43,7 @@ def row_in_blocks(request, monkeypatch):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 15.0])
-@pytest.mark.parametrize("shape", [(3, 9, 16, 77), (1, 63, 8, 130), (1, 1, 16, 33)])
+@pytest.mark.parametrize("shape", [(3, 9, 16, 77), (1, 63, 8, 130), (1, 1, 16, 33), (2, 5, 16, 64)])
 def test_matches_float64(row_in_blocks, softcap, shape):
     assert_close_to_float64(
         per_replica(linear_cross_entropy_triton, softcap),
@@ -55,6 +55,21 @@ def test_matches_float64(row_in_blocks, softcap, shape):
 
 def test_blind_to_company(row_in_blocks):
     assert_blind_to_company(per_replica(linear_cross_entropy_triton, 15.0), inputs_of(5, 9, 16, 77))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of overflow and NaN
+@pytest.mark.parametrize("softcap", [15.0, 60.0])
+def test_the_cap_holds_the_largest_logits_and_hides_no_nan(row_in_blocks, softcap):
+    logits = torch.tensor([[[3e38, -3e38, 1e3, -1e3, 0.0, 1e-40]]], device=DEVICE)
+    targets, smoothing = torch.tensor([[1]], device=DEVICE), torch.tensor([0.1], device=DEVICE)
+    capped = softcap * torch.tanh(logits[0].double() / softcap)
+    wanted = torch.nn.functional.cross_entropy(capped, targets[0], label_smoothing=0.1)
+    got = cross_entropy_(logits, targets, smoothing, softcap, True)
+    torch.testing.assert_close(got.double(), wanted[None], rtol=1e-6, atol=0)
+    assert logits.isfinite().all()
+    assert not logits[0, 0, :4].any()  # where the cap is flat
+    logits[0, 0, 2] = float("nan")
+    assert cross_entropy_(logits, targets, smoothing, softcap, True).isnan().all() and logits.isnan().all()
 
 
 @pytest.mark.parametrize("function", [linear_cross_entropy_triton, linear_cross_entropy_reference])

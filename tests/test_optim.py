@@ -28,9 +28,9 @@ def filled(mixed: bool = False) -> Stack:
 
 
 def update(count: int, active=(True, True, True), scale=None) -> optim.Update:
-    bias1, bias2 = (optim.bias(beta, torch.full((R,), count)) for beta in (BETA1, BETA2))
+    corrections = optim.corrections(BETA1, BETA2, torch.full((R,), count))
     broken_R = torch.zeros(R, dtype=torch.int32)
-    return optim.Update(RATE, DECAY, BETA1, BETA2, bias1, bias2, scale, torch.tensor(active), broken_R)
+    return optim.Update(RATE, DECAY, BETA1, BETA2, *corrections, scale, torch.tensor(active), broken_R)
 
 
 def gradients_of(step: int) -> list[torch.Tensor]:
