@@ -10,8 +10,10 @@ the bytes that must move; `ratio` is the peer's time over the kernel's.
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.timing import copy_terabytes, milliseconds, milliseconds_in_turn, run_benchmarks
 from benchmarks.tune import TOKENS, bmm, problems, rotated
@@ -112,13 +114,30 @@ def loss_rows(network: str, replicas: int, vocabulary: int) -> list[dict]:
     return rows
 
 
-def measure_adamw() -> list[dict]:
-    """AdamW plain and split, the norm and accumulation against the copy bandwidth and torch's fused AdamW."""
-    replicas = 16
-    n = PARAMETERS // replicas
-    shape = (replicas, n)
-    gradient = torch.randn(shape, device="cuda").bfloat16()
-    master, first, second = (torch.rand(shape, device="cuda") for _ in range(3))
+class Buffers(NamedTuple):
+    """What one AdamW step reads and writes, its master whole and split."""
+
+    master: Tensor
+    remainder: Tensor
+    gradient: Tensor
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+    scalars: AdamWScalars
+
+    def plain(self) -> None:
+        """The step on the whole master."""
+        adamw_(self.master, self.gradient, self.weight, self.first, self.second, self.scalars)
+
+    def split(self) -> None:
+        """The step on the split master."""
+        adamw_split_(self.remainder, self.gradient, self.weight, self.first, self.second, self.scalars)
+
+
+def adamw_buffers(replicas: int, n: int) -> Buffers:
+    """Random ones of one parameter, bf16 weights."""
+    gradient = torch.randn(replicas, n, device="cuda").bfloat16()
+    master, first, second = (torch.rand(replicas, n, device="cuda") for _ in range(3))
     weight, remainder = split_master(master)
     rate, decay, beta1, beta2, correction1, correction2 = (
         torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 2.0, 1.4)
@@ -126,11 +145,20 @@ def measure_adamw() -> list[dict]:
     active = torch.ones(replicas, dtype=torch.bool, device="cuda")
     nonfinite = torch.zeros(replicas, dtype=torch.int32, device="cuda")
     scalars = AdamWScalars(rate, decay, beta1, beta2, correction1, correction2, 1e-8, None, active, nonfinite)
+    return Buffers(master, remainder, gradient, weight, first, second, scalars)
+
+
+def measure_adamw() -> list[dict]:
+    """AdamW plain and split, the norm and accumulation against the copy bandwidth and torch's fused AdamW."""
+    replicas = 16
+    n = PARAMETERS // replicas
+    buffers = adamw_buffers(replicas, n)
+    master, gradient, active = buffers.master, buffers.gradient, buffers.scalars.active_R
     copy = copy_terabytes()
     print(f"copy: {copy:.3f} TB/s")
     cases: dict[str, tuple[int, Callable[[], object]]] = {
-        "adamw": (28, lambda: adamw_(master, gradient, weight, first, second, scalars)),
-        "adamw_split": (26, lambda: adamw_split_(remainder, gradient, weight, first, second, scalars)),
+        "adamw": (28, buffers.plain),
+        "adamw_split": (26, buffers.split),
         "global_norm": (2, partial(global_norm, [gradient])),
         "accumulate": (10, partial(accumulate_, master, gradient, ~active, active)),
     }
