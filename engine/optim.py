@@ -55,7 +55,8 @@ def corrections(beta1_R: Tensor, beta2_R: Tensor, count_R: Tensor) -> tuple[Tens
 
     Moments start at zero: the first, and the second one's root, count that much more in the count-th update.
     """
-    bias1_R, bias2_R = (1 - beta_R.double() ** count_R.double() for beta_R in (beta1_R, beta2_R))
+    count_R = count_R.double()
+    bias1_R, bias2_R = 1 - beta1_R.double() ** count_R, 1 - beta2_R.double() ** count_R
     return (1 / bias1_R).float(), (1 / bias2_R.sqrt()).float()
 
 

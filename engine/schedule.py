@@ -22,10 +22,10 @@ def factor(schedule: str, step_R: Tensor, total_R: Tensor, warmup_R: Tensor, dec
     step_R, total_R = step_R.double(), total_R.double()
     warm_R = torch.ceil(warmup_R * total_R)
     rise_R = torch.where(step_R < warm_R, (step_R + 1) / warm_R.clamp(min=1), 1.0)
-    # share of the steps after warm-up that lie behind: 0 at the first, just below 1 at the last
-    behind_R = ((step_R - warm_R) / (total_R - warm_R).clamp(min=1)).clamp(0, 1)
     if schedule == "constant":
         return rise_R
+    # share of the steps after warm-up that lie behind: 0 at the first, just below 1 at the last
+    behind_R = ((step_R - warm_R) / (total_R - warm_R).clamp(min=1)).clamp(0, 1)
     if schedule == "cosine":
         fall_R = floor + (1 - floor) * 0.5 * (1 + torch.cos(torch.pi * behind_R))
     elif schedule == "wsd":

@@ -235,13 +235,15 @@ class Trainer:
 
     def update_of(self, update_R: Tensor) -> optim.Update:
         """What the optimizer needs for the slots whose batch is complete, the factor of clipping left out."""
-        hyper_R, config = self.hyper_R, self.config
-        factor_R = factor(config.schedule, self.step_R, self.total_R, hyper_R["warmup"], config.decay, config.floor)
-        beta1_R, beta2_R = hyper_R["beta1"].float(), hyper_R["beta2"].float()
+        warmup_R, config = self.hyper_R["warmup"], self.config
+        factor_R = factor(config.schedule, self.step_R, self.total_R, warmup_R, config.decay, config.floor)
+        rates = (self.hyper[: len(RATES)] * factor_R).float()
+        hyper_R = dict(zip(HYPER, self.hyper.float(), strict=True))
+        beta1_R, beta2_R = hyper_R["beta1"], hyper_R["beta2"]
         correction1_R, correction2_R = optim.corrections(beta1_R, beta2_R, self.step_R + 1)
         return optim.Update(
-            rate_R={group: (hyper_R[group] * factor_R).float() for group in RATES},
-            decay_R=hyper_R["weight_decay"].float(),
+            rate_R=dict(zip(RATES, rates, strict=True)),
+            decay_R=hyper_R["weight_decay"],
             beta1_R=beta1_R,
             beta2_R=beta2_R,
             correction1_R=correction1_R,
