@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Beside a matrix product that fills a multiprocessor's shared memory there is room for programs of this size: all
-# types of a block lie alike among 128 threads, so none is shuffled through shared memory.
-BLOCK = 512
+BLOCK = 512  # elements a program; programs of this size fit beside a product that fills shared memory
+TOGETHER = tl.constexpr(4)  # neighbours a thread holds, of any type: else bf16 is shuffled to where fp32 lies
 NORM_BLOCK = 8192
 ONCE = tl.constexpr("evict_first")  # each byte is touched once a step: leave the cache to the products
 
@@ -167,7 +166,7 @@ def adamw_kernel(
 ):  # fmt: skip
     replica = tl.program_id(1)
     row = replica.to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.max_contiguous(tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), TOGETHER)
     active = tl.load(active_R + replica)
     inside = at < tl.where(active, n, 0)
     gradient += row * gradient_stride + at
