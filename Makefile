@@ -40,8 +40,8 @@ smollm2: .venv/ready ## fine-tune SmolLM2-135M over learning rate x tokens (want
 test: .venv/ready ## run the tests
 	$(RUN) -m pytest -q
 
-test-gpu: ## run the tests that need a GPU, with this machine's own python
-	$(PYTHON) -m pytest -q -m gpu -W default
+test-gpu: ## run the tests that need a GPU, and all of the kernels, with this machine's own python
+	$(PYTHON) -m pytest -q -m "gpu or kernel" -W default
 
 check: .venv/ready ## lint, format and types
 	.venv/bin/ruff check .

@@ -20,6 +20,7 @@ from torch import Tensor
 BLOCK = 512  # elements a program; programs of this size fit beside a product that fills shared memory
 TOGETHER = tl.constexpr(4)  # neighbours a thread holds, of any type: else bf16 is shuffled to where fp32 lies
 NORM_BLOCK = 8192
+NAN_BITS = tl.constexpr(0x7FC00000)  # of the canonical NaN; others round to a zero
 ONCE = tl.constexpr("evict_first")  # each byte is touched once a step: leave the cache to the products
 
 # ---- the split master ----------------------------------------------------------------------------
@@ -153,8 +154,7 @@ def adamw_step(master, gradient, first, second, learning_rate, decay, beta1, bet
     first = beta1 * first + (1 - beta1) * gradient
     second = beta2 * second + ((1 - beta2) * gradient) * gradient
     step = tl.div_rn(first, correction2 * tl.sqrt_rn(second) + eps)
-    updated = master * (1 - learning_rate * decay) - (learning_rate * correction1) * step
-    return tl.where(updated != updated, float("nan"), updated), first, second
+    return master * (1 - learning_rate * decay) - (learning_rate * correction1) * step, first, second
 
 
 @triton.jit
@@ -187,13 +187,14 @@ def adamw_kernel(
         tl.load(beta1_R + replica), tl.load(beta2_R + replica),
         tl.load(correction1_R + replica), tl.load(correction2_R + replica), eps,
     )  # fmt: skip
-    bits = p.to(tl.int32, bitcast=True)
+    bits = tl.where(p != p, NAN_BITS, p.to(tl.int32, bitcast=True))
     seen = bits  # the weight as the network computes with it, by its bits
     if HAS_WEIGHT:
         seen = bits + 0x8000
         rounded = (seen >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
         tl.store(weight + at, rounded, mask=inside, eviction_policy=ONCE)
-    tl.store(master + at, bits.to(tl.int16) if SPLIT else p, mask=inside, eviction_policy=ONCE)
+    p = bits.to(tl.int16) if SPLIT else bits.to(tl.float32, bitcast=True)
+    tl.store(master + at, p, mask=inside, eviction_policy=ONCE)
     tl.store(first_moment + at, m, mask=inside, eviction_policy=ONCE)
     tl.store(second_moment + at, v, mask=inside, eviction_policy=ONCE)
     # behind the end p is 0, or NaN by factors that make every p NaN

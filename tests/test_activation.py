@@ -6,6 +6,8 @@ from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, no
 
 from kernels.activation import relu2_reference, relu2_triton, swiglu_reference, swiglu_triton
 
+pytestmark = pytest.mark.kernel
+
 FORMS = {"swiglu": (swiglu_triton, swiglu_reference), "relu2": (relu2_triton, relu2_reference)}
 
 

@@ -20,6 +20,8 @@ from kernels.adamw import (
     split_master,
 )
 
+pytestmark = pytest.mark.kernel
+
 EPS = 1e-8
 
 

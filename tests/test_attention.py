@@ -8,6 +8,8 @@ from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, di
 
 from kernels.attention import qkv_attention, qkv_attention_reference, qkv_attention_triton
 
+pytestmark = pytest.mark.kernel
+
 
 def rotary_tables(T, K, dtype=torch.float32):
     angle = torch.arange(T)[:, None] * 10000 ** (-torch.arange(K // 2) / (K // 2))

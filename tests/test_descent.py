@@ -20,7 +20,7 @@ from kernels import descent_cpu
 from kernels.descent import CAP, DTYPES, descend, descend_triton, digest, measure
 
 # diverging cells overflow; numpy and the interpreter, which computes with numpy, warn of it
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.kernel, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT2 = np.sqrt(2)

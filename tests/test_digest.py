@@ -8,6 +8,8 @@ from stacked import DEVICE, normal
 from kernels.adamw import split_master
 from kernels.digest import digest, digest_reference, digest_triton
 
+pytestmark = pytest.mark.kernel
+
 
 def digest_numpy(weights_P):
     """The definition, in numpy's own wrapping uint64."""

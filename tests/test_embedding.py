@@ -6,6 +6,8 @@ from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, di
 
 from kernels.embedding import embedding_reference, embedding_triton
 
+pytestmark = pytest.mark.kernel
+
 
 def random_tokens(seed, vocabulary, *shape, dtype=torch.int64):
     generator = torch.Generator().manual_seed(seed)

@@ -19,6 +19,8 @@ from kernels.linear import (
 from kernels.norm import rms_norm_triton
 from kernels.tiles import TUNED, Tile, tile_for
 
+pytestmark = pytest.mark.kernel
+
 
 def plain_inputs(R, N, outputs, inputs, dtype=torch.float32):
     return [

@@ -13,6 +13,8 @@ from kernels.loss import (
     linear_cross_entropy_triton,
 )
 
+pytestmark = pytest.mark.kernel
+
 
 def make_inputs(R, N, D, V, dtype=torch.float32):
     generator = torch.Generator().manual_seed(4)

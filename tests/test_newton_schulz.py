@@ -6,6 +6,8 @@ from stacked import normal
 
 from kernels.newton_schulz import newton_schulz_reference, newton_schulz_triton
 
+pytestmark = pytest.mark.kernel
+
 
 @pytest.mark.parametrize("shape", [(2, 24, 40), (2, 40, 24), (1, 2, 33, 17)])
 def test_matches_the_reference_in_float64(shape):

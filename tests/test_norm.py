@@ -11,6 +11,8 @@ from kernels.norm import (
     rms_norm_triton,
 )
 
+pytestmark = pytest.mark.kernel
+
 FORMS = {
     "plain": (rms_norm_triton, rms_norm_reference, 1, False),
     "weight": (rms_norm_triton, rms_norm_reference, 1, True),
