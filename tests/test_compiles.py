@@ -1,7 +1,8 @@
-"""Every kernel of a training step compiles for an H100 and fits its shared memory, on a machine without one.
+"""Every kernel of a training step, and every tuned product, compiles for an H100 and fits its shared memory.
 
-The step runs on the CPU with Triton's operators in place of their references, on a driver that pretends to be a GPU:
-launches are noted and left out, as `compile_ahead` does it, and the noted kernels go through Triton's real compiler.
+All on a machine without one: the step runs on the CPU, with Triton's operators in place of their references, on a
+driver that pretends to be a GPU. Launches are noted and left out, as `compile_ahead` does it, and the noted kernels go
+through Triton's real compiler.
 """
 
 from dataclasses import replace
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from benchmarks.random_runs import gpt_config, random_corpus
+from benchmarks.tune import problems
 from engine import optim, trainer
 from engine.models import llama
 from engine.network import describe, load_network
 from engine.tokenizer import ByteTokenizer
 from kernels import adamw
 from kernels.ahead import compile_ahead
+from kernels.linear import stacked_matmul
 
 EVERY = {"_forward_kernel", "_backward_kernel", "_digest_kernel", "_gather_kernel", "_order_kernel", "_add_rows_kernel"}
 EVERY |= {"adamw_kernel", "cross_entropy_kernel", "stacked_matmul_kernel", "sum_kernel"}
@@ -51,8 +54,25 @@ def compile_step(kind):
             module = llama.Llama(shape, cpu)
         network = describe(module, llama, shape, lambda seed: llama.initial_weights(shape, seed), ByteTokenizer())
     made = trainer.Trainer(config, network, random_corpus(config, network.vocabulary), 2, cpu, 16)
-    count = compile_ahead(made.micro_step, made.evaluate_piece, lambda: made.stack.digest(torch.tensor([1])))
-    assert count == len(pretend_gpu.loaded)
+    check_compiled(made.micro_step, made.evaluate_piece, lambda: made.stack.digest(torch.tensor([1])))
+
+
+def compile_products(_):
+    check_compiled(every_product)
+
+
+def every_product():
+    """Forward, dX and dW of every layer the tiles were tuned for, and the forms that do more than multiply."""
+    for _, replicas, form, m, n, k in problems():
+        a = torch.empty((replicas, k, m) if form == "tn" else (replicas, m, k), dtype=torch.bfloat16)
+        b = torch.empty((replicas, n, k) if form == "nt" else (replicas, k, n), dtype=torch.bfloat16)
+        c = torch.empty(replicas, m, n, dtype=torch.bfloat16)
+        for epilogue in {"nt": ("none", "add", "relu2"), "nn": ("none", "relu2_backward"), "tn": ("none",)}[form]:
+            stacked_matmul(a, b, form, epilogue, c if epilogue in ("add", "relu2_backward") else None, out=c)
+
+
+def check_compiled(*steps):
+    assert compile_ahead(*steps) == len(pretend_gpu.loaded)
     for kernel in pretend_gpu.loaded:
         assert kernel.metadata.shared <= pretend_gpu.SHARED_MEMORY, kernel.name
         if kernel.name == "adamw_kernel":  # a choice between a NaN and the canonical one may be compiled away
@@ -63,3 +83,7 @@ def compile_step(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kernel_of_a_step_compiles_for_an_h100(tmp_path, kind):
     assert set(pretend_gpu.run("test_compiles", "compile_step", kind, tmp_path).split()) >= EVERY | KINDS[kind]
+
+
+def test_every_tuned_product_compiles_for_an_h100(tmp_path):
+    assert pretend_gpu.run("test_compiles", "compile_products", "", tmp_path) == "stacked_matmul_kernel\n"
