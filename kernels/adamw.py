@@ -173,7 +173,7 @@ def adamw_kernel(
     at += row * stride
     g = tl.load(gradient, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
     m = tl.load(first_moment + at, mask=inside, other=0.0, eviction_policy=ONCE)
-    v = tl.load(second_moment + at, mask=inside, other=0.0, eviction_policy=ONCE)
+    v = tl.load(second_moment + at, mask=inside, other=1.0, eviction_policy=ONCE)  # eps may be 0
     if SPLIT:
         high = tl.load(weight + at, mask=inside, other=0.0, eviction_policy=ONCE)
         p = join_bits(high, tl.load(master + at, mask=inside, other=0, eviction_policy=ONCE))

@@ -78,9 +78,9 @@ def _capped(logits, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _gradient(z, unlikely, lse, SOFTCAP: tl.constexpr):
-    """With respect to the logit whose capped value is z: its probability less `unlikely`, through the cap."""
-    gradient = tl.exp2((z - lse) * LOG2E) - unlikely
+def _gradient(z, wanted, lse, SOFTCAP: tl.constexpr):
+    """With respect to the logit whose capped value is z: its probability less the wanted one, through the cap."""
+    gradient = tl.exp2((z - lse) * LOG2E) - wanted
     if SOFTCAP > 0:
         tanh = z * (1 / SOFTCAP)
         gradient *= 1 - tanh * tanh
@@ -108,7 +108,7 @@ def cross_entropy_kernel(
                 tl.store(row + start + v, 0.0, mask=start + v < vocabulary)
     else:
         hit = _capped(tl.load(row + target).to(tl.float32), SOFTCAP)
-        others = smoothing / vocabulary  # the probability that is wanted of every other token
+        others = smoothing / vocabulary  # the wanted probability of any other token
         if ONE_BLOCK:  # the row stays in registers
             inside = EVEN | (v < vocabulary)
             z = _capped(tl.load(row + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)

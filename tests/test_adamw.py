@@ -127,6 +127,13 @@ def test_split_master_has_the_plain_forms_bits(step):
     assert plain.nonfinite.tolist() == [0, 1, 1]
 
 
+def test_without_eps_what_lies_behind_a_parameter_does_not_break_it():
+    state = State(2, 63)
+    state.scalars = (*state.scalars[:-1], 0.0)
+    assert state.run(launch_adamw_).nonfinite.tolist() == [0, 0]
+    assert state.master.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
 @pytest.mark.parametrize("split", [True, False])
 def test_inactive_replicas_are_not_touched(split):
