@@ -211,7 +211,7 @@ def test_addresses_beyond_two_to_the_31():
     gradient = torch.zeros(R, n, dtype=torch.bfloat16, device=DEVICE)
     master, first, second = (torch.zeros(R, n, device=DEVICE) for _ in range(3))
     gradient[-1, -5:] = 1
-    ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 10, 10**0.5)]
+    ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 10.0, 10**0.5)]
     flags = (torch.ones(R, dtype=torch.bool, device=DEVICE), torch.zeros(R, dtype=torch.int32, device=DEVICE))
     launch_adamw_(master, gradient, None, first, second, AdamWScalars(*ones, EPS, None, *flags))
     assert torch.equal(master.count_nonzero(dim=1).cpu(), torch.tensor([0, 0, 5]))
