@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from benchmarks.operators import adamw_buffers
-from benchmarks.timing import append_rows, arguments, card
+from benchmarks.timing import append_rows, arguments, card, enqueued
 from benchmarks.tune import bmm, rotated
 from engine.trainer import HIGH, LOW
 from kernels.linear import stacked_matmul
@@ -54,27 +54,12 @@ def side_by_side(first: list[Call], second: list[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def milliseconds(graph: torch.cuda.CUDAGraph, count: int) -> Callable[[], float]:
-    """Enqueues replays; the call that comes back waits for them and says how long one took."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(count):
-        graph.replay()
-    end.record()
-
-    def wait() -> float:
-        end.synchronize()
-        return start.elapsed_time(end) / count
-
-    return wait
-
-
 def measure(case: str, first: list[Call], second: list[Call]) -> dict[str, object]:
     """A row of results/power.csv."""
     graph = side_by_side(first, second)
     time.sleep(1)
-    rested = milliseconds(graph, BURST)()
-    finish = milliseconds(graph, round(1000 * SUSTAINED / rested))
+    rested = enqueued(graph.replay, BURST)()
+    sustained = enqueued(graph.replay, round(1000 * SUSTAINED / rested))
     looks = []
     for _ in range(LOOKS):
         time.sleep(SUSTAINED / (LOOKS + 2))
@@ -82,7 +67,7 @@ def measure(case: str, first: list[Call], second: list[Call]) -> dict[str, objec
     return {
         "case": case,
         "ms_rested": round(rested, 3),
-        "ms_sustained": round(finish(), 3),
+        "ms_sustained": round(sustained(), 3),
         "sm_mhz": " ".join(str(look["sm_mhz"]) for look in looks),
         "power_w": " ".join(str(look["power_w"]) for look in looks),
         "at_power_limit": statistics.mode(str(look["at_power_limit"]) for look in looks),

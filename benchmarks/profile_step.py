@@ -5,11 +5,12 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from benchmarks.random_runs import filled_trainer, gpt_config
-from benchmarks.timing import append_rows, card
+from benchmarks.timing import append_rows, card, enqueued
 from engine.command import parse, user_errors
 from engine.sweep import choose_device
 
@@ -36,20 +37,13 @@ def main() -> None:
     trainer = filled_trainer(config, options.replicas, device)
     trainer.run(5)
     torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    trainer.run(5)
-    end.record()
-    torch.cuda.synchronize()
+    one_step = partial(trainer.run, 1)
+    rested = enqueued(one_step, 5)()
     # two seconds without a pause, the card looked at halfway; a step just after a rest is faster
-    count = round(2000 / (begin.elapsed_time(end) / 5))
-    begin.record()
-    trainer.run(count)
-    end.record()
+    sustained = enqueued(one_step, round(2000 / rested))
     time.sleep(1)
     state = card()
-    torch.cuda.synchronize()
-    step = begin.elapsed_time(end) / count
+    step = sustained()
     each = step / options.replicas
     print(f"{step:.3f} ms a step, {each:.4f} ms a replica-step, R = {options.replicas}")
     print("{sm_mhz} MHz, {power_w} W, held down by the power limit: {at_power_limit}".format(**state))

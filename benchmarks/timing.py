@@ -16,26 +16,38 @@ import triton
 RESULTS = Path(__file__).with_name("results")
 
 
+def enqueued(run: Callable[[], object], count: int = 1) -> Callable[[], float]:
+    """Runs it `count` times and does not wait; what comes back waits, and says the milliseconds of one run."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+
+    def wait() -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / count
+
+    return wait
+
+
 def captured(calls: Sequence[Callable[[], object]], budget: float) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph that repeats all of `calls` until it takes about `budget` ms, and the calls in it."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:
-            call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        rounds = max(1, min(50, round(budget / max(start.elapsed_time(end), 1e-3))))
+        run()
+        rounds = max(1, min(50, round(budget / max(enqueued(run)(), 1e-3))))
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
-            for call in calls:
-                call()
+            run()
     return graph, rounds * len(calls)
 
 
@@ -48,19 +60,9 @@ def milliseconds_in_turn(
     a pause: a GPU under full load runs faster just after a rest, which would favour whoever is measured then.
     """
     graphs = [captured(calls, budget) for calls in ways]
-    times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in ways]
-    for _ in range(rounds + 1):
-        for (graph, _), events in zip(graphs, times, strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            events.append((start, end))
-    torch.cuda.synchronize()
-    return [
-        statistics.median(start.elapsed_time(end) for start, end in events[1:]) / count
-        for (_, count), events in zip(graphs, times, strict=True)
-    ]
+    turns = [[enqueued(graph.replay) for graph, _ in graphs] for _ in range(rounds + 1)]
+    times = [[wait() for wait in turn] for turn in turns[1:]]
+    return [statistics.median(way) / count for way, (_, count) in zip(zip(*times, strict=True), graphs, strict=True)]
 
 
 def milliseconds(calls: Sequence[Callable[[], object]], budget: float = 8.0, replays: int = 5) -> float:

@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.adamw import NAN_BITS
 from kernels.digest import _mix as mix
 from kernels.digest import digest_reference
 
@@ -650,7 +651,7 @@ def element_digest(weight, index):
         bits = tl.where(weight != weight, 0x7FF8 << 48, weight.to(tl.int64, bitcast=True)).to(tl.uint64)
         mixed = mix_bits(mix_bits(bits) + index.to(tl.uint64))
     else:
-        bits = tl.where(weight != weight, 0x7FC00000, weight.to(tl.int32, bitcast=True)).to(tl.uint32, bitcast=True)
+        bits = tl.where(weight != weight, NAN_BITS, weight.to(tl.int32, bitcast=True)).to(tl.uint32, bitcast=True)
         mixed = mix_bits((index.to(tl.uint64) << 32) + bits.to(tl.uint64))
     return mixed.to(tl.int64, bitcast=True)
 

@@ -12,13 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.adamw import join_bits, join_master
+from kernels.adamw import NAN_BITS, join_bits, join_master
 from kernels.stacking import dense_replicas
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit: torch has no uint64 arithmetic
 MIX1 = 0xBF58476D1CE4E5B9 - 2**64
 MIX2 = 0x94D049BB133111EB - 2**64
-NAN_BITS = 0x7FC00000
 CHUNK = 2**20  # elements mixed at once on the CPU: 8 MiB a temporary
 BLOCK = 4096  # elements a program of the kernel digests
 
@@ -69,7 +68,7 @@ def digest_reference(weights_RP, remainder_RP, replicas_J):
         if remainder_RP is not None:
             piece_JP = join_master(piece_JP, remainder_RP[:, place][replicas_J])
         bits_JP = piece_JP.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-        bits_JP = bits_JP.masked_fill(piece_JP.isnan(), NAN_BITS)
+        bits_JP = bits_JP.masked_fill(piece_JP.isnan(), NAN_BITS.value)
         index_P = torch.arange(piece_JP.shape[1], device=piece_JP.device) + start
         total_J += _mix((index_P << 32) + bits_JP).sum(1)
     return total_J
@@ -99,7 +98,7 @@ def _digest_kernel(
         remainder = tl.load(remainder_ptr + replica * remainder_stride + index, mask=index < P, other=0)
         weight = join_bits(weight, remainder)
     bits = weight.to(tl.uint32, bitcast=True)
-    bits = tl.where(weight != weight, 0x7FC00000, bits).to(tl.uint64)
+    bits = tl.where(weight != weight, NAN_BITS, bits).to(tl.uint64)
     z = (index.to(tl.uint64) << 32) + bits
     z = z + 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9

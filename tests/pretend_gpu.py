@@ -53,12 +53,12 @@ def install() -> None:
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
 
 
-def run(test: str, function: str, argument: str, cache: Path) -> str:
+def run(test: str, function: str, cache: Path, *arguments: str) -> str:
     """What a function of a test file prints in a process that pretends; any warning there is an error."""
-    code = f"import sys, pretend_gpu; pretend_gpu.install(); import {test}; {test}.{function}(sys.argv[1])"
+    code = f"import sys, pretend_gpu; pretend_gpu.install(); import {test}; {test}.{function}(*sys.argv[1:])"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-W", "error", "-c", code, argument]
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

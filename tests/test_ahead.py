@@ -16,7 +16,7 @@ def small_step():
     digest_triton(torch.ones(2, 48).bfloat16(), torch.ones(2, 48).short(), torch.arange(2))
 
 
-def in_a_process(_):
+def in_a_process():
     assert compile_ahead(small_step) == len(pretend_gpu.loaded) == 3
     assert not pretend_gpu.launched, "nothing is launched before all are compiled"
     missed = []
@@ -29,4 +29,4 @@ def in_a_process(_):
 
 
 def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
-    assert pretend_gpu.run("test_ahead", "in_a_process", "", tmp_path) == "done\n"
+    assert pretend_gpu.run("test_ahead", "in_a_process", tmp_path) == "done\n"
