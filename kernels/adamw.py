@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512  # elements a program; programs of this size fit beside a product that fills shared memory
+BLOCK = 1024  # elements a program; it needs no more than 16 bytes of shared memory, so it fits beside a product
 TOGETHER = tl.constexpr(4)  # neighbours a thread holds, of any type: else bf16 is shuffled to where fp32 lies
 NORM_BLOCK = 8192
 NAN_BITS = tl.constexpr(0x7FC00000)  # of the canonical NaN; others round to a zero
