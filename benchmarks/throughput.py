@@ -215,28 +215,26 @@ def table_of(network: str, rows: list[dict]) -> Table:
 
 
 def draw(measured: dict[str, list[dict]], path: Path) -> None:
-    """Milliseconds a replica-step over R, one panel a network, with the roofline."""
-    figure = Figure(figsize=(4.2 * len(measured), 3.8))
-    axes = figure.subplots(1, len(measured), squeeze=False)
+    """Bars of the fraction of the roofline reached, a group for each network; the figures are milliseconds."""
+    bars = [(network, row) for network, rows in measured.items() for row in rows if not row["error"]]
     colours = dict(zip(("ours", *OTHERS), ("C3", "0.6", "C0", "C2", "C1", "C4"), strict=True))
-    for axis, (network, rows) in zip(axes[0], measured.items(), strict=True):
-        good = [row for row in rows if not row["error"]]
-        for peer, colour in colours.items():
-            mine = [row for row in good if row["peer"] == peer]
-            if peer in SEQUENTIAL and mine:
-                axis.axhline(mine[0]["replica_step_ms"], color=colour, linestyle="--", label=peer)
-            elif mine:
-                points = [row["replicas"] for row in mine], [row["replica_step_ms"] for row in mine]
-                axis.plot(*points, marker="o", color=colour, label=peer)
-        if good:
-            floor = good[0]["replica_step_ms"] * good[0]["of_roofline_measured"]
-            axis.axhline(floor, color="black", linewidth=1, label="roofline")
-        axis.set(title=network, xlabel="replicas R", yscale="log")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.legend(fontsize=7)
-    axes[0, 0].set_ylabel("ms a replica-step")
-    figure.tight_layout()
+    gaps = {network: i for i, network in enumerate(measured)}
+    at = [i + gaps[network] for i, (network, _) in enumerate(bars)]
+    figure = Figure(figsize=(2 + 0.55 * (len(at) + len(gaps)), 4), layout="constrained")
+    axis = figure.subplots()
+    heights = [row["of_roofline_measured"] for _, row in bars]
+    drawn = axis.bar(at, heights, color=[colours[row["peer"]] for _, row in bars])
+    axis.bar_label(drawn, [f"{row['replica_step_ms']:#.3g}" for _, row in bars], fontsize=8)
+    axis.axhline(1, color="black", linewidth=1)
+    names = [f"{row['peer']}\nR = {row['replicas']}" for _, row in bars]
+    axis.set_xticks(at, names, rotation=90, fontsize=8)
+    for network in measured:
+        mine = [x for x, (name, _) in zip(at, bars, strict=True) if name == network]
+        if mine:
+            middle = (mine[0] + mine[-1]) / 2
+            axis.text(middle, 1.02, network, ha="center", weight="bold", transform=axis.get_xaxis_transform())
+    axis.margins(x=0.02)
+    axis.set_ylabel("of the roofline (bars)\nms a replica-step (figures)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
