@@ -25,6 +25,7 @@ from engine.outcome import (
     Thresholds,
     label,
 )
+from engine.plan import steps_of
 from engine.store import Store, open_store
 
 TRAINS = (CONVERGED, MARGINAL, UNDERTRAINED)  # the run did not break
@@ -94,8 +95,7 @@ def planned_steps(store: Store) -> np.ndarray:
         return np.full(grid.shape, config.steps)
     at: dict[str, float | np.ndarray] = {"tokens": config.tokens, "batch": config.batch}
     at |= {grid.y.name: grid.y.values[:, None], grid.x.name: grid.x.values}
-    steps = np.ceil(at["tokens"] / (at["batch"] * config.context)).astype(int)
-    return np.broadcast_to(steps, grid.shape)
+    return np.broadcast_to(steps_of(at["tokens"], at["batch"], config.context), grid.shape)
 
 
 def loss_ratio(losses: np.ndarray, first: np.ndarray) -> np.ndarray:

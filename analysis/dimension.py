@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -22,10 +23,11 @@ from rich.table import Table
 from analysis.boundary import edges, map_edges
 from analysis.classify import Labelling, classify
 from engine.command import parse, user_errors
-from engine.store import open_store
+from engine.store import Store, open_store
 
 TILES = 8  # the bootstrap resamples the map's TILES x TILES tiles
 DRAWS = 1000  # bootstrap draws
+LEAST_CELLS = 8  # maps smaller than this a side have no dimension
 NULLS = ("straight line", "disc", "noise", "all converged")
 
 
@@ -204,6 +206,30 @@ def published_slopes(mask: np.ndarray) -> np.ndarray:
     return -np.gradient(np.log(counts), np.log(sizes)) if len(sizes) > 1 else np.empty(0)
 
 
+def measurable(masks: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Those of some maps that have a dimension: LEAST_CELLS a side or more, and a boundary."""
+    return [mask for mask in masks if min(mask.shape) >= LEAST_CELLS and mask.any()]
+
+
+def sequence_lines(masks: Iterable[np.ndarray], fit: tuple[int, int] | None = None) -> list[str]:
+    """Both medians over the maps of a zoom sequence in words, beside those of the nulls of the last map's size."""
+    maps = measurable(masks)
+    if not maps:
+        return [f"no dimension: no map of {LEAST_CELLS} x {LEAST_CELLS} cells or more has a boundary"]
+    lines = {name: [null_mask(name, *maps[-1].shape)] for name in NULLS[:3]}
+    found = {name: [d for mask in several if (d := measure(mask, fit))] for name, several in lines.items()}
+    own = [d for mask in maps if (d := measure(mask, fit))]
+    values, (low, high) = [d.value for d in own], own[-1].fit
+    by_ours = ", ".join(f"{name} {local_median(several):.3f}" for name, several in found.items())
+    published = ", ".join(f"{name} {published_median(several):.3f}" for name, several in lines.items())
+    return [
+        f"median local slope over {len(own)} map{'s' * (len(own) > 1)}, boxes of {low} to {high} cells: "
+        f"{local_median(own):.3f} (the maps' own dimensions {min(values):.3f} to {max(values):.3f}; {by_ours})",
+        f"by the published estimator (biased: one grid, frame and full boxes): {published_median(maps):.3f} "
+        f"({published})",
+    ]
+
+
 @cache
 def null_mask(name: str, rows: int, cols: int) -> np.ndarray:
     """Boundary blocks [rows, cols] of a null map: NULLS."""
@@ -249,33 +275,42 @@ def dimension_table(found: Dimension, shape: tuple[int, int]) -> Table:
     return table
 
 
+def sequences(store: Store) -> dict[str, list[Path]]:
+    """The zooms of each sequence stored inside a store, by the sequence's name; single zooms are in none."""
+    found: dict[str, list[Path]] = {}
+    for path in store.children():
+        name, level, _ = path.name.rpartition("-level-")
+        if level:
+            found.setdefault(name, []).append(path)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(Labelling):
     """Which store to measure, and how."""
 
-    store: str  # path of the sweep's store; its zooms are measured with it
+    store: str  # path of the sweep's store; its zoom sequences are measured with it
     fit: str = ""  # box sides fitted, low:high in cells (default: 2 to an eighth of the shorter side)
 
 
 def main() -> None:
-    """Print a map's dimension, its nulls, and the medians over its zoom sequence."""
+    """Print a map's dimension, its nulls, and the medians over each of its zoom sequences."""
     options = parse(Options, "Box-counting dimension of a map's boundary, with its interval and null baselines.")
     with user_errors():
         console, fit = Console(), parse_fit(options.fit)
         store = open_store(options.store)
-        paths = [store.path, *store.children()]
-        masks = [map_edges(classify(open_store(path), options.thresholds)) for path in paths]
-        measures = [measure(mask, fit) for mask in masks]
-        if measures[0] is None:
+        mask = map_edges(classify(store, options.thresholds))
+        found = measure(mask, fit)
+        if found is None:
             raise ValueError(f"{store.path} has no boundary: every measured cell is on one side; no dimension")
-        console.print(dimension_table(measures[0], masks[0].shape))
-        if measures[0].warning:
-            console.print(f"warning: {measures[0].warning}", style="yellow")
-        several = [d for d in measures if d is not None]
-        console.print(f"median local slope over {len(several)} maps: {local_median(several):.3f} (least box grid)")
-        console.print(
-            f"  the same as published: {published_median(masks):.3f} (biased: one grid, frame and full boxes)"
-        )
+        console.print(dimension_table(found, mask.shape))
+        if found.warning:
+            console.print(f"warning: {found.warning}", style="yellow")
+        alone: dict[str, list[Path]] = {"this map": []}
+        for name, paths in (alone | sequences(store)).items():
+            zooms = [map_edges(classify(open_store(path), options.thresholds)) for path in paths]
+            said = [f"{name}, {len(paths)} zooms:" if paths else f"{name}:", *sequence_lines([mask, *zooms], fit)]
+            console.print("\n  ".join(said), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

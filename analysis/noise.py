@@ -5,7 +5,8 @@ the boundary; else rows) are trained again, each as a sweep of its own with exac
 coordinates, stored inside it as `noise/<variant>-row-<i>` or `-column-<i>`. Variants:
 
 - repeat: nothing changed but the company a cell trains in; no label should change on a GPU.
-- precision: the network's other precision.
+- precision: the network's finest precision, or its coarsest where the map has the finest, if that one
+  tells neighbouring cells apart at all; it then says how deep the coarsest goes, and the map's own deeper.
 - order: other seed, thus other initial weights and data order (language models).
 - permuted: the same hidden units in another order (the paper's network): the same mathematics,
   rounded differently.
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from analysis.boundary import map_edges, near
 from analysis.classify import Labelling, classify, measured, trains
-from analysis.dimension import measure
+from analysis.dimension import measurable, measure
 from engine.command import parse, user_errors
 from engine.config import PRECISIONS, SweepConfig
 from engine.grid import Axis, Grid
@@ -106,9 +107,11 @@ def line_path(store: Store, variant: str, line: str) -> Path:
 
 
 def variants(store: Store) -> dict[str, SweepConfig]:
-    """The configurations that a map of this store is compared with."""
+    """The configurations that a map of this store is compared with, where that can be."""
     config = store.config
-    made = {"repeat": config, "precision": replace(config, precision=other_precision(config))}
+    made, other = {"repeat": config}, other_precision(config)
+    if config.grid.y.distinct(other) and config.grid.x.distinct(other):
+        made["precision"] = replace(config, precision=other)
     if "seed" in config.swept:
         return made  # the seed decides what these two would change
     if config.network == "mlp":
@@ -119,9 +122,15 @@ def variants(store: Store) -> dict[str, SweepConfig]:
 
 
 def other_precision(config: SweepConfig) -> str:
-    """The precision to compare with: the finest one, or the next to it where that is the map's own."""
+    """The precision to compare with: the finest one, or the coarsest where the finest is the map's own."""
     finest_first = PRECISIONS[config.network][::-1]
     return finest_first[0] if config.precision != finest_first[0] else finest_first[-1]
+
+
+def coarser_precision(config: SweepConfig) -> str:
+    """`other_precision` where it is coarser than the map's own, else ''."""
+    other, finer_last = other_precision(config), PRECISIONS[config.network]
+    return other if finer_last.index(other) < finer_last.index(config.precision) else ""
 
 
 def permuted_problem(store: Store) -> Path:
@@ -144,7 +153,11 @@ def train_lines(store: Store, share: float, chosen: list[str], device: str, cons
 
     points = store.grid.shape[line_axis(store.grid)]
     lines = chosen_lines(points, share)
-    for variant, config in variants(store).items():
+    possible = variants(store)
+    if "precision" in chosen and "precision" not in possible:
+        other = other_precision(store.config)
+        console.print(f"precision: left out, neighbouring cells are the same in {other}", highlight=False)
+    for variant, config in possible.items():
         if variant not in chosen:
             continue
         for line in lines:
@@ -204,19 +217,26 @@ def compare(variant: str, before: np.ndarray, after: np.ndarray, close: np.ndarr
 def exponent_of(store: Store, labelling: Labelling) -> float:
     """2 - D of a store's boundary, kept in [0.1, 1]; 1, a smooth boundary's, where no dimension is to be had."""
     blocks = map_edges(classify(store, labelling.thresholds))
-    found = measure(blocks) if min(blocks.shape) >= 8 else None
+    found = measure(blocks) if measurable([blocks]) else None
     return float(np.clip(2 - found.value, 0.1, 1)) if found else 1.0
 
 
-def verdict(floor: Floor, exponent: float) -> str:
-    """How deep the map is signal by this variant, in words."""
+def verdict(floor: Floor, exponent: float, coarser: str = "") -> str:
+    """How deep the map is signal by this variant, in words.
+
+    Args:
+        floor: what the variant changed.
+        exponent: 2 - D of the map's boundary.
+        coarser: the variant's precision, where it is coarser than the map's own, whose floor lies deeper.
+    """
     if not floor.near:
         return "no cell near a boundary was trained again"
     if not floor.is_signal:
-        return "noise: this map is already beyond its floor"
+        return f"noise in {coarser}, coarser than the map" if coarser else "noise: this map is already beyond its floor"
     zoom = floor.depth(exponent)
     bound = "at least" if floor.flips_near == 0 else "about"
-    return f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(max(zoom, 1), 4):.1f} zooms of 4x)"
+    said = f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(max(zoom, 1), 4):.1f} zooms of 4x)"
+    return f"{said} in {coarser}, coarser than the map" if coarser else said
 
 
 def noise_table(store: Store, floors: list[Floor], exponent: float) -> Table:
@@ -262,7 +282,8 @@ def main() -> None:
             floors, exponent = read_noise(current, options), exponent_of(current, options)
             console.print(noise_table(current, floors, exponent))
             for floor in floors:
-                console.print(f"{floor.variant}: {verdict(floor, exponent)}", highlight=False)
+                lower = coarser_precision(current.config) if floor.variant == "precision" else ""
+                console.print(f"{floor.variant}: {verdict(floor, exponent, lower)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,22 @@ from rich.table import Table
 
 from analysis.boundary import map_edges
 from analysis.classify import Labelling
-from analysis.dimension import NULLS, Dimension, local_median, measure, null_mask, published_median
+from analysis.dimension import (
+    LEAST_CELLS,
+    NULLS,
+    Dimension,
+    local_median,
+    measurable,
+    measure,
+    null_mask,
+    published_median,
+)
 from analysis.zoom import check_follow, sequence
 from engine.command import parse, user_errors
 from engine.config import SweepConfig
 from engine.provenance import device_name, provenance
 from engine.store import open_store
 from engine.sweep import RunOptions, choose_device, run_sweep
-
-LEAST_CELLS = 8  # maps smaller than this a side have no dimension
 
 
 class Experiment(NamedTuple):
@@ -86,7 +93,7 @@ def zoomed(
 
 def figures(masks: list[np.ndarray]) -> dict[str, float]:
     """Both medians over some maps, and mean and spread of the maps' own dimensions; empty without a boundary."""
-    large = [mask for mask in masks if min(mask.shape) >= LEAST_CELLS and mask.any()]
+    large = measurable(masks)
     measured: list[Dimension] = [found for mask in large if (found := measure(mask)) is not None]
     if not measured:
         return {}

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from analysis.boundary import Critical, critical, map_edges
 from analysis.classify import Labelling, classify, convergence_value, counts, measured, trains
-from analysis.dimension import Dimension, measure, nulls, parse_fit
+from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls, parse_fit
 from engine.command import parse, user_errors
 from engine.grid import Axis
 from engine.outcome import LABELS
@@ -370,7 +370,7 @@ def analyse(store: Store, labelling: Labelling, fit: tuple[int, int] | None) -> 
     codes = classify(store, labelling.thresholds)
     blocks = map_edges(codes)
     rated = any(axis.name == "lr" or axis.name.startswith("lr.") for axis in (store.grid.y, store.grid.x))
-    large = min(blocks.shape) >= 8
+    large = min(blocks.shape) >= LEAST_CELLS
     return Map(
         store,
         codes,

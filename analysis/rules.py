@@ -19,6 +19,7 @@ from analysis.classify import Labelling, classify, measured, planned_steps, trai
 from analysis.plot import TEXT, save
 from engine.command import parse, user_errors
 from engine.outcome import CONVERGED
+from engine.plan import looks_ahead
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ DRAWS = 2000  # bootstrap draws
 SAFE = 0.5  # the rule of thumb: this share of the critical rate is safe
 NEAR = 4.0  # a cell is near the boundary within this factor of its column's critical rate
 SURE = 0.95  # area under the ROC curve from which a sign counts as sure
+FEWEST_RUNS = 50  # runs below which an area is not counted on
 SIGNS = ("last", "highest", "jump", "learning rate alone")
 
 
@@ -70,7 +72,8 @@ def power_law(found: Critical) -> PowerLaw:
     """Least squares of log critical rate on log value of the other axis, over bracketed lines.
 
     Each bootstrap draw takes the lines with replacement and a place, log-uniform, within each one's
-    bracket, so the interval holds both the scatter of the lines and the spacing of the grid.
+    bracket, so the interval holds both the scatter of the lines and the spacing of the grid. It is of one
+    seed, and of lines that may be read off the same runs: another seed's law often lies outside.
 
     Raises:
         ValueError: too few bracketed lines.
@@ -186,9 +189,17 @@ class EarlyWarning:
 
     @property
     def soon(self) -> int | None:
-        """The fewest losses whose best sign is sure; None if never."""
+        """The fewest losses from which the best sign stays sure; None if never.
+
+        Looked at are counts that FEWEST_RUNS runs or more outlast, up to half the longest run: one that is sure
+        by chance, or near the end of the few longest runs, warns of nothing.
+        """
         best = np.nanmax([self.areas[name] for name in SIGNS[:3]] + [np.zeros(len(self.first))], axis=0)
-        return int(self.first[best >= SURE][0]) if (best >= SURE).any() else None
+        counted = (self.runs >= FEWEST_RUNS) & (self.first <= (self.first[-1] + 1) / 2)
+        unsure = np.flatnonzero(counted & (best < SURE))
+        sure = np.flatnonzero(counted & (best >= SURE))
+        sure = sure[sure > unsure[-1]] if len(unsure) else sure
+        return int(self.first[sure[0]]) if len(sure) else None
 
 
 def early_warning(store: Store, codes: np.ndarray, chosen: np.ndarray | None = None) -> EarlyWarning:
@@ -269,6 +280,7 @@ class Rules:
     safe_measured: Safety
     safe_predicted: Safety
     best: np.ndarray  # [line]
+    shared: str  # what the columns share beside the seed, in words
     early: tuple[EarlyWarning, ...]  # over the whole map, and over cells near the boundary; empty without traces
 
 
@@ -278,7 +290,7 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
     Raises:
         ValueError: no learning-rate axis, or too few lines with a bracketed boundary.
     """
-    found = critical(store.grid, codes)
+    found, config = critical(store.grid, codes), store.config
     law, unseen = power_law(found), held_out(found)
     traced = "losses" in store and planned_steps(store).max() >= 3
     return Rules(
@@ -288,6 +300,7 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
         safety(store, codes, found, found.value),
         safety(store, codes, found, unseen.predicted),
         best_rates(store, codes, found),
+        " and for columns read off the same runs" if found.other.name == "tokens" and not looks_ahead(config) else "",
         (early_warning(store, codes), early_warning(store, codes, near_boundary(store, found))) if traced else (),
     )
 
@@ -311,6 +324,7 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
             f"{r.safe_predicted.at_it:.0%} train and {r.safe_predicted.converged:.0%} converge (predicted from the "
             "other columns)",
         ),
+        ("all of this", f"holds for one seed{r.shared}; sweep the seed, or run analysis/noise.py, to see others"),
     ]
     if len(ratio):
         low, middle, high = np.percentile(ratio, (0, 50, 100))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from analysis.boundary import map_edges
 from analysis.classify import Labelling, classify, convergence_value
-from analysis.dimension import local_median, measure, published_median
+from analysis.dimension import sequence_lines
 from analysis.plot import (
     TEXT,
     analyse,
@@ -152,7 +152,7 @@ def refinable(axis: Axis, precision: str) -> float:
         return math.inf
     if rule.integer:
         return float(np.diff(values).min())
-    kernel = np.float32 if rule.kernel_float and precision != "fp64" else np.float64
+    kernel = axis.kernel_type(precision)
     larger = np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
     number = np.diff(values) / np.spacing(larger.astype(kernel)).astype(np.float64)
     low, high = (math.log(axis.low), math.log(axis.high)) if axis.scale == "log" else (axis.low, axis.high)
@@ -399,12 +399,8 @@ def shown(levels: list[Level], most: int = 4) -> list[Level]:
 
 def report_sequence(levels: list[Level], console: Console) -> None:
     """Print the dimension over the sequence by both estimators."""
-    masks = [map_edges(level.codes) for level in levels]
-    large = [mask for mask in masks if min(mask.shape) >= 8 and mask.any()]
-    if large:
-        ours = local_median(d for mask in large if (d := measure(mask)))
-        console.print(f"median local slope over {len(large)} maps: {ours:.3f}")
-        console.print(f"the same by the published estimator, which is biased: {published_median(large):.3f}")
+    for line in sequence_lines(map_edges(level.codes) for level in levels):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True, kw_only=True)

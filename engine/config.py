@@ -22,6 +22,13 @@ PRECISIONS = {"gpt": ("bf16", "tf32", "fp32"), "smollm2": ("bf16", "tf32", "fp32
 NONLINEARITIES = ("tanh", "relu", "identity")
 # fields that `resolve` works out from others where they are not given
 DERIVED = ("width", "heads", "kv_heads", "micro_batch", "rows_per_launch", "trace", "data_points")
+# fields that only some networks have, beside their hyper-parameters
+FIELDS_OF = {
+    ("gpt",): "depth width heads kv_heads vocabulary",
+    ("gpt", "smollm2"): "context data data_config split data_rows validation_rows optimizer momentum eps schedule "
+    "floor decay micro_batch",
+    ("mlp",): "steps nonlinearity data_points minibatch offset_every_step problem",
+}
 DEFAULT_AXES = {
     "gpt": ("lr:log:1e-4:1e1:32", "tokens:log:1e3:6e4:32"),
     "smollm2": ("lr:log:1e-6:1e-1:16", "tokens:log:1e3:64e3:16"),
@@ -60,7 +67,7 @@ class SweepConfig:
     decay: float = 0.2  # wsd: share of the steps spent decaying
     precision: str = "auto"  # bf16, tf32 or fp32 (mlp: fp32, tf32x3 or fp64); auto: bf16 on a GPU, else fp32
     micro_batch: int = 0  # sequences a forward pass; larger batches accumulate gradients (0: chosen from the batches)
-    rows_per_launch: str = "auto"  # grid rows trained at once; auto: up to 64 trajectories on a CPU, what fits on a GPU
+    rows_per_launch: str = "auto"  # grid rows trained at once; auto: some 16 runs on a CPU, 64 MiB of traces on a GPU
     trace: str = "auto"  # on: store every step's loss; off; auto: on except for the mlp
 
     lr: float = 1e-3  # learning rate
@@ -183,6 +190,7 @@ def automatic_micro_batch(config: SweepConfig) -> int:
 def check(config: SweepConfig) -> None:
     """Raise ValueError in one line for the first field that is not legal."""
     grid = config.grid
+    check_fields_apply(config)
     expect("precision", config.precision, PRECISIONS[config.network])
     expect("schedule", config.schedule, SCHEDULES)
     expect("optimizer", config.optimizer, OPTIMIZERS)
@@ -191,14 +199,15 @@ def check(config: SweepConfig) -> None:
     rows = config.rows_per_launch
     if rows != "auto" and (not rows.isdecimal() or int(rows) < 1):
         raise ValueError(f"rows_per_launch is {rows!r}, expected auto or a whole number >= 1")
-    dtype = np.float64 if config.precision == "fp64" else np.float32
     for axis in (grid.y, grid.x):
         if config.network not in HYPER_PARAMETERS[axis.name].networks:
             known = [n for n, rule in HYPER_PARAMETERS.items() if config.network in rule.networks]
             raise ValueError(
                 f"axis {axis.name!r} does not apply to the network {config.network!r}; it has {', '.join(known)}"
             )
-        axis.check_spacing(dtype)
+        if why := without_effect(config, axis.name):
+            raise ValueError(f"axis {axis.name} changes nothing {why}; sweep something else, or change that")
+        axis.check_spacing(config.precision)
     for name, rule in HYPER_PARAMETERS.items():
         value = config.fixed(name)
         if value is not None and not rule.low <= value <= rule.high:
@@ -221,6 +230,31 @@ def check(config: SweepConfig) -> None:
         raise ValueError(f"problem file {config.problem!r} does not exist; give an .npz with X, Y, W0 and W1")
     if config.network != "mlp":
         check_tokens(config)
+
+
+def check_fields_apply(config: SweepConfig) -> None:
+    """A field that the network does not have must be left alone."""
+    networks = {name: of for of, names in FIELDS_OF.items() for name in names.split()}
+    networks |= {attribute(name): rule.networks for name, rule in HYPER_PARAMETERS.items()}
+    for own in fields(SweepConfig):
+        value = getattr(config, own.name)
+        if config.network not in networks.get(own.name, NETWORKS) and value != own.default:
+            raise ValueError(
+                f"{own.name} is {value!r}, but the network {config.network!r} has none (it is for "
+                f"{' and '.join(networks[own.name])}); leave it out, or choose another --network"
+            )
+
+
+def without_effect(config: SweepConfig, name: str) -> str:
+    """Why a hyper-parameter changes nothing in this sweep, '' where it does."""
+    given = {n for n in HYPER_PARAMETERS if config.fixed(n) is not None} | set(config.swept)
+    if name in ("beta1", "beta2") and config.optimizer == "sgd":
+        return "with --optimizer sgd"
+    if name == "lr.matrix" and {"lr.attention", "lr.mlp"} <= given:
+        return "where lr.attention and lr.mlp are given"
+    if name == "lr" and config.network == "mlp" and {"lr.0", "lr.1"} <= given:
+        return "where lr.0 and lr.1 are given"
+    return ""
 
 
 def check_tokens(config: SweepConfig) -> None:

@@ -132,15 +132,21 @@ class Axis:
             values = np.linspace(self.low, self.high, self.points)
         return np.round(values) if HYPER_PARAMETERS[self.name].integer else values
 
-    def check_spacing(self, dtype: type[np.floating]) -> None:
-        """Raise ValueError when neighbours collide in `dtype`, the precision the kernels compute in."""
-        if not HYPER_PARAMETERS[self.name].kernel_float:
-            return
-        seen = self.values.astype(dtype)
-        if len(np.unique(seen)) < self.points:
+    def kernel_type(self, precision: str) -> type[np.floating]:
+        """The numbers that the kernels see the values in."""
+        return np.float32 if HYPER_PARAMETERS[self.name].kernel_float and precision != "fp64" else np.float64
+
+    def distinct(self, precision: str) -> bool:
+        """Whether the kernels see all values apart."""
+        seen = self.values.astype(self.kernel_type(precision))
+        return not HYPER_PARAMETERS[self.name].kernel_float or len(np.unique(seen)) == self.points
+
+    def check_spacing(self, precision: str) -> None:
+        """Raise ValueError when neighbours collide in the numbers the kernels compute in."""
+        if not self.distinct(precision):
             raise ValueError(
-                f"axis {self}: neighbouring values are equal in {np.dtype(dtype).name}, in which the "
-                "kernels compute; take fewer points or a wider range (or --precision fp64 for mlp)"
+                f"axis {self}: neighbouring values are equal in {np.dtype(self.kernel_type(precision)).name}, in which "
+                "the kernels compute; take fewer points or a wider range (or --precision fp64 for mlp)"
             )
 
     def tile(self, start: int, stop: int, factor: int) -> "Axis":

@@ -36,7 +36,7 @@ def label(status, first_loss, last_loss, nonfinite_step, thresholds: Thresholds)
         thresholds: bounds on last_loss / first_loss.
 
     Returns:
-        uint8 codes into LABELS, of the arguments' common shape. A cell whose loss is not finite before
+        uint8 codes into LABELS, of the arguments' common shape. A cell whose loss is 0 or not finite before
         any update measured nothing and is `invalid`.
     """
     first_loss, last_loss = np.asarray(first_loss, np.float64), np.asarray(last_loss, np.float64)
@@ -44,7 +44,7 @@ def label(status, first_loss, last_loss, nonfinite_step, thresholds: Thresholds)
     codes = np.select(
         [
             np.asarray(status) == NOT_COMPUTED,
-            ~np.isfinite(first_loss),
+            ~np.isfinite(first_loss) | (first_loss == 0),
             (np.asarray(nonfinite_step) >= 0) | ~np.isfinite(last_loss),
             ratio > 1 + thresholds.moved,
             ratio >= 1 - thresholds.moved,

@@ -5,7 +5,6 @@ share one: with a constant learning rate and no warm-up, a row of token budgets 
 off at several marks. Schedules that look ahead to the last step give every budget a run of its own.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,9 +56,12 @@ def cell_hyper(config: SweepConfig, row: int, col: int) -> dict[str, float]:
     return fixed_hyper(config) | {grid.y.name: float(grid.y.values[row]), grid.x.name: float(grid.x.values[col])}
 
 
-def steps_of(hyper: dict[str, float], context: int) -> int:
-    """Steps that consume a cell's tokens: ceil(tokens / (batch * context))."""
-    return math.ceil(hyper["tokens"] / (hyper["batch"] * context))
+def steps_of(tokens: np.ndarray | float, batch: np.ndarray | float, context: int) -> np.ndarray:
+    """Steps that consume a cell's tokens, int: ceil(tokens / (batch * context)).
+
+    An excess of a billionth makes no step: 5,120 tokens of a logarithmic axis can be 5,120.000000000003.
+    """
+    return np.ceil(tokens / (batch * context) * (1 - 1e-9)).astype(int)
 
 
 def looks_ahead(config: SweepConfig) -> bool:
@@ -79,7 +81,7 @@ def trajectories(config: SweepConfig, rows: range) -> list[Trajectory]:
     for row in rows:
         for col in range(grid.x.points):
             hyper = fixed | {grid.y.name: float(y_values[row]), grid.x.name: float(x_values[col])}
-            steps = steps_of(hyper, config.context)
+            steps = int(steps_of(hyper["tokens"], hyper["batch"], config.context))
             key = tuple(value for name, value in hyper.items() if name != "tokens") + ((steps,) if ahead else ())
             hypers.setdefault(key, hyper)
             runs.setdefault(key, {}).setdefault(steps, []).append((row, col))
@@ -100,7 +102,7 @@ def longest(config: SweepConfig) -> int:
     """Steps of the sweep's longest run."""
     if config.network == "mlp":
         return config.steps
-    return math.ceil(config.values("tokens").max() / (int(config.values("batch").min()) * config.context))
+    return int(steps_of(config.values("tokens").max(), config.values("batch").min(), config.context))
 
 
 def largest_batch(config: SweepConfig) -> int:

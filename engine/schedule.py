@@ -20,7 +20,7 @@ def factor(schedule: str, step_R: Tensor, total_R: Tensor, warmup_R: Tensor, dec
         (arXiv:2404.06395).
     """
     step_R, total_R = step_R.double(), total_R.double()
-    warm_R = torch.ceil(warmup_R * total_R)
+    warm_R = torch.ceil(warmup_R * total_R * (1 - 1e-9))  # 0.07 * 100 is 7.000000000000001
     rise_R = torch.where(step_R < warm_R, (step_R + 1) / warm_R.clamp(min=1), 1.0)
     if schedule == "constant":
         return rise_R

@@ -44,7 +44,10 @@ COMMON = {
     "weights_digest": ArraySpec("u8", 0, "64-bit digest of the final weights"),
 }
 LANGUAGE = {"val_loss": ArraySpec("f4", np.nan, "loss on the held-out sequences after the last step", "nat")}
-MLP = {"measure": ArraySpec("f8", np.nan, "convergence measure: -sum v if converged, else sum 1/v")}
+MLP = {
+    "nonfinite_step": ArraySpec("i4", -1, "first step whose loss (as the kernel has it) is not finite, -1 if none"),
+    "measure": ArraySpec("f8", np.nan, "convergence measure: -sum v if converged, else sum 1/v"),
+}
 TRACE = {"losses": ArraySpec("f4", np.nan, "loss of every step, before its update", "nat", steps=True)}
 
 

@@ -26,7 +26,7 @@ from engine.config import PRESETS, SweepConfig, resolve
 from engine.data import Corpus, check_vocabulary, load_corpus
 from engine.network import Network, load_network
 from engine.outcome import DONE, NOT_COMPUTED
-from engine.provenance import provenance
+from engine.provenance import other_arithmetic, provenance
 from engine.store import Store, Writer, array_specs, check_same_configuration, check_same_data, create_store
 from engine.trainer import Harvest, Trainer, bit_exact_at_any_width
 
@@ -274,8 +274,19 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -
         else:
             check_same_configuration(path, stored.config, setup.config)
             check_same_data(stored, data_digest)
+            check_same_arithmetic(stored, setup.device)
     rank.barrier()
     return Writer(path, lock=rank.index == 0)
+
+
+def check_same_arithmetic(stored: Store, device: torch.device) -> None:
+    """Raise ValueError when cells are missing, and would be trained with other arithmetic than those there."""
+    other = other_arithmetic(stored.attributes["provenance"], provenance(device))
+    if other and (stored.status == NOT_COMPUTED).any():
+        raise ValueError(
+            f"{stored.path} was begun {other}: the cells to come would have other bits; resume it there, or sweep "
+            "into another --store"
+        )
 
 
 def exact_at_any_width(setup: Setup) -> bool:

@@ -41,7 +41,7 @@ def language_store(
     grid = config.grid
     lr, tokens = grid.y.values[:, None], grid.x.values
     critical = 0.3 * (tokens / 1e4) ** exponent * np.exp(jitter * random.standard_normal(cols))
-    steps = np.ceil(tokens / (config.batch * config.context)).astype(int)
+    steps = plan.steps_of(tokens, config.batch, config.context)
     above = np.log10(lr / critical)
     step = np.arange(steps.max())
     good = 5.5 - 3.0 * np.exp(above)[..., None] * (1 - np.exp(-step * lr[..., None] * 0.3))

@@ -99,6 +99,16 @@ def test_a_single_batch_is_cut_into_equal_pieces():
         ({"x": "seed:linear:0:1:2", "tokens": 100}, "tokens starts at 100, below one step of 256 tokens"),
         ({"x": "batch:linear:1:64:4", "tokens": 300}, "below one step of 4096 tokens"),
         ({"y": "lr:linear:1:1.000001:64"}, "neighbouring values are equal in float32"),
+        ({"depth": 2, "network": "smollm2"}, "depth is 2, but the network 'smollm2' has none (it is for gpt)"),
+        (
+            {"context": 99, "network": "mlp"},
+            "context is 99, but the network 'mlp' has none (it is for gpt and",
+        ),
+        ({"steps": 99}, "steps is 99, but the network 'gpt' has none (it is for mlp)"),
+        ({"lr_0": 0.1}, "lr_0 is 0.1, but the network 'gpt' has none (it is for mlp)"),
+        ({"x": "beta1:linear:0:0.9:4", "optimizer": "sgd"}, "axis beta1 changes nothing with --optimizer sgd"),
+        ({"y": "lr.matrix:log:1:2:3", "lr_mlp": 0.1, "lr_attention": 0.1}, "axis lr.matrix changes nothing where"),
+        ({"network": "mlp", "y": "lr:log:1:2:3", "lr_0": 1.0}, "axis lr changes nothing where lr.0 and lr.1 are given"),
         ({"network": "mlp", "problem": "no/such.npz"}, "problem file 'no/such.npz' does not exist"),
     ],
 )

@@ -1,6 +1,7 @@
 """Box counting recovers the dimensions that are known."""
 
 import math
+import re
 from functools import cache
 
 import numpy as np
@@ -118,6 +119,24 @@ def test_command_prints_dimension_nulls_and_both_medians(tmp_path, capsys, monke
     shown = capsys.readouterr().out
     for part in ("this boundary", "straight line", "noise", "no boundary", "median local slope", "published"):
         assert part in shown
+
+
+def test_each_sequence_has_a_median_of_its_own_beside_nulls(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "s"
+    mlp_store(path, julia_measure(64))
+    noise = np.where(np.random.default_rng(0).random((64, 64)) < 0.5, 1.0, -1.0)
+    line = np.where(np.arange(64)[:, None] > np.arange(64) / 2, 1.0, -1.0)
+    for level in ("01", "02"):
+        mlp_store(path / "zoom" / f"x4-size-64-level-{level}", noise)
+        mlp_store(path / "zoom" / f"x4-size-64-follow-0.5-level-{level}", line)
+    mlp_store(path / "zoom" / "rows-0-4", np.where(np.eye(4) > 0, 1.0, -1.0))  # too small to have a dimension
+    monkeypatch.setattr("sys.argv", ["dimension", "--store", str(path)])
+    dimension.main()
+    shown = capsys.readouterr().out
+    medians = [float(text) for text in re.findall(r"maps?, boxes of 2 to 8 cells: ([\d.]+)", shown)]
+    assert len(medians) == 3
+    assert medians[1] == pytest.approx(1.0, abs=0.1) and medians[2] > 1.7
+    assert shown.count("noise 1.") == 6 and "follow-0.5, 2 zooms" in shown
 
 
 def test_command_on_a_map_with_one_label_says_no_boundary(tmp_path, capsys, monkeypatch):

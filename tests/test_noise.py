@@ -1,5 +1,7 @@
 """The noise floor: lines of a map trained again and compared with it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic import julia_measure, language_store, mlp_store, write_store
@@ -63,6 +65,19 @@ def test_depth_follows_the_uncertainty_exponent():
     same = compare("repeat", before, before, np.ones(before.shape, bool))
     assert same.depth(1.0) == pytest.approx(0.25 / (3 / 400))
     assert "at least" in verdict(same, 1.0)
+
+
+def test_a_coarser_precision_speaks_for_itself_and_is_left_out_where_it_merges_cells(tmp_path, monkeypatch, capsys):
+    config = replace(CONFIG, precision="fp64", y="lr.0:linear:10:20:8", x="lr.1:linear:10:10.0000001:8")
+    store = write_store(tmp_path / "s", config, {"measure": np.where(np.eye(8) > 0, 1.0, -1.0)})
+    assert list(noise.variants(store)) == ["repeat", "permuted"]
+    run(monkeypatch, "--store", store.path, "--share", 0.1, "--variants", "precision")
+    assert "precision: left out, neighbouring cells are the same in fp32" in capsys.readouterr().out
+    assert noise.coarser_precision(config) == "fp32" and noise.coarser_precision(replace(CONFIG, precision="fp32")) == ""
+    before = np.tile([CONVERGED, NONFINITE], (1, 200))
+    turned = compare("precision", before, before[:, ::-1], np.ones(before.shape, bool))
+    assert verdict(turned, 1.0, "fp32") == "noise in fp32, coarser than the map"
+    assert verdict(turned, 1.0) == "noise: this map is already beyond its floor"
 
 
 def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):

@@ -91,7 +91,17 @@ def test_runs_are_shared_exactly_where_nothing_looks_ahead(config):
 @pytest.mark.parametrize(("tokens", "steps"), [(256, 1), (257, 2), (512, 2), (16384, 64), (16384.5, 65)])
 def test_every_token_asked_for_is_consumed(tokens, steps):
     config = resolve(SweepConfig(y="lr:log:1:2:2", x="seed:linear:0:1:2", tokens=tokens), "cpu")
-    assert plan.steps_of(plan.cell_hyper(config, 0, 0), config.context) == steps == plan.longest(config)
+    assert plan.steps_of(config.tokens, config.batch, config.context) == steps == plan.longest(config)
+
+
+@pytest.mark.parametrize(
+    ("x", "steps"), [("512:512000:4", [2, 20, 200, 2000]), ("2560:163840:7", [10, 20, 40, 80, 160, 320, 640])]
+)
+def test_round_budgets_of_a_logarithmic_axis_train_no_step_more(x, steps):
+    config = resolve(SweepConfig(y="seed:linear:0:1:2", x=f"tokens:log:{x}"), "cpu")
+    assert config.values("tokens").tolist() != [step * 256.0 for step in steps]  # not exactly: that is the point
+    (run, *_) = plan.trajectories(config, range(1))
+    assert [mark.step for mark in run.marks] == steps and plan.longest(config) == steps[-1]
 
 
 def test_memory_counts_every_buffer_a_replica_has():

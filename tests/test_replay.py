@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from tiny import sweep, tiny
 
 from engine import replay
+from engine.config import SweepConfig
 from engine.replay import compare, replay_cell
 from engine.store import Writer, open_store
 
@@ -103,7 +104,7 @@ def test_a_cell_that_was_never_computed_cannot_be_replayed(tmp_path):
 
 
 def test_a_cell_of_the_papers_network_is_identical(tmp_path):
-    config = replace(tiny(tmp_path), network="mlp", y="lr.0:log:0.1:1e4:3", x="lr.1:log:0.1:1e4:3", steps=20)
+    config = SweepConfig(network="mlp", y="lr.0:log:0.1:1e4:3", x="lr.1:log:0.1:1e4:3", steps=20)
     store = sweep(config, tmp_path / "s")
     for row, col in [(0, 0), (1, 2), (2, 1)]:
         assert compare(store, row, col, replay_cell(store, row, col, "cpu")) == ""

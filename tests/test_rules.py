@@ -10,7 +10,17 @@ from synthetic import julia_measure, language_store, mlp_store
 from analysis import rules
 from analysis.boundary import critical
 from analysis.classify import classify
-from analysis.rules import best_rates, early_warning, held_out, near_boundary, power_law, roc_area, safety
+from analysis.rules import (
+    SIGNS,
+    EarlyWarning,
+    best_rates,
+    early_warning,
+    held_out,
+    near_boundary,
+    power_law,
+    roc_area,
+    safety,
+)
 from engine.outcome import Thresholds
 
 EXPONENT = -0.3  # of the synthetic map's critical rate, 0.3 at 1e4 tokens
@@ -71,6 +81,22 @@ def test_the_first_losses_tell_the_end_and_a_coin_does_not(store, codes, found):
     shuffled = np.random.default_rng(0).permutation(codes.ravel()).reshape(codes.shape)
     coin = early_warning(store, shuffled)
     assert coin.areas["last"][0] == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("areas", "runs", "soon"),
+    [
+        ([0.90, 0.96, 0.97, 0.98, 0.99], [900, 800, 700, 600, 500], 3),
+        ([0.90, 0.96, 0.94, 0.98, 0.99], [900, 800, 700, 600, 500], 9),  # sure by chance at 3
+        ([0.90, 0.96, 0.94, 0.93, 0.99], [900, 800, 700, 600, 500], None),  # sure in the last half alone
+        ([0.90, 0.94, 0.94, 0.98, 0.99], [900, 800, 700, 40, 20], None),  # by few runs
+        ([0.96, 0.96, 0.96, np.nan, 0.4], [900, 800, 700, 40, 20], 2),
+    ],
+)
+def test_a_number_of_losses_tells_if_every_later_one_does(areas, runs, soon):
+    first = np.array([2, 3, 5, 9, 20])
+    signs = {name: np.array(areas) for name in SIGNS}
+    assert EarlyWarning(first, np.array(runs), np.zeros(5), signs).soon == soon
 
 
 @given(hnp.arrays(float, st.integers(2, 30), elements=st.integers(0, 5)), st.randoms())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zarr
 from synthetic import write_store
-from tiny import arrays, assert_equal_bits, sweep, tiny
+from tiny import arrays, assert_equal_bits, forget, sweep, tiny
 
 from engine.config import SweepConfig
 from engine.store import Writer, create_store, open_store
@@ -178,6 +178,25 @@ def test_data_that_changed_since_are_refused(made, capsys):
     data.write_text(data.read_text().replace("cat", "dog"))
     before = contents(made)
     assert "have changed since" in refused(capsys, tiny(made.parent), made)
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"device": "NVIDIA H100"}, "was begun on NVIDIA H100, this is CPU"),
+        ({"packages": {"torch": "1.0"}}, "was begun with torch 1.0, this is"),
+    ],
+)
+def test_cells_of_other_arithmetic_are_not_mixed(made, capsys, changes, says):
+    group = zarr.open_group(made, mode="r+")
+    group.attrs["provenance"] = group.attrs["provenance"] | changes
+    before = contents(made)
+    sweep(tiny(made.parent), made)  # nothing is missing, nothing is trained
+    assert contents(made) == before
+    forget(made, row=1)
+    before = contents(made)
+    assert says in refused(capsys, tiny(made.parent), made)
     assert contents(made) == before
 
 

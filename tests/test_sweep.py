@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import arrays, assert_equal_bits, setup, sweep, tiny
+from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 
 from engine import plan
 from engine.config import SCHEDULES
@@ -44,7 +44,7 @@ def test_any_two_axes_make_a_whole_map(tmp_path, y, x):
     for row in range(2):
         for col in range(2):
             hyper = plan.cell_hyper(store.config, row, col)
-            steps = plan.steps_of(hyper, store.config.context)
+            steps = plan.steps_of(hyper["tokens"], hyper["batch"], store.config.context)
             assert store.read("steps")[row, col] == steps
             losses = store.read("losses")[row, col]
             assert np.isfinite(losses[:steps]).all() and np.isnan(losses[steps:]).all()
@@ -101,13 +101,6 @@ def test_finished_launches_are_skipped_when_resuming(tmp_path, monkeypatch):
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     [[run]] = launched
     assert {cell for mark in run.marks for cell in mark.cells} == {(1, col) for col in range(4)}
-
-
-def forget(path: Path, row: int) -> None:
-    """Mark a launch's row as not computed, as a kill before its last write leaves it."""
-    writer = Writer(path)
-    writer.group["status"][row : row + 1] = NOT_COMPUTED
-    writer.close()
 
 
 def test_what_a_launch_has_already_stored_stays_while_it_is_run_again(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from engine.config import SweepConfig
-from engine.store import Store, open_store
+from engine.outcome import NOT_COMPUTED
+from engine.store import Store, Writer, open_store
 from engine.sweep import Rank, RunOptions, Setup, prepare, run_sweep
 
 # tensors of a few hundred elements: a second thread only waits
@@ -61,3 +62,10 @@ def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) 
     assert one.keys() == other.keys()
     for name in one:
         assert one[name].tobytes() == other[name].tobytes(), name
+
+
+def forget(path: Path, row: int) -> None:
+    """Mark a launch's row as not computed, as a kill before its last write leaves it."""
+    writer = Writer(path)
+    writer.group["status"][row : row + 1] = NOT_COMPUTED
+    writer.close()
