@@ -198,17 +198,23 @@ def published_median(masks: Iterable[np.ndarray]) -> float:
 
 
 def published_slopes(mask: np.ndarray) -> np.ndarray:
-    """Local slopes of the published estimator at its ten (fewer on small maps) box sides; empty if under two."""
+    """Local slopes of the published estimator at its ten box sides; empty on maps too small for half a decade."""
     sizes = np.unique(np.logspace(1, np.log10(max(min(mask.shape), 10)), 10).astype(int))
     covers = [occupied(mask, size, 0, 0) & occupied(~mask, size, 0, 0) for size in sizes]
     counts = np.array([np.count_nonzero(cover) for cover in covers])
     sizes, counts = sizes[counts > 0], counts[counts > 0]
-    return -np.gradient(np.log(counts), np.log(sizes)) if len(sizes) > 1 else np.empty(0)
+    wide = len(sizes) > 1 and sizes[-1] > 3 * sizes[0]
+    return -np.gradient(np.log(counts), np.log(sizes)) if wide else np.empty(0)
 
 
 def measurable(masks: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Those of some maps that have a dimension: LEAST_CELLS a side or more, and a boundary."""
     return [mask for mask in masks if min(mask.shape) >= LEAST_CELLS and mask.any()]
+
+
+def in_words(value: float) -> str:
+    """A median with three decimals, or why there is none."""
+    return f"{value:.3f}" if math.isfinite(value) else "none (too small)"
 
 
 def sequence_lines(masks: Iterable[np.ndarray], fit: tuple[int, int] | None = None) -> list[str]:
@@ -221,11 +227,11 @@ def sequence_lines(masks: Iterable[np.ndarray], fit: tuple[int, int] | None = No
     own = [d for mask in maps if (d := measure(mask, fit))]
     values, (low, high) = [d.value for d in own], own[-1].fit
     by_ours = ", ".join(f"{name} {local_median(several):.3f}" for name, several in found.items())
-    published = ", ".join(f"{name} {published_median(several):.3f}" for name, several in lines.items())
+    published = ", ".join(f"{name} {in_words(published_median(several))}" for name, several in lines.items())
     return [
         f"median local slope over {len(own)} map{'s' * (len(own) > 1)}, boxes of {low} to {high} cells: "
         f"{local_median(own):.3f} (the maps' own dimensions {min(values):.3f} to {max(values):.3f}; {by_ours})",
-        f"by the published estimator (biased: one grid, frame and full boxes): {published_median(maps):.3f} "
+        f"by the published estimator (biased: one grid, frame and full boxes): {in_words(published_median(maps))} "
         f"({published})",
     ]
 

@@ -234,8 +234,10 @@ def verdict(floor: Floor, exponent: float, coarser: str = "") -> str:
     if not floor.is_signal:
         return f"noise in {coarser}, coarser than the map" if coarser else "noise: this map is already beyond its floor"
     zoom = floor.depth(exponent)
+    if zoom <= 1:
+        return "signal in this map, too few cells to say of any zoom"
     bound = "at least" if floor.flips_near == 0 else "about"
-    said = f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(max(zoom, 1), 4):.1f} zooms of 4x)"
+    said = f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(zoom, 4):.1f} zooms of 4x)"
     return f"{said} in {coarser}, coarser than the map" if coarser else said
 
 

@@ -26,6 +26,7 @@ from analysis.dimension import (
     LEAST_CELLS,
     NULLS,
     Dimension,
+    in_words,
     local_median,
     measurable,
     measure,
@@ -34,7 +35,7 @@ from analysis.dimension import (
 )
 from analysis.zoom import check_follow, sequence
 from engine.command import parse, user_errors
-from engine.config import SweepConfig
+from engine.config import SweepConfig, at_least
 from engine.provenance import device_name, provenance
 from engine.store import open_store
 from engine.sweep import RunOptions, choose_device, run_sweep
@@ -127,10 +128,8 @@ def main() -> None:
         unknown = [name for name in names if name not in found]
         if unknown:
             raise ValueError(f"unknown experiment {unknown[0]!r}, expected one of {', '.join(found)}")
-        if options.size < LEAST_CELLS or options.levels < 0:
-            raise ValueError(
-                f"size is {options.size} and levels {options.levels}, expected at least {LEAST_CELLS} and 0"
-            )
+        for name, low in (("size", LEAST_CELLS), ("levels", 0), ("factor", 2), ("steps", 1)):
+            at_least(name, getattr(options, name), low)
         if not re.fullmatch(r"[\d.]+(,[\d.]+)*", options.follow):
             raise ValueError(f"follow is {options.follow!r}, expected quantiles with commas between, such as 1,0.5")
         follows = [float(text) for text in options.follow.split(",")]
@@ -165,7 +164,7 @@ def add(table: Table, name: str, follow: str, published: str, result: dict[str, 
         table.add_row(name, follow, published, "no boundary", "", "", "0")
         return
     spread = f"{result['mean']:.3f} ± {result['deviation']:.3f}"
-    medians = (f"{result['published_estimator']:.3f}", f"{result['local_median']:.3f}")
+    medians = (in_words(result["published_estimator"]), in_words(result["local_median"]))
     table.add_row(name, follow, published, *medians, spread, str(result["maps"]))
 
 

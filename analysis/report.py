@@ -310,7 +310,7 @@ def chart(series: list[Series], x_name: str, y_name: str) -> str:
             path = " ".join(f"{u:.1f},{v:.1f}" for u, v in points)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{s.colour}" stroke-width="1.6"/>')
         if s.name:
-            parts.append(svg_text(points[-1][0] + 7, heights[s.name] + 4, s.name, "start", f"fill:{s.colour}"))
+            parts.append(svg_text(width - right + 7, heights[s.name] + 4, s.name, "start", f"fill:{s.colour}"))
     parts.append(svg_text((left + width - right) / 2, height - 6, x_name, "middle", "fill:var(--ink)"))
     parts.append(f'<g transform="translate(12 {(top + height - bottom) / 2}) rotate(-90)">')
     parts.append(svg_text(0, 0, y_name, "middle", "fill:var(--ink)"))

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from analysis.boundary import Critical, critical, lines
 from analysis.classify import Labelling, classify, measured, planned_steps, trains
-from analysis.plot import TEXT, save
+from analysis.plot import TEXT, number, save
 from engine.command import parse, user_errors
 from engine.outcome import CONVERGED
 from engine.plan import looks_ahead
@@ -24,6 +24,7 @@ from engine.store import Store, open_store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis
 
 FEWEST = 4  # bracketed columns below which nothing is fitted
 DRAWS = 2000  # bootstrap draws
@@ -291,6 +292,11 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
         ValueError: no learning-rate axis, or too few lines with a bracketed boundary.
     """
     found, config = critical(store.grid, codes), store.config
+    if found.other.name.startswith("lr"):
+        raise ValueError(
+            f"{store.path} maps {found.lr.name} against {found.other.name}; rules need a map of a learning rate "
+            "against something else, such as tokens"
+        )
     law, unseen = power_law(found), held_out(found)
     traced = "losses" in store and planned_steps(store).max() >= 3
     return Rules(
@@ -372,6 +378,16 @@ def draw_early(axes: "Axes", early: EarlyWarning, title: str) -> None:
     axes.legend(frameon=False, fontsize=7.5, loc="center left")
 
 
+def round_ticks(axis: "XAxis") -> None:
+    """Ticks of a logarithmic axis at decades, or at 1, 2 and 5 where there are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 300 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw(store: Store, r: Rules, pdf: bool) -> list[Path]:
     """Write figures/rules.png (and .pdf); the paths written."""
     from matplotlib import rc_context
@@ -386,6 +402,7 @@ def draw(store: Store, r: Rules, pdf: bool) -> list[Path]:
         for panel, early, title in zip(axes[1:], r.early, titles, strict=False):
             draw_early(panel, early, title)
         for panel in axes:
+            round_ticks(panel.xaxis)
             panel.spines[["top", "right"]].set_visible(False)
         return save(figure, store.figures, "rules", pdf)
 

@@ -117,10 +117,17 @@ def llama_weights(config: LlamaConfig, tensors: Mapping[str, NDArray[np.float32]
 
 def save_safetensors(path: str | Path, weights: Mapping[str, Tensor]) -> None:
     """Writes {name: tensor} to a .safetensors file; ValueError where the folder is missing."""
+    check_folder(path)
+    save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, Path(path))
+
+
+def check_folder(path: str | Path) -> None:
+    """ValueError where the folder of a file to write is missing, or the path is a folder."""
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"folder {path.parent} does not exist, cannot write {path.name}: make it first")
-    save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file to write")
 
 
 def read_gguf(file: Path) -> Gguf:

@@ -1,12 +1,40 @@
 """The commands' common outside: arguments from dataclasses, and one clear line for a user's fault."""
 
 import sys
+from argparse import Action
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, NoReturn
 
 from rich.console import Console
 from simple_parsing import ArgumentParser, DashVariant
+from simple_parsing.help_formatter import SimpleHelpFormatter
+
+DEFAULT = " (default: %(default)s)"
+
+
+class HelpFormatter(SimpleHelpFormatter):
+    """simple_parsing's page, with each default said once and each group by its name alone."""
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a group: `RunOptions ['options']` is RunOptions."""
+        super().start_section(heading and heading.split(" [")[0])
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shown, plain = copy(action), action.option_strings[0]
+        shown.option_strings = [o for o in action.option_strings if o in (plain, f"--no{plain[2:]}")]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        said = super()._get_help_string(action)
+        if said is None or not said.endswith(DEFAULT):
+            return said
+        text = said.removesuffix(DEFAULT)
+        if action.required:
+            return f"{text} (required)"
+        explained = "(default:" in text or (action.default == 0 and "(0:" in text)
+        return text if explained or action.default in (None, "") else said
 
 
 class Parser(ArgumentParser):
@@ -15,6 +43,20 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the line and end the program with exit code 2."""
         fail(f"{message}; --help lists the options")
+
+    def _preprocessing(self, *arguments: Any, **named: Any) -> None:
+        """What simple_parsing makes of the dataclasses, plainest spellings first, and no option without its value."""
+        super()._preprocessing(*arguments, **named)
+        for action in self._actions:
+            action.option_strings = sorted(action.option_strings, key=plainness)
+            if action.nargs == "?" and isinstance(action.metavar, str) and action.metavar.startswith("["):
+                # `float | None` stands for a field that need not be given, not for an empty one
+                action.nargs, action.metavar = None, action.metavar.strip("[]")
+
+
+def plainness(option: str) -> tuple[bool, ...]:
+    """Sorts an option's spellings: --lr.mlp, --lr-mlp, --lr_mlp, -y; its negation last."""
+    return option.startswith("--no"), not option.startswith("--"), "." not in option, "_" in option
 
 
 def parser(description: str) -> ArgumentParser:
@@ -26,6 +68,7 @@ def parser(description: str) -> ArgumentParser:
         description=description,
         add_option_string_dash_variants=DashVariant.UNDERSCORE_AND_DASH,
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
 
 
@@ -48,8 +91,14 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what a user or the machine's disk did wrong into one line on stderr and exit code 2."""
+    """Turn what a user or the machine's disk did wrong into one line on stderr and exit code 2.
+
+    An interrupt (Ctrl-C) is one line as well, and exit code 130.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from what is stored", style="yellow")
+        sys.exit(130)

@@ -51,9 +51,7 @@ class SweepConfig:
     context: int = 64  # tokens a sequence (smollm2: at most 2048)
     vocabulary: int = 0  # gpt: rows of the embedding (0: the tokenizer's)
 
-    data: str = (
-        "chitchat"  # chitchat (the package chitchat-dataset), a .txt/.jsonl/.parquet file, a folder, or a hub name
-    )
+    data: str = "chitchat"  # chitchat (the package), a .txt, .jsonl or .parquet file, a folder, or a hub name
     data_config: str = ""  # configuration name of a hub data set
     split: str = "train"  # split of a hub data set
     data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
@@ -164,6 +162,8 @@ def resolve(config: SweepConfig, device: str) -> SweepConfig:
 def resolve_shape(config: SweepConfig) -> SweepConfig:
     """Width, heads and key/value heads of a gpt given by its depth."""
     at_least("depth", config.depth, 1)
+    for name in ("width", "heads", "kv_heads", "vocabulary"):
+        at_least(name, getattr(config, name), 0)
     width = config.width or 64 * config.depth
     heads = config.heads or max(width // 64, 1)
     if width % heads:
@@ -211,7 +211,7 @@ def check(config: SweepConfig) -> None:
     for name, rule in HYPER_PARAMETERS.items():
         value = config.fixed(name)
         if value is not None and not rule.low <= value <= rule.high:
-            raise ValueError(f"{name} is {value:g}, expected a value in [{rule.low:g}, {rule.high:g}]")
+            raise ValueError(f"{name} is {value:g}, expected a value in [{rule.low:g}, {rule.high:.7g}]")
     for name, low in (
         ("context", 1),
         ("eps", 0),
@@ -236,6 +236,7 @@ def check_fields_apply(config: SweepConfig) -> None:
     """A field that the network does not have must be left alone."""
     networks = {name: of for of, names in FIELDS_OF.items() for name in names.split()}
     networks |= {attribute(name): rule.networks for name, rule in HYPER_PARAMETERS.items()}
+    del networks["init_scale"]  # the mlp's is fixed
     for own in fields(SweepConfig):
         value = getattr(config, own.name)
         if config.network not in networks.get(own.name, NETWORKS) and value != own.default:
@@ -276,7 +277,7 @@ def expect(name: str, value: str, legal: tuple[str, ...]) -> None:
 
 def at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError unless value >= low."""
-    if value < low:
+    if not value >= low:
         raise ValueError(f"{name} is {value:g}, expected at least {low:g}")
 
 

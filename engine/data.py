@@ -183,13 +183,15 @@ def read_source(data: str, data_config: str | None, split: str) -> Source:
 def hub_source(name: str, data_config: str | None, split: str) -> Source:
     """A dataset as `datasets` loads it: a hub name, or a local folder of the hub's layout."""
     from datasets import load_dataset
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries; the reason is said below
     try:
         rows = load_dataset(name, data_config, split=split)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"data {name} (config {data_config}, split {split}) cannot be loaded: {reason}: "
+            f"data {name} (config {data_config or 'none'}, split {split}) cannot be loaded: {reason}: "
             f"check the three names, or give a local file"
         ) from error
     return Source(len(rows), lambda index: rows[index], lambda index: f"{name} row {index}")
@@ -390,6 +392,8 @@ def _check_filled(data: str, context: int, validation_rows: int, validation: Row
         )
     if len(training.tokens_NT) and len(validation.tokens_NT) == validation_rows:
         return
+    if read == 0:
+        raise ValueError(f"data {data} holds no text: give data with some")
     if read <= context:
         raise ValueError(
             f"context {context} is longer than the data {data} ({read} tokens): give a shorter context or more data"

@@ -26,7 +26,8 @@ class Progress:
         self.config = config
         self.codes = block_codes(stored)
         self.done_before = int((self.codes != MISSING).sum())
-        self.cells = self.codes.size
+        missing = sum(int((self.codes[rows.start : rows.stop] == MISSING).sum()) for rows in todo)
+        self.cells = self.done_before + missing  # of this rank
         self.total = sum(launch_tokens(config, rows) for rows in todo)
         self.seen = 0.0  # tokens trained, or saved because a run ended early
         self.trained = 0.0

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from engine import descent, plan
-from engine.checkpoint import save_safetensors
+from engine.checkpoint import check_folder, save_safetensors
 from engine.command import parse, user_errors
 from engine.provenance import provenance
 from engine.store import Store, check_same_data, open_store
@@ -113,10 +113,12 @@ def main() -> None:
     console = Console(soft_wrap=True, highlight=False)
     with user_errors():
         store = open_store(options.store)
+        if options.save_weights:
+            if store.config.network == "mlp":
+                raise ValueError("--save-weights: the mlp's weights stay in its kernel; only language models have them")
+            check_folder(options.save_weights)
         replay = replay_cell(store, options.row, options.col, options.device)
         if options.save_weights:
-            if not replay.weights:
-                raise ValueError("--save-weights: the mlp's weights stay in its kernel; only language models have them")
             save_safetensors(options.save_weights, replay.weights)
             console.print(f"weights written to {options.save_weights}")
     difference = compare(store, options.row, options.col, replay)

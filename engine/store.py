@@ -71,7 +71,7 @@ class Store:
         if not metadata.is_file():
             raise ValueError(f"{self.path} is not a sweep store (no zarr.json); give the path of one, or a new path")
         attributes = read_metadata(metadata).get("attributes", {})
-        if attributes.get("format") != FORMAT:
+        if attributes.get("format") != FORMAT or "configuration" not in attributes:
             raise ValueError(f"{self.path} is a Zarr group of another program; give a sweep store, or a new path")
         if attributes.get("format_version") != VERSION:
             raise ValueError(
@@ -99,8 +99,11 @@ class Store:
         return array
 
     def read(self, name: str, rows: slice = slice(None), cols: slice = slice(None)) -> np.ndarray:
-        """An array, or a block of its rows and columns, as numpy."""
-        return np.asarray(self.array(name)[rows, cols])
+        """An array, or a block of its rows and columns, as numpy. Raises ValueError when a chunk is damaged."""
+        try:
+            return np.asarray(self.array(name)[rows, cols])
+        except RuntimeError as error:
+            raise ValueError(f"{self.path / name} is damaged ({error}); restore it or sweep into a new path") from None
 
     @property
     def status(self) -> np.ndarray:

@@ -30,6 +30,7 @@ from engine.provenance import other_arithmetic, provenance
 from engine.store import Store, Writer, array_specs, check_same_configuration, check_same_data, create_store
 from engine.trainer import Harvest, Trainer, bit_exact_at_any_width
 
+MLP_FLOPS = 1088  # a point and step: 544 multiply-adds
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
 CPU_MEMORY = 0.5  # share of the machine's memory a stack may take on a CPU
 GPU_MEMORY = 0.9  # share of a GPU's free memory a stack may take
@@ -116,6 +117,8 @@ class LanguageSetup(Setup):
 
 def prepare(config: SweepConfig, options: RunOptions, rank: Rank, stored: Store | None) -> Setup:
     """Load network and data, choose launches and slots. Raises ValueError before any training."""
+    if options.slots < 0:
+        raise ValueError(f"slots is {options.slots}, expected at least 1, or 0 for what fits")
     device = choose_device(options.device)
     config = resolve(config, device.type)
     if config.network == "mlp":
@@ -160,12 +163,19 @@ def prepare_language(
 
 
 def adopt_rows(config: SweepConfig, automatic: int, stored: Store | None) -> SweepConfig:
-    """The configuration with its rows a launch; where they are automatic a resumed sweep keeps the store's."""
+    """The configuration with its rows a launch; where they are automatic a resumed sweep keeps the store's.
+
+    Raises:
+        ValueError: the store holds a sweep of another configuration.
+    """
     if config.rows_per_launch != "auto":
         rows = int(config.rows_per_launch)
     else:
         rows = int(stored.config.rows_per_launch) if stored is not None else automatic
-    return replace(config, rows_per_launch=str(min(rows, config.grid.shape[0])))
+    config = replace(config, rows_per_launch=str(min(rows, config.grid.shape[0])))
+    if stored is not None:
+        check_same_configuration(stored.path, stored.config, config)
+    return config
 
 
 def automatic_mlp_rows(config: SweepConfig, rank: Rank, device: torch.device) -> int:
@@ -225,9 +235,9 @@ def train_launch(setup: LanguageSetup, trainer: Trainer, writer: Writer, rows: r
     writer.write_rows(rows.start, block)
 
 
-def missing_launches(setup: Setup, writer: Writer, rank: Rank) -> Iterator[range]:
+def missing_launches(setup: Setup, store: Store, rank: Rank) -> Iterator[range]:
     """This rank's launches that have cells to compute."""
-    status = writer.status
+    status = store.status
     for launch in plan.launches(setup.config, setup.rows_per_launch)[rank.index :: rank.count]:
         if (status[launch.start : launch.stop] == NOT_COMPUTED).any():
             yield launch
@@ -272,7 +282,6 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -
                 extra |= {"slots": setup.slots, "data": setup.corpus.description}
             create_store(path, setup.config, plan.longest(setup.config), setup.rows_per_launch, extra)
         else:
-            check_same_configuration(path, stored.config, setup.config)
             check_same_data(stored, data_digest)
             check_same_arithmetic(stored, setup.device)
     rank.barrier()
@@ -294,34 +303,60 @@ def exact_at_any_width(setup: Setup) -> bool:
     return not isinstance(setup, LanguageSetup) or bit_exact_at_any_width(setup.device)
 
 
-def dry_run_table(setup: Setup) -> Table:
-    """What a sweep would do, without doing it."""
+def dry_run_table(setup: Setup, stored: Store | None) -> Table:
+    """What a sweep would do, or what is left of one, without doing it."""
     config = setup.config
     table = Table(title="dry run: nothing is trained or stored", show_header=False, title_justify="left")
     rows, cols = config.grid.shape
     table.add_row("grid", f"{rows} x {cols} = {rows * cols:,} cells; y {config.grid.y}; x {config.grid.x}")
     launches = plan.launches(config, setup.rows_per_launch)
-    table.add_row("launches", f"{len(launches)} of up to {setup.rows_per_launch} rows")
-    if not isinstance(setup, LanguageSetup):
-        table.add_row("steps", f"{config.steps} a cell, {rows * cols * config.steps:,} in all")
-        return table
-    work = [run for launch in launches for run in plan.trajectories(config, launch)]
+    left = launches if stored is None else list(missing_launches(setup, stored, Rank(0, 1)))
+    held = f"; {len(left)} of them still to train" if stored is not None else ""
+    table.add_row("launches", f"{len(launches)} of up to {setup.rows_per_launch} rows{held}")
+    if isinstance(setup, LanguageSetup):
+        flops, rate = describe_language_work(table, setup, left, stored)
+    else:
+        flops, rate = describe_mlp_work(table, setup, left)
+    spread = "two cores; expect half to twice that" if setup.device.type == "cpu" else "an H100"
+    table.add_row("time", f"about {progress.clock(flops / rate)} at {rate:.1g} FLOP/s, typical of {spread}")
+    return table
+
+
+def describe_mlp_work(table: Table, setup: Setup, left: list[range]) -> tuple[float, float]:
+    """Rows of the dry run for the paper's network; FLOPs and a typical rate."""
+    config = setup.config
+    steps = sum(len(launch) for launch in left) * config.grid.x.points * config.steps
+    flops = MLP_FLOPS * (config.minibatch or config.data_points) * steps
+    table.add_row("work", f"{config.steps} steps a cell, {steps:,} in all, {flops:.3g} FLOPs")
+    rate = 5e10 if setup.device.type == "cpu" else 5e13
+    return flops, rate / 3 if config.precision == "fp64" else rate
+
+
+def describe_language_work(
+    table: Table, setup: LanguageSetup, left: list[range], stored: Store | None
+) -> tuple[float, float]:
+    """Rows of the dry run for a language model; FLOPs and a typical rate."""
+    config, memory = setup.config, setup.memory
+    work = [run for launch in left for run in plan.trajectories(config, launch)]
+    if stored is not None and bit_exact_at_any_width(setup.device):
+        work = pending(work, stored.status)
+    cells = sum(len(mark.cells) for run in work for mark in run.marks)
     tokens = sum(run.steps * run.hyper["batch"] * config.context for run in work)
-    flops = tokens * setup.network.flops_per_token
-    table.add_row("trajectories", f"{len(work):,} runs serve {rows * cols:,} cells")
+    # a batch that micro-batches do not divide is computed with masked rows; a held-out token is a third of a step's
+    computed = sum(run.steps * -(-run.hyper["batch"] // config.micro_batch) for run in work) * config.micro_batch
+    held_out = sum(len(run.marks) for run in work) * config.validation_rows / 3
+    flops = (computed + held_out) * config.context * setup.network.flops_per_token
+    table.add_row("trajectories", f"{len(work):,} runs serve {cells:,} cells")
     table.add_row("stack", f"{setup.slots} replicas at once (a launch holds up to {setup.widest} trajectories)")
     table.add_row("network", f"{config.network}, {setup.network.parameters:,} parameters, {config.precision}")
     table.add_row("data", setup.corpus.description)
-    memory = setup.memory
     table.add_row(
         "memory",
         f"{memory.stack(setup.slots) / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
         f"{memory.activations / 2**20:.1f} MiB of activations",
     )
-    table.add_row("work", f"{tokens:,.0f} tokens, {flops:.3g} FLOPs")
-    rate = 3e10 if setup.device.type == "cpu" else 2.5e14
-    table.add_row("time", f"about {flops / rate:,.0f} s at {rate:.1g} FLOP/s, a typical rate of this kind of device")
-    return table
+    table.add_row("work", f"{tokens:,.0f} tokens to train on, {flops:.3g} FLOPs with held-out losses")
+    return flops, 2e10 if setup.device.type == "cpu" else 2.5e14
 
 
 def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
@@ -339,7 +374,7 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
     setup = prepare(config, options, rank, stored)
     if options.dry_run:
         if rank.index == 0:
-            Console().print(dry_run_table(setup))
+            Console().print(dry_run_table(setup, stored))
         return path
     with closing(open_or_create(setup, path, stored, rank)) as writer:
         if not options.quiet and rank.index == 0:
@@ -351,7 +386,9 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
         rank.barrier()
     if rank.index == 0 and options.figures:
         # a process of its own: the engine does not import the analysis, which reads stores
-        subprocess.run([sys.executable, "-m", "analysis.plot", "--store", str(path)], check=True)
+        drawn = subprocess.run([sys.executable, "-m", "analysis.plot", "--store", str(path)])
+        if drawn.returncode:
+            raise ValueError(f"all cells are stored, but the maps were not drawn; run analysis/plot.py --store {path}")
     track.finish(path)
     return path
 
@@ -379,6 +416,14 @@ class Preset:
     preset: str = "default"  # default, or smollm2-sft: fine-tune SmolLM2-135M over lr x tokens
 
 
+def check_fixed(config: SweepConfig, preset: SweepConfig) -> None:
+    """Raise ValueError where a value is given to what an axis sweeps: it would say nothing."""
+    for name in resolve(config, "cpu").swept:
+        value = config.fixed(name)
+        if value is not None and value != preset.fixed(name):
+            raise ValueError(f"{name} is an axis, and --{name} is {value:g}; leave that out, or sweep something else")
+
+
 def main() -> None:
     """The command."""
     first = parser("")
@@ -395,6 +440,7 @@ def main() -> None:
         reader.add_arguments(RunOptions, dest="options")
         reader.add_arguments(SweepConfig, dest="config", default=PRESETS[chosen])
         arguments = reader.parse_args()
+        check_fixed(arguments.config, PRESETS[chosen])
         run_sweep(arguments.config, arguments.options)
 
 

@@ -62,10 +62,12 @@ def main_fails(capsys, config: SweepConfig, path: Path, *more: str) -> str:
         (["--width", "15", "--heads", "3"], "head"),
         (["--vocabulary", "100"], "vocabulary 100 is smaller than the byte tokenizer's 320"),
         (["--network", "rnn"], "network is 'rnn'"),
-        (
-            ["--network", "mlp", "--x", "lr.1:log:1:2:2", "--y", "lr.0:log:1:2:2", "--problem", "{data}"],
-            "is not an .npz",
-        ),
+        (["--lr", "0.5"], "lr is an axis, and --lr is 0.5; leave that out"),
+        (["--lr.mlp"], "argument --lr.mlp/--lr-mlp/--lr_mlp: expected one argument"),
+        (["--eps", "nan"], "eps is nan, expected at least 0"),
+        (["--beta1", "1"], "beta1 is 1, expected a value in [0, 0.9999999]"),
+        (["--slots", "-1"], "slots is -1, expected at least 1, or 0 for what fits"),
+        (["--steps", "5"], "steps is 5, but the network 'gpt' has none"),
         (["--device", "cuda"], "torch finds no CUDA GPU"),
         (["--device", "tpu"], "device is 'tpu', expected auto, cpu or cuda"),
         (["--wandb", "maybe"], "wandb is 'maybe', expected one of off, offline, online"),
@@ -80,9 +82,38 @@ def test_a_bad_sweep_is_one_line_before_anything_is_made(tmp_path, capsys, words
     config = tiny(tmp_path)
     if "cuda" in words and sweep_command.torch.cuda.is_available():
         return  # a GPU is there: nothing to refuse
-    words = [word.format(data=config.data) for word in words]
     assert says in main_fails(capsys, config, tmp_path / "s", *words)
     assert [file.name for file in tmp_path.iterdir()] == ["chat.jsonl"]
+
+
+def test_a_problem_that_is_no_npz_is_refused(tmp_path, capsys):
+    config = SweepConfig(network="mlp", x="lr.1:log:1:2:2", y="lr.0:log:1:2:2", problem=tiny(tmp_path).data)
+    assert "is not an .npz" in main_fails(capsys, config, tmp_path / "s")
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    assert "holds no text" in main_fails(capsys, tiny(tmp_path, data=str(tmp_path / "empty.txt")), tmp_path / "s")
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_command, "run_sweep", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sweep.py"])
+    with pytest.raises(SystemExit) as end:
+        sweep_command.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from what is stored\n"
+
+
+def test_replay_refuses_a_file_it_cannot_write_before_it_trains(tmp_path, capsys, monkeypatch):
+    sweep(tiny(tmp_path), tmp_path / "s")
+    monkeypatch.setattr(replay, "replay_cell", None)
+    for path, says in ((tmp_path / "none" / "w.safetensors", "none does not exist"), (tmp_path, "is a folder")):
+        words = ["--store", str(tmp_path / "s"), "--row", "0", "--col", "0", "--save-weights", str(path)]
+        assert says in fails(capsys, replay.main, "replay.py", words)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +166,14 @@ def test_help_prints_the_comments_beside_the_fields(main, capsys, monkeypatch):
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     if main is sweep_command.main:
-        for part in ("--lr.attention", "--rows-per-launch", "steps = ceil(tokens / (batch * context))", "share of the"):
+        assert "_" not in shown.split("--y")[0] and "(default: )" not in shown and "[" not in shown.split("Preset:")[1]
+        for part in (
+            "--lr.attention float",
+            "--rows-per-launch",
+            "a folder, or a hub name (default: chitchat)",
+            "steps = ceil(tokens / (batch * context))",
+            "share of the",
+        ):
             assert part in shown, part
     else:
         assert "row of the cell, from 0" in shown and "--save-weights" in shown

@@ -73,7 +73,8 @@ def test_a_coarser_precision_speaks_for_itself_and_is_left_out_where_it_merges_c
     assert list(noise.variants(store)) == ["repeat", "permuted"]
     run(monkeypatch, "--store", store.path, "--share", 0.1, "--variants", "precision")
     assert "precision: left out, neighbouring cells are the same in fp32" in capsys.readouterr().out
-    assert noise.coarser_precision(config) == "fp32" and noise.coarser_precision(replace(CONFIG, precision="fp32")) == ""
+    assert noise.coarser_precision(config) == "fp32"
+    assert noise.coarser_precision(replace(config, precision="fp32")) == ""
     before = np.tile([CONVERGED, NONFINITE], (1, 200))
     turned = compare("precision", before, before[:, ::-1], np.ones(before.shape, bool))
     assert verdict(turned, 1.0, "fp32") == "noise in fp32, coarser than the map"

@@ -162,7 +162,7 @@ def test_a_path_that_holds_something_else_is_refused_and_left_alone(tmp_path, ca
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"lr": 0.5}, "holds a sweep with lr=0.001, got 0.5; give the same configuration to resume it"),
+        ({"clip": 0.5}, "holds a sweep with clip=0.0, got 0.5; give the same configuration to resume it"),
         ({"y": "lr:log:1e-3:1e2:3", "seed": 4}, "with y='lr:log:1e-3:1e1:3', got 'lr:log:1e-3:1e2:3'"),
         ({"rows_per_launch": "1"}, "with rows_per_launch='3', got '1'"),
     ],
@@ -198,6 +198,12 @@ def test_cells_of_other_arithmetic_are_not_mixed(made, capsys, changes, says):
     before = contents(made)
     assert says in refused(capsys, tiny(made.parent), made)
     assert contents(made) == before
+
+
+def test_a_damaged_chunk_is_one_line_that_names_it(made, capsys):
+    (made / "last_loss" / "c" / "0" / "0").write_bytes(b"junk" * 9)
+    with pytest.raises(ValueError, match=r"last_loss is damaged \(.*\); restore it or sweep into a new path"):
+        open_store(made).read("last_loss")
 
 
 def test_a_second_writer_is_refused_while_the_first_writes(made, capsys):

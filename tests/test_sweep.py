@@ -13,7 +13,7 @@ import pytest
 from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 
 from engine import plan
-from engine.config import SCHEDULES
+from engine.config import SCHEDULES, SweepConfig
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.progress import Progress
 from engine.store import Writer, open_store
@@ -155,8 +155,10 @@ sys.path.insert(0, plan["tests"])
 import tiny
 from pathlib import Path
 from engine import sweep
+from engine.outcome import DONE
+from engine.store import open_store
 sweep.FLUSH = 0.0
-folder = Path(plan["folder"])
+folder, left = Path(plan["folder"]), {}
 
 def fork(path, changes, **environment):
     child = os.fork()
@@ -169,9 +171,15 @@ def fork(path, changes, **environment):
 for kind in ("KILL", "INT"):
     for delay in plan["delays"]:
         child = fork(folder / kind, plan["killed"])
+        while not (folder / kind).exists():
+            time.sleep(0.001)
         time.sleep(delay)
         os.kill(child, getattr(signal, "SIG" + kind))
         os.waitpid(child, 0)
+        done = int((open_store(folder / kind).status == DONE).sum())
+        print(kind, "after", delay, "s:", done, "cells done", flush=True)
+        left[kind] = left.get(kind, False) or done < 24
+assert all(left.values()), "no sweep was ended before it was through"
 ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan["port"]}
 children = [fork(folder / "ranks", plan["ranked"], RANK=str(rank), **ranks) for rank in range(2)]
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
@@ -189,14 +197,14 @@ def driven(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("driven")
     tests = Path(__file__).parent
-    delays = np.random.default_rng(os.getpid()).uniform(0.05, 1.2, 6).round(3).tolist()
-    print("ended after", delays)  # shown if a test fails
+    delays = [0.02, *np.random.default_rng(os.getpid()).uniform(0.05, 1.2, 5).round(3).tolist()]
     told = {"tests": str(tests), "folder": str(folder), "delays": delays, "port": str(free_port())}
     told |= {"killed": KILLED, "ranked": RANKED}
     environment = os.environ | {"PYTHONPATH": str(tests.parent)}
     command = [sys.executable, "-c", DRIVER, json.dumps(told)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    print(ran.stdout)  # shown if a test fails
     return folder
 
 
@@ -228,6 +236,25 @@ def test_a_dry_run_trains_and_stores_nothing(tmp_path, capsys):
     for part in ("3 x 4 = 12 cells", "3 runs serve 12 cells", "3 replicas at once", "FLOPs", "MiB of state", "about"):
         assert part in shown
     assert [file.name for file in tmp_path.iterdir()] == ["chat.jsonl"]
+
+
+def test_a_dry_run_of_a_begun_sweep_says_what_is_left(tmp_path, capsys):
+    config = tiny(tmp_path, rows_per_launch="1")
+    sweep(config, tmp_path / "s")
+    forget(tmp_path / "s", row=1)
+    capsys.readouterr()
+    run_sweep(config, RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
+    shown = capsys.readouterr().out
+    assert "1 of them still to train" in shown and "1 runs serve 4 cells" in shown
+    other = replace(config, seed=1)
+    with pytest.raises(ValueError, match="holds a sweep with seed=0, got 1"):
+        run_sweep(other, RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
+
+
+def test_a_language_sweep_into_the_store_of_another_network_is_refused(tmp_path):
+    sweep(SweepConfig(network="mlp", y="lr.0:log:1:2:2", x="lr.1:log:1:2:2", steps=2), tmp_path / "s")
+    with pytest.raises(ValueError, match=r"holds a sweep with .*='lr\.0:log:1:2:2', got"):
+        sweep(tiny(tmp_path), tmp_path / "s")
 
 
 def test_progress_counts_every_token_and_every_cell_once(tmp_path, capsys):

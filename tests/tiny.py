@@ -35,10 +35,10 @@ def tiny(folder: Path, y: str = "lr:log:1e-3:1e1:3", x: str = "tokens:linear:16:
     data = folder / "chat.jsonl"
     if not data.exists():
         write_chat(data)
-    config = SweepConfig(
-        y, x, width=16, heads=1, context=8, batch=2, tokens=64, data=str(data), data_rows=24, validation_rows=4
-    )
-    return replace(config, **changes)
+    fixed = {"batch": 2, "tokens": 64}
+    swept = {axis.split(":")[0] for axis in (changes.get("y", y), changes.get("x", x))}
+    config = SweepConfig(y, x, width=16, heads=1, context=8, data=str(data), data_rows=24, validation_rows=4)
+    return replace(config, **{name: value for name, value in fixed.items() if name not in swept} | changes)
 
 
 def sweep(config: SweepConfig, path: Path, **options) -> Store:
