@@ -222,17 +222,17 @@ def sequence_lines(masks: Iterable[np.ndarray], fit: tuple[int, int] | None = No
     maps = measurable(masks)
     if not maps:
         return [f"no dimension: no map of {LEAST_CELLS} x {LEAST_CELLS} cells or more has a boundary"]
-    lines = {name: [null_mask(name, *maps[-1].shape)] for name in NULLS[:3]}
-    found = {name: [d for mask in several if (d := measure(mask, fit))] for name, several in lines.items()}
+    null_maps = {name: null_mask(name, *maps[-1].shape) for name in NULLS[:3]}
     own = [d for mask in maps if (d := measure(mask, fit))]
+    ours = {name: local_median([d]) for name, mask in null_maps.items() if (d := measure(mask, fit))}
+    published = {name: published_median([mask]) for name, mask in null_maps.items()}
     values, (low, high) = [d.value for d in own], own[-1].fit
-    by_ours = ", ".join(f"{name} {local_median(several):.3f}" for name, several in found.items())
-    published = ", ".join(f"{name} {in_words(published_median(several))}" for name, several in lines.items())
+    several = f"{len(own)} maps (dimensions {min(values):.3f} to {max(values):.3f})" if len(own) > 1 else "1 map"
     return [
-        f"median local slope over {len(own)} map{'s' * (len(own) > 1)}, boxes of {low} to {high} cells: "
-        f"{local_median(own):.3f} (the maps' own dimensions {min(values):.3f} to {max(values):.3f}; {by_ours})",
-        f"by the published estimator (biased: one grid, frame and full boxes): {in_words(published_median(maps))} "
-        f"({published})",
+        f"median local slope over {several}, boxes of {low} to {high} cells: {local_median(own):.3f}; "
+        + ", ".join(f"{name} {value:.3f}" for name, value in ours.items()),
+        f"by the published estimator (biased: one grid, frame and full boxes): {in_words(published_median(maps))}; "
+        + ", ".join(f"{name} {in_words(value)}" for name, value in published.items()),
     ]
 
 

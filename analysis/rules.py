@@ -375,7 +375,7 @@ def draw_early(axes: "Axes", early: EarlyWarning, title: str) -> None:
     axes.set(xscale="log", ylim=(min(0.42, np.nanmin(list(early.areas.values())) - 0.02), 1.02))
     axes.set(xlabel="first losses seen", ylabel="ROC area")
     axes.set_title(title, loc="left", fontweight="bold", fontsize=9.5)
-    axes.legend(frameon=False, fontsize=7.5, loc="center left")
+    axes.legend(frameon=False, fontsize=7.5, loc="best")
 
 
 def round_ticks(axis: "XAxis") -> None:

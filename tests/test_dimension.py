@@ -133,7 +133,7 @@ def test_each_sequence_has_a_median_of_its_own_beside_nulls(tmp_path, capsys, mo
     monkeypatch.setattr("sys.argv", ["dimension", "--store", str(path)])
     dimension.main()
     shown = capsys.readouterr().out
-    medians = [float(text) for text in re.findall(r"maps?, boxes of 2 to 8 cells: ([\d.]+)", shown)]
+    medians = [float(text) for text in re.findall(r"boxes of 2 to 8 cells: ([\d.]+);", shown)]
     assert len(medians) == 3
     assert medians[1] == pytest.approx(1.0, abs=0.1) and medians[2] > 1.7
     assert shown.count("noise 1.") == 6 and "follow-0.5, 2 zooms" in shown
