@@ -49,6 +49,7 @@ class Floor:
     flips_near: float  # share of the near cells that changed between training and breaking
     flips_away: float
     chance: float  # share of the near cells that would flip between two unrelated maps
+    coarser: str = ""  # the variant's precision, where it is coarser than the map's, whose own floor lies deeper
 
     @property
     def is_signal(self) -> bool:
@@ -187,7 +188,8 @@ def read_noise(store: Store, labelling: Labelling) -> list[Floor]:
             if again.grid != line_config(store.config, line).grid:
                 raise ValueError(f"{again.path} is not a line of {store.path}; delete it and measure the noise again")
         labels = np.stack([classify(again, labelling.thresholds).ravel() for again in stores])
-        found.append(compare(variant, codes[lines], labels, close[lines]))
+        coarser = coarser_precision(store.config) if variant == "precision" else ""
+        found.append(replace(compare(variant, codes[lines], labels, close[lines]), coarser=coarser))
     return found
 
 
@@ -221,24 +223,18 @@ def exponent_of(store: Store, labelling: Labelling) -> float:
     return float(np.clip(2 - found.value, 0.1, 1)) if found else 1.0
 
 
-def verdict(floor: Floor, exponent: float, coarser: str = "") -> str:
-    """How deep the map is signal by this variant, in words.
-
-    Args:
-        floor: what the variant changed.
-        exponent: 2 - D of the map's boundary.
-        coarser: the variant's precision, where it is coarser than the map's own, whose floor lies deeper.
-    """
+def verdict(floor: Floor, exponent: float) -> str:
+    """How deep the map is signal by this variant, in words; `exponent` is 2 - D of its boundary."""
+    where = f" in {floor.coarser}, coarser than the map" if floor.coarser else ""
     if not floor.near:
         return "no cell near a boundary was trained again"
     if not floor.is_signal:
-        return f"noise in {coarser}, coarser than the map" if coarser else "noise: this map is already beyond its floor"
+        return f"noise{where}" if where else "noise: this map is already beyond its floor"
     zoom = floor.depth(exponent)
     if zoom <= 1:
         return "signal in this map, too few cells to say of any zoom"
     bound = "at least" if floor.flips_near == 0 else "about"
-    said = f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(zoom, 4):.1f} zooms of 4x)"
-    return f"{said} in {coarser}, coarser than the map" if coarser else said
+    return f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(zoom, 4):.1f} zooms of 4x){where}"
 
 
 def noise_table(store: Store, floors: list[Floor], exponent: float) -> Table:
@@ -284,8 +280,7 @@ def main() -> None:
             floors, exponent = read_noise(current, options), exponent_of(current, options)
             console.print(noise_table(current, floors, exponent))
             for floor in floors:
-                lower = coarser_precision(current.config) if floor.variant == "precision" else ""
-                console.print(f"{floor.variant}: {verdict(floor, exponent, lower)}", highlight=False)
+                console.print(f"{floor.variant}: {verdict(floor, exponent)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_a_coarser_precision_speaks_for_itself_and_is_left_out_where_it_merges_c
     assert noise.coarser_precision(replace(config, precision="fp32")) == ""
     before = np.tile([CONVERGED, NONFINITE], (1, 200))
     turned = compare("precision", before, before[:, ::-1], np.ones(before.shape, bool))
-    assert verdict(turned, 1.0, "fp32") == "noise in fp32, coarser than the map"
+    assert verdict(replace(turned, coarser="fp32"), 1.0) == "noise in fp32, coarser than the map"
     assert verdict(turned, 1.0) == "noise: this map is already beyond its floor"
 
 
