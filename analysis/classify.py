@@ -115,8 +115,9 @@ def counts(codes: np.ndarray) -> dict[str, int]:
 class Labelling:
     """Thresholds on last loss / first loss, shared by the commands that read labels."""
 
-    converged: float = 0.85  # at or below this last/first loss: converged
-    moved: float = 0.02  # within 1 +- moved: undertrained; above: worsened; between moved and converged: marginal
+    converged: float = Thresholds.converged  # at or below this last/first loss: converged
+    # within 1 +- moved: undertrained; above: worsened; between moved and converged: marginal
+    moved: float = Thresholds.moved
 
     @property
     def thresholds(self) -> Thresholds:

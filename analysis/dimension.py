@@ -222,11 +222,10 @@ def sequence_lines(masks: Iterable[np.ndarray], fit: tuple[int, int] | None = No
     maps = measurable(masks)
     if not maps:
         return [f"no dimension: no map of {LEAST_CELLS} x {LEAST_CELLS} cells or more has a boundary"]
-    null_maps = {name: null_mask(name, *maps[-1].shape) for name in NULLS[:3]}
     own = [d for mask in maps if (d := measure(mask, fit))]
-    ours = {name: local_median([d]) for name, mask in null_maps.items() if (d := measure(mask, fit))}
-    published = {name: published_median([mask]) for name, mask in null_maps.items()}
-    values, (low, high) = [d.value for d in own], own[-1].fit
+    values, shape, (low, high) = [d.value for d in own], maps[-1].shape, own[-1].fit
+    ours = {name: local_median([d]) for name, d in nulls(shape, (low, high)).items() if d}
+    published = {name: published_median([null_mask(name, *shape)]) for name in ours}
     several = f"{len(own)} maps (dimensions {min(values):.3f} to {max(values):.3f})" if len(own) > 1 else "1 map"
     return [
         f"median local slope over {several}, boxes of {low} to {high} cells: {local_median(own):.3f}; "

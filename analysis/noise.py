@@ -124,14 +124,13 @@ def variants(store: Store) -> dict[str, SweepConfig]:
 
 def other_precision(config: SweepConfig) -> str:
     """The precision to compare with: the finest one, or the coarsest where the finest is the map's own."""
-    finest_first = PRECISIONS[config.network][::-1]
-    return finest_first[0] if config.precision != finest_first[0] else finest_first[-1]
+    coarsest, *_, finest = PRECISIONS[config.network]
+    return finest if config.precision != finest else coarsest
 
 
 def coarser_precision(config: SweepConfig) -> str:
     """`other_precision` where it is coarser than the map's own, else ''."""
-    other, finer_last = other_precision(config), PRECISIONS[config.network]
-    return other if finer_last.index(other) < finer_last.index(config.precision) else ""
+    return other_precision(config) if config.precision == PRECISIONS[config.network][-1] else ""
 
 
 def permuted_problem(store: Store) -> Path:

@@ -197,10 +197,8 @@ class EarlyWarning:
         """
         best = np.nanmax([self.areas[name] for name in SIGNS[:3]] + [np.zeros(len(self.first))], axis=0)
         counted = (self.runs >= FEWEST_RUNS) & (self.first <= (self.first[-1] + 1) / 2)
-        unsure = np.flatnonzero(counted & (best < SURE))
-        sure = np.flatnonzero(counted & (best >= SURE))
-        sure = sure[sure > unsure[-1]] if len(unsure) else sure
-        return int(self.first[sure[0]]) if len(sure) else None
+        stays = np.logical_and.accumulate(best[counted][::-1] >= SURE)[::-1]
+        return int(self.first[counted][stays][0]) if stays.any() else None
 
 
 def early_warning(store: Store, codes: np.ndarray, chosen: np.ndarray | None = None) -> EarlyWarning:
@@ -281,7 +279,7 @@ class Rules:
     safe_measured: Safety
     safe_predicted: Safety
     best: np.ndarray  # [line]
-    shared: str  # what the columns share beside the seed, in words
+    shared: bool  # whether columns are read off the same runs
     early: tuple[EarlyWarning, ...]  # over the whole map, and over cells near the boundary; empty without traces
 
 
@@ -291,7 +289,7 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
     Raises:
         ValueError: no learning-rate axis, or too few lines with a bracketed boundary.
     """
-    found, config = critical(store.grid, codes), store.config
+    found = critical(store.grid, codes)
     if found.other.name.startswith("lr"):
         raise ValueError(
             f"{store.path} maps {found.lr.name} against {found.other.name}; rules need a map of a learning rate "
@@ -306,7 +304,7 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
         safety(store, codes, found, found.value),
         safety(store, codes, found, unseen.predicted),
         best_rates(store, codes, found),
-        " and for columns read off the same runs" if found.other.name == "tokens" and not looks_ahead(config) else "",
+        found.other.name == "tokens" and not looks_ahead(store.config),
         (early_warning(store, codes), early_warning(store, codes, near_boundary(store, found))) if traced else (),
     )
 
@@ -330,7 +328,11 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
             f"{r.safe_predicted.at_it:.0%} train and {r.safe_predicted.converged:.0%} converge (predicted from the "
             "other columns)",
         ),
-        ("all of this", f"holds for one seed{r.shared}; sweep the seed, or run analysis/noise.py, to see others"),
+        (
+            "all of this",
+            f"holds for one seed{' and for columns read off the same runs' * r.shared}; sweep the seed, or run "
+            "analysis/noise.py, to see others",
+        ),
     ]
     if len(ratio):
         low, middle, high = np.percentile(ratio, (0, 50, 100))

@@ -216,23 +216,22 @@ def table_of(network: str, rows: list[dict]) -> Table:
 
 def draw(measured: dict[str, list[dict]], path: Path) -> None:
     """Bars of the fraction of the roofline reached, a group for each network; the figures are milliseconds."""
-    bars = [(network, row) for network, rows in measured.items() for row in rows if not row["error"]]
     colours = dict(zip(("ours", *OTHERS), ("C3", "0.6", "C0", "C2", "C1", "C4"), strict=True))
-    gaps = {network: i for i, network in enumerate(measured)}
-    at = [i + gaps[network] for i, (network, _) in enumerate(bars)]
-    figure = Figure(figsize=(2 + 0.55 * (len(at) + len(gaps)), 4), layout="constrained")
+    groups = {network: [row for row in rows if not row["error"]] for network, rows in measured.items()}
+    figure = Figure(figsize=(2 + 0.55 * sum(len(rows) + 1 for rows in groups.values()), 4), layout="constrained")
     axis = figure.subplots()
-    heights = [row["of_roofline_measured"] for _, row in bars]
-    drawn = axis.bar(at, heights, color=[colours[row["peer"]] for _, row in bars])
-    axis.bar_label(drawn, [f"{row['replica_step_ms']:#.3g}" for _, row in bars], fontsize=8)
+    ticks: dict[int, str] = {}
+    for network, rows in groups.items():
+        start = max(ticks, default=-2) + 2
+        at = range(start, start + len(rows))
+        heights = [row["of_roofline_measured"] for row in rows]
+        drawn = axis.bar(at, heights, color=[colours[row["peer"]] for row in rows])
+        axis.bar_label(drawn, [f"{row['replica_step_ms']:#.3g}" for row in rows], fontsize=8)
+        middle = start + (len(rows) - 1) / 2
+        axis.text(middle, 1.02, network, ha="center", weight="bold", transform=axis.get_xaxis_transform())
+        ticks |= {x: f"{row['peer']}\nR = {row['replicas']}" for x, row in zip(at, rows, strict=True)}
+    axis.set_xticks(list(ticks), list(ticks.values()), rotation=90, fontsize=8)
     axis.axhline(1, color="black", linewidth=1)
-    names = [f"{row['peer']}\nR = {row['replicas']}" for _, row in bars]
-    axis.set_xticks(at, names, rotation=90, fontsize=8)
-    for network in measured:
-        mine = [x for x, (name, _) in zip(at, bars, strict=True) if name == network]
-        if mine:
-            middle = (mine[0] + mine[-1]) / 2
-            axis.text(middle, 1.02, network, ha="center", weight="bold", transform=axis.get_xaxis_transform())
     axis.margins(x=0.02)
     axis.set_ylabel("of the roofline (bars)\nms a replica-step (figures)")
     path.parent.mkdir(parents=True, exist_ok=True)
