@@ -27,6 +27,7 @@ from rich.table import Table
 from analysis.boundary import map_edges, near
 from analysis.classify import Labelling, classify, measured, trains
 from analysis.dimension import measurable, measure
+from analysis.sequence import train
 from engine.command import parse, user_errors
 from engine.config import PRECISIONS, SweepConfig
 from engine.grid import Axis, Grid
@@ -149,8 +150,6 @@ def permuted_problem(store: Store) -> Path:
 
 def train_lines(store: Store, share: float, chosen: list[str], device: str, console: Console) -> None:
     """Train the lines of every chosen variant that are not stored yet."""
-    from analysis.zoom import train  # brings torch; reading stored noise does without
-
     points = store.grid.shape[line_axis(store.grid)]
     lines = chosen_lines(points, share)
     possible = variants(store)

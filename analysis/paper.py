@@ -33,12 +33,10 @@ from analysis.dimension import (
     null_mask,
     published_median,
 )
-from analysis.zoom import check_follow, sequence
+from analysis.sequence import check_follow, sequence
 from engine.command import parse, user_errors
 from engine.config import SweepConfig, at_least
-from engine.provenance import device_name, provenance
 from engine.store import open_store
-from engine.sweep import RunOptions, choose_device, run_sweep
 
 
 class Experiment(NamedTuple):
@@ -86,6 +84,8 @@ def zoomed(
     experiment: Experiment, path: Path, follow: float, options: Options, console: Console
 ) -> Iterator[np.ndarray]:
     """Boundary blocks of an experiment's map and of the zooms into it."""
+    from engine.sweep import RunOptions, run_sweep
+
     run_sweep(experiment.config, RunOptions(store=str(path), device=options.device, figures=False, quiet=True))
     store = open_store(path)
     levels = sequence(store, options.levels, options.factor, 0, None, follow, options, options.device, console)
@@ -123,6 +123,9 @@ def main() -> None:
     """Train what is missing, measure, print the table."""
     options = parse(Options, "The paper's table of fractal dimensions, measured again with both estimators and nulls.")
     with user_errors():
+        from engine.provenance import device_name, provenance
+        from engine.sweep import choose_device
+
         found = experiments(options.size, options.steps)
         names = options.only.split(",") if options.only else list(found)
         unknown = [name for name in names if name not in found]

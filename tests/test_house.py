@@ -39,6 +39,13 @@ def test_imports_go_one_way(folder):
         assert ours <= MAY_IMPORT[folder], f"{file.relative_to(ROOT)} imports {sorted(ours - MAY_IMPORT[folder])}"
 
 
+def test_the_analysis_is_imported_without_torch_and_matplotlib():
+    # its commands read stores and print help at once; what trains or draws imports them where it does
+    names = ", ".join(f"analysis.{file.stem}" for file in (ROOT / "analysis").glob("*.py"))
+    check = f"import sys, {names}; sys.exit(bool({{'torch', 'matplotlib'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
 def tracked() -> list[Path]:
     """Files git tracks or would track, where this is a checkout; else every file."""
     shown = subprocess.run(

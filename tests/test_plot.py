@@ -11,7 +11,9 @@ from PIL import Image
 from synthetic import julia_measure, language_store, mlp_store, write_store
 
 from analysis import plot
-from analysis.plot import GAP, boundary_segments, equalise, ticks
+from analysis.axes import extent, ticks
+from analysis.colours import GAP, LABEL_COLOURS, equalise
+from analysis.panels import boundary_segments
 from engine.config import SweepConfig
 from engine.grid import Axis
 from engine.outcome import CONVERGED, INVALID, MISSING, NONFINITE, WORSENED
@@ -64,7 +66,7 @@ def test_ticks_read_as_numbers(text, first, name):
 
 def test_ticks_of_a_deep_zoom_count_from_its_middle():
     at, texts, label = ticks(Axis("lr", "log", 0.1, 0.1 * (1 + 1e-9), 64))
-    low, high = plot.extent(Axis("lr", "log", 0.1, 0.1 * (1 + 1e-9), 64))
+    low, high = extent(Axis("lr", "log", 0.1, 0.1 * (1 + 1e-9), 64))
     assert "0" in texts
     assert len(set(texts)) == len(texts) >= 3
     assert "0.1000000000" in label
@@ -86,7 +88,7 @@ def test_command_draws_the_map_and_prints_one_screen(tmp_path, capsys, monkeypat
     picture = np.array(Image.open(store.figures / "map.png").convert("RGB"))
     assert picture.shape[1] > 2000
     for name in ("converged", "nonfinite"):
-        colour = [int(plot.LABEL_COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)]
+        colour = [int(LABEL_COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)]
         assert (picture == colour).all(-1).sum() > 2000
     assert (store.figures / "map.pdf").stat().st_size > 10_000
 

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from synthetic import julia_measure, language_store, mlp_store
 
-from analysis import report
-from analysis.report import chart_ticks, indexed, json_in_html, label_places, packed
+from analysis import page, report
+from analysis.charts import chart_ticks, label_places
+from analysis.page import indexed, packed
+from analysis.report import json_in_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -77,8 +79,8 @@ def test_text_from_the_store_is_escaped(tmp_path, monkeypatch):
 
 
 def test_large_maps_and_long_traces_are_thinned(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MOST_CELLS", 16)
-    monkeypatch.setattr(report, "MOST_LOSSES", 1000)
+    monkeypatch.setattr(page, "MOST_CELLS", 16)
+    monkeypatch.setattr(page, "MOST_LOSSES", 1000)
     store = language_store(tmp_path / "s", 32, 32)
     html = write(monkeypatch, store).read_text()
     data = page_data(html)

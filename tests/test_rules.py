@@ -10,17 +10,9 @@ from synthetic import julia_measure, language_store, mlp_store
 from analysis import rules
 from analysis.boundary import critical
 from analysis.classify import classify
-from analysis.rules import (
-    SIGNS,
-    EarlyWarning,
-    best_rates,
-    early_warning,
-    held_out,
-    near_boundary,
-    power_law,
-    roc_area,
-    safety,
-)
+from analysis.early_warning import SIGNS, EarlyWarning, early_warning, near_boundary, roc_area
+from analysis.power_law import held_out, power_law
+from analysis.rules import best_rates, safety
 from engine.outcome import Thresholds
 
 EXPONENT = -0.3  # of the synthetic map's critical rate, 0.3 at 1e4 tokens

@@ -12,7 +12,10 @@ from PIL import Image
 from synthetic import julia_measure, mlp_store
 
 from analysis import zoom
-from analysis.zoom import Level, Tile, followed_tile, frames, pick, refinable, tile_around, view
+from analysis.colours import equalise
+from analysis.movie import frames, pick, view
+from analysis.sequence import Level, refinable, width
+from analysis.tile import Tile, followed_tile, tile_around
 from engine.config import SweepConfig
 from engine.grid import Axis, Grid
 from engine.store import open_store
@@ -105,12 +108,12 @@ def test_a_movie_joins_its_levels_without_a_jump():
     levels = [Level(None, none, parent, tile), Level(None, none, child, None)]
     pictures = list(frames(levels, 64, 8))
     assert len(pictures) == 9
-    assert np.allclose(pictures[-1], zoom.equalise(child))
+    assert np.allclose(pictures[-1], equalise(child))
     # both levels tell the same story, so a picture is one level seen through the view
     for number, picture in enumerate(pictures[:-1]):
         along = (np.arange(64) + 0.5) / 64
         y, x = view(16 / 64, 48 / 64, number / 8, along), view(8 / 64, 40 / 64, number / 8, along)
-        mixed = (1 - number / 8) * zoom.equalise(parent) + number / 8 * zoom.equalise(parent, child)
+        mixed = (1 - number / 8) * equalise(parent) + number / 8 * equalise(parent, child)
         inner = pick(mixed, y, x)
         assert np.mean(np.isclose(picture, inner)) > 0.95
 
@@ -146,7 +149,7 @@ def test_a_sequence_follows_the_boundary_and_is_not_trained_twice(parent, monkey
     def refuse(*_):
         raise AssertionError("a stored level was trained again")
 
-    monkeypatch.setattr(zoom, "run_sweep", refuse)
+    monkeypatch.setattr("engine.sweep.run_sweep", refuse)
     run(monkeypatch, *arguments)
 
 
@@ -160,7 +163,7 @@ def test_a_sequence_stops_at_the_number_spacing(tmp_path, monkeypatch, capsys):
     assert 8 <= len(axes) <= 16
     assert all(axis.low < 3.0 < axis.high for axis in axes)
     for axis, deeper in itertools.pairwise(axes):
-        assert zoom.width(deeper) == pytest.approx(zoom.width(axis) / 16, rel=0.2)
+        assert width(deeper) == pytest.approx(width(axis) / 16, rel=0.2)
 
 
 def test_the_mp4_writer_is_named_where_it_is_missing(tmp_path, parent, monkeypatch, capsys):
