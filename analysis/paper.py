@@ -112,7 +112,7 @@ def append(path: Path, row: dict[str, object]) -> None:
     """Add a row to a CSV file, with its header if the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(row))
         if new:
             writer.writeheader()

@@ -379,7 +379,7 @@ def report_html(found: Map, labelling: Labelling) -> str:
         "provenance": provenance_html(store),
         "data": json_in_html(page_data(found)),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text())
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text("utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,7 +399,7 @@ def main() -> None:
         found = analyse(store, options, parse_fit(options.fit))
         path = Path(options.out) if options.out else store.figures / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report_html(found, options))
+        path.write_text(report_html(found, options), "utf-8")
         Console().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
 
 

@@ -81,7 +81,7 @@ class Store:
         self.attributes = attributes
         self.config = SweepConfig.from_json(attributes["configuration"])
         self.grid: Grid = self.config.grid
-        self.group = zarr.open_group(self.path, mode="r")
+        self.group = zarr.open_group(self.path, mode="r", zarr_format=3)
         for name, spec in array_specs(self.config).items():
             # zarr lets a damaged array's own error through, which names no file
             whole = "shape" in read_metadata(self.path / name / "zarr.json")
@@ -122,7 +122,7 @@ class Store:
 
 def read_metadata(file: Path) -> dict:
     """A zarr.json, {} if it is missing. Raises ValueError when it is no JSON object."""
-    text = file.read_text(errors="replace") if file.is_file() else "{}"
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else "{}"
     try:
         metadata = json.loads(text)
     except json.JSONDecodeError as error:
@@ -164,6 +164,7 @@ def build_store(building: Path, config: SweepConfig, steps: int, rows_per_chunk:
     rows, cols = grid.shape
     group = zarr.create_group(
         building,
+        zarr_format=3,  # whatever ZARR_DEFAULT_ZARR_FORMAT says
         attributes={
             "format": FORMAT,
             "format_version": VERSION,
@@ -218,7 +219,7 @@ class Writer(Store):
                 raise ValueError(
                     f"another process is writing {self.path}; wait for it, or give --store another path"
                 ) from None
-        self.group = zarr.open_group(self.path, mode="r+")
+        self.group = zarr.open_group(self.path, mode="r+", zarr_format=3)
 
     def write_rows(self, start: int, block: dict[str, np.ndarray]) -> None:
         """Write rows [start, start + n) of every array given, each [n, cols, ...]; `status` last.
