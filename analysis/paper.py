@@ -34,7 +34,7 @@ from analysis.dimension import (
     published_median,
 )
 from analysis.zoom import check_follow, sequence
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.config import SweepConfig, at_least
 from engine.provenance import device_name, provenance
 from engine.store import open_store
@@ -135,7 +135,7 @@ def main() -> None:
         follows = [float(text) for text in options.follow.split(",")]
         for follow in follows:
             check_follow(follow)
-        device, console = choose_device(options.device), Console()
+        device, console = choose_device(options.device), screen()
         versions = provenance(device)
         table = Table(
             "experiment", "follow", "published", "published estimator", "ours", "maps' mean ± deviation", "maps"

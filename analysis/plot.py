@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from analysis.boundary import Critical, critical, map_edges
 from analysis.classify import Labelling, classify, convergence_value, counts, measured, trains
 from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls, parse_fit
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.grid import Axis
 from engine.outcome import LABELS
 from engine.store import Store, open_store
@@ -499,7 +498,7 @@ def main() -> None:
         paths = save(draw(found), folder, "map", options.pdf)
         for panel in ("label", "loss", "convergence") if options.separate else ():
             paths += save(draw_one(found, panel), folder, panel, options.pdf)
-        console = Console()
+        console = screen()
         console.print(summary(found))
         console.print(f"pictures: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from analysis.boundary import map_edges
 from analysis.classify import Labelling, measured, planned_steps, trains
@@ -25,7 +24,7 @@ from analysis.dimension import nulls, parse_fit
 from analysis.noise import exponent_of, read_noise, verdict
 from analysis.plot import CONVERGENCE_COLOURS, LABEL_COLOURS, Map, analyse, colour_scale, equalise, extent
 from analysis.rules import FEWEST, SAFE, rules, sentences
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.grid import Axis
 from engine.outcome import LABELS
 from engine.store import Store, open_store
@@ -400,7 +399,7 @@ def main() -> None:
         path = Path(options.out) if options.out else store.figures / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(report_html(found, options), "utf-8")
-        Console().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
+        screen().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

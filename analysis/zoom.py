@@ -31,7 +31,7 @@ from analysis.plot import (
     save,
     summary,
 )
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.config import SweepConfig
 from engine.grid import HYPER_PARAMETERS, Axis, Grid, is_number
 from engine.outcome import DONE
@@ -448,7 +448,7 @@ def main() -> None:
     options = parse(Options, "Zoom into a map by training a finer grid over a tile of it, once or level by level.")
     with user_errors():
         check(options)
-        store, console = open_store(options.store), Console()
+        store, console = open_store(options.store), screen()
         target = parse_target(options.target) if options.target else None
         if options.levels:
             how = (options.levels, options.factor, options.size, target, options.follow)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import descent, plan, progress, tracking
-from engine.command import parser, user_errors
+from engine.command import parser, screen, user_errors, warn
 from engine.config import PRESETS, SweepConfig, resolve
 from engine.data import Corpus, check_vocabulary, load_corpus
 from engine.network import Network, load_network
@@ -366,7 +366,7 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
         ValueError: anything a user gave that cannot be done, before any training.
     """
     rank = this_rank()
-    console = Console(stderr=True, soft_wrap=True)
+    console = screen(stderr=True, soft_wrap=True)
     tracking.check(options.wandb)
     path = Path(options.store) if options.store else default_store(resolve(config, "cpu"))
     stored = Store(path) if path.exists() else None
@@ -374,9 +374,11 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
     setup = prepare(config, options, rank, stored)
     if options.dry_run:
         if rank.index == 0:
-            Console().print(dry_run_table(setup, stored))
+            screen().print(dry_run_table(setup, stored))
         return path
     with closing(open_or_create(setup, path, stored, rank)) as writer:
+        if writer.lock is not None and writer.lock.warning:
+            warn(writer.lock.warning)
         if not options.quiet and rank.index == 0:
             announce(setup, path, stored, console)
         track = tracking.start(
@@ -386,7 +388,8 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
         rank.barrier()
     if rank.index == 0 and options.figures:
         # a process of its own: the engine does not import the analysis, which reads stores
-        drawn = subprocess.run([sys.executable, "-m", "analysis.plot", "--store", str(path)])
+        plot = Path(__file__).parent.parent / "analysis" / "plot.py"
+        drawn = subprocess.run([sys.executable, str(plot), "--store", str(path)])
         if drawn.returncode:
             raise ValueError(f"all cells are stored, but the maps were not drawn; run analysis/plot.py --store {path}")
     track.finish(path)
