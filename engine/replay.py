@@ -127,9 +127,9 @@ def main() -> None:
         return
     console.print(f"{where}: NOT identical, {difference}")
     then, now = store.attributes["provenance"], provenance(choose_device(options.device))
-    for name in ("device", "packages", "commit"):
-        if then[name] != now[name]:
-            console.print(f"  {name}: stored with {then[name]}, replayed with {now[name]}")
+    for name in ("device", "cpu", "packages", "commit"):
+        if then.get(name) != now[name]:
+            console.print(f"  {name}: stored with {then.get(name, 'what it does not say')}, replayed with {now[name]}")
     sys.exit(1)
 
 
