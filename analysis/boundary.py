@@ -7,11 +7,10 @@ padded, so the picture's own frame never counts as boundary.
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from analysis.classify import Labelling, classify, measured, trains
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
 from engine.store import open_store
 
@@ -151,7 +150,7 @@ def main() -> None:
             found.other.values, found.value, found.below, found.above, found.verdict, strict=True
         ):
             table.add_row(f"{at:.4g}", f"{value:.3g}", f"{below:.3g}", f"{above:.3g}", VERDICTS[verdict])
-        Console().print(table)
+        screen().print(table)
 
 
 if __name__ == "__main__":

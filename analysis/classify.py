@@ -8,10 +8,9 @@ the sign of the stored `measure`.
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.outcome import (
     CONVERGED,
     DONE,
@@ -145,7 +144,7 @@ def main() -> None:
         table = Table("label", "cells", "share", title=f"{store.path}: {codes.shape[0]} x {codes.shape[1]} cells")
         for name, count in counts(codes).items():
             table.add_row(name, f"{count}", f"{count / codes.size:.1%}")
-        Console().print(table)
+        screen().print(table)
 
 
 if __name__ == "__main__":

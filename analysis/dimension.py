@@ -17,12 +17,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from analysis.boundary import edges, map_edges
 from analysis.classify import Labelling, classify
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.store import Store, open_store
 
 TILES = 8  # the bootstrap resamples the map's TILES x TILES tiles
@@ -302,7 +301,7 @@ def main() -> None:
     """Print a map's dimension, its nulls, and the medians over each of its zoom sequences."""
     options = parse(Options, "Box-counting dimension of a map's boundary, with its interval and null baselines.")
     with user_errors():
-        console, fit = Console(), parse_fit(options.fit)
+        console, fit = screen(), parse_fit(options.fit)
         store = open_store(options.store)
         mask = map_edges(classify(store, options.thresholds))
         found = measure(mask, fit)

@@ -28,7 +28,7 @@ from analysis.boundary import map_edges, near
 from analysis.classify import Labelling, classify, measured, trains
 from analysis.dimension import measurable, measure
 from analysis.sequence import train
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.config import PRECISIONS, SweepConfig
 from engine.grid import Axis, Grid
 from engine.store import Store, open_store
@@ -271,7 +271,7 @@ def main() -> None:
         unknown = [name for name in chosen if name not in VARIANTS]
         if unknown:
             raise ValueError(f"variants has {', '.join(unknown)}, expected some of {', '.join(VARIANTS)}")
-        console, store = Console(), open_store(options.store)
+        console, store = screen(), open_store(options.store)
         for path in [store.path, *(store.children() if options.zooms else [])]:
             current = open_store(path)
             train_lines(current, options.share, chosen, options.device, console)

@@ -34,7 +34,7 @@ from analysis.dimension import (
     published_median,
 )
 from analysis.sequence import check_follow, sequence
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.config import SweepConfig, at_least
 from engine.store import open_store
 
@@ -112,7 +112,7 @@ def append(path: Path, row: dict[str, object]) -> None:
     """Add a row to a CSV file, with its header if the file is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(row))
         if new:
             writer.writeheader()
@@ -138,7 +138,7 @@ def main() -> None:
         follows = [float(text) for text in options.follow.split(",")]
         for follow in follows:
             check_follow(follow)
-        device, console = choose_device(options.device), Console()
+        device, console = choose_device(options.device), screen()
         versions = provenance(device)
         table = Table(
             "experiment", "follow", "published", "published estimator", "ours", "maps' mean ± deviation", "maps"

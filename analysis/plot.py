@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 
 from analysis.classify import Labelling
 from analysis.dimension import parse_fit
 from analysis.maps import Map, analyse, dimension_line, summary
 from analysis.panels import TEXT, draw_convergence, draw_labels, draw_loss, save
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.store import open_store
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def main() -> None:
         paths = save(draw(found), folder, "map", options.pdf)
         for panel in ("label", "loss", "convergence") if options.separate else ():
             paths += save(draw_one(found, panel), folder, panel, options.pdf)
-        console = Console()
+        console = screen()
         console.print(summary(found))
         console.print(f"pictures: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from rich.console import Console
 
 from analysis.boundary import map_edges
 from analysis.charts import Series, chart
@@ -24,7 +23,7 @@ from analysis.noise import exponent_of, read_noise, verdict
 from analysis.page import page_data
 from analysis.power_law import FEWEST
 from analysis.rules import SAFE, rules, sentences
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.store import Store, open_store
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -136,7 +135,7 @@ def report_html(found: Map, labelling: Labelling) -> str:
         "provenance": provenance_html(store),
         "data": json_in_html(data),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text())
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text("utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +155,8 @@ def main() -> None:
         found = analyse(store, options, parse_fit(options.fit))
         path = Path(options.out) if options.out else store.figures / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report_html(found, options))
-        Console().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
+        path.write_text(report_html(found, options), "utf-8")
+        screen().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from analysis.axes import number
@@ -29,7 +28,7 @@ from analysis.early_warning import (
 )
 from analysis.panels import TEXT, save
 from analysis.power_law import HeldOut, PowerLaw, held_out, power_law
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.outcome import CONVERGED
 from engine.plan import looks_ahead
 from engine.store import Store, open_store
@@ -226,7 +225,7 @@ def main() -> None:
         table = Table(title=f"rules of thumb: {store.path}", show_header=False, title_justify="left", box=None)
         for row in sentences(found):
             table.add_row(*row)
-        console = Console()
+        console = screen()
         console.print(table)
         for early, where in zip(found.early, ("whole map", f"cells within {NEAR:g}x of critical"), strict=False):
             console.print(early_table(early, f"ROC area, {where}"))

@@ -20,7 +20,7 @@ from analysis.panels import TEXT, draw_convergence_cells, draw_frame, save
 from analysis.plot import draw
 from analysis.sequence import Level, check_follow, sequence, width, zoom_once
 from analysis.tile import Tile, followed_tile, parse_range, parse_target, tile_around
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.store import Store, open_store
 
 
@@ -102,7 +102,7 @@ def main() -> None:
     options = parse(Options, "Zoom into a map by training a finer grid over a tile of it, once or level by level.")
     with user_errors():
         check(options)
-        store, console = open_store(options.store), Console()
+        store, console = open_store(options.store), screen()
         target = parse_target(options.target) if options.target else None
         if options.levels:
             how = (options.levels, options.factor, options.size, target, options.follow)

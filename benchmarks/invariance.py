@@ -23,14 +23,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from benchmarks.random_runs import random_corpus
 from benchmarks.throughput import names
 from benchmarks.timing import append_rows
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.config import SweepConfig, resolve
 from engine.data import IGNORED, Corpus
 from engine.network import Network, load_network
@@ -228,7 +228,7 @@ def table_of(rows: list[dict]) -> Table:
         for row in own:
             text = f"{row['equal']}/{row['subjects']}"
             text += "" if row["replicas"] in WIDTHS else f" (R = {row['replicas']})"
-            cells.append(text if row["equal"] == row["subjects"] else f"[red]{text}[/red]")
+            cells.append(Text(text, "" if row["equal"] == row["subjects"] else "red"))
         table.add_row(*group, *cells)
     return table
 
@@ -236,7 +236,7 @@ def table_of(rows: list[dict]) -> Table:
 def main() -> None:
     """The command."""
     options = parse(Options, __doc__.split("\n\n")[0])
-    console = Console(soft_wrap=True, highlight=False)
+    console = screen(soft_wrap=True)
     with user_errors():
         networks = names(options.networks, tuple(NETWORKS), "networks")
         precisions = names(options.precisions, PRECISIONS, "precisions")

@@ -21,11 +21,10 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import append_rows
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.models import parameter_shapes
 from engine.models.gpt import GPT, GPTConfig, flops_per_token
 
@@ -241,7 +240,7 @@ def draw(measured: dict[str, list[dict]], path: Path) -> None:
 def main() -> None:
     """The command."""
     options = parse(Options, __doc__.split("\n\n")[0])
-    console = Console(soft_wrap=True, highlight=False, width=180)
+    console = screen(soft_wrap=True, width=180)
     with user_errors():
         work = plan(options)
         if not torch.cuda.is_available():

@@ -109,7 +109,7 @@ def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / name
     fresh = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*source, *rows[0]])
         if fresh:
             writer.writeheader()

@@ -143,7 +143,7 @@ def main() -> None:
         del sets
     print(f"geometric mean of bmm / best: {statistics.geometric_mean(gains):.3f}")
     lines = [f"  {json.dumps(key)}: {json.dumps(list(tile))}" for key, tile in sorted(table.items())]
-    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
     append_rows("tiles.csv", rows)
 
 

@@ -12,6 +12,7 @@ interleaves, are put back.
 Shape letters: K head dim.
 """
 
+import os
 import struct
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -21,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from engine.files import replace_file
 from engine.models.llama import LlamaConfig
 from engine.tokenizer import SmolLM2Tokenizer
 
@@ -116,18 +118,24 @@ def llama_weights(config: LlamaConfig, tensors: Mapping[str, NDArray[np.float32]
 
 
 def save_safetensors(path: str | Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes {name: tensor} to a .safetensors file; ValueError where the folder is missing."""
+    """Writes {name: tensor} to a .safetensors file, whole or not at all; ValueError as `check_folder`."""
     check_folder(path)
-    save_file({name: weight.contiguous().cpu() for name, weight in weights.items()}, Path(path))
+    replace_file(path, save({name: weight.contiguous().cpu() for name, weight in weights.items()}))
 
 
 def check_folder(path: str | Path) -> None:
-    """ValueError where the folder of a file to write is missing, or the path is a folder."""
+    """ValueError where a file of weights cannot be written: no folder, a folder itself, or the name of another kind.
+
+    A device or pipe may have any name.
+    """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"folder {path.parent} does not exist, cannot write {path.name}: make it first")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise ValueError(f"folder {folder} does not exist, cannot write {path.name}: make it first")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file to write")
+    if path.suffix != ".safetensors" and (path.is_file() or not path.exists()):
+        raise ValueError(f"got {path}, expected a name that ends in .safetensors: weights are written in that format")
 
 
 def read_gguf(file: Path) -> Gguf:

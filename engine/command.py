@@ -5,6 +5,7 @@ from argparse import Action
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -62,8 +63,11 @@ def plainness(option: str) -> tuple[bool, ...]:
 def parser(description: str) -> ArgumentParser:
     """An argument parser that takes --some-name and --some_name and no abbreviations.
 
-    Comments beside a dataclass's fields become the help text.
+    Comments beside a dataclass's fields become the help text. A terminal that cannot show a character is given its
+    code, since no command should fail for what it says.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     return Parser(
         description=description,
         add_option_string_dash_variants=DashVariant.UNDERSCORE_AND_DASH,
@@ -82,10 +86,19 @@ def parse(kind: type, description: str, default: Any = None, arguments: list[str
     return reader.parse_args(arguments).value
 
 
+def screen(**named: Any) -> Console:
+    """A rich console that prints text as it is, in tables too: brackets and colons in a path are no markup."""
+    return Console(markup=False, emoji=False, highlight=False, **named)
+
+
+def warn(message: str) -> None:
+    """One line on stderr, however quiet the command is."""
+    screen(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow")
+
+
 def fail(message: str) -> NoReturn:
     """One line on stderr, and exit code 2."""
-    line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True).print(f"error: {line}", style="red", highlight=False, markup=False)
+    screen(stderr=True, soft_wrap=True).print(f"error: {' '.join(message.split())}", style="red")
     sys.exit(2)
 
 
@@ -99,6 +112,10 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         fail(str(error))
+    except MemoryError as error:
+        fail(f"the machine has not enough memory ({str(error) or 'an allocation failed'}); ask for less at once")
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from what is stored", style="yellow")
+        screen(stderr=True, soft_wrap=True).print(
+            "interrupted; the same command goes on from what is stored", style="yellow"
+        )
         sys.exit(130)

@@ -8,7 +8,9 @@ replacement. Each comes from its own Philox stream of the seed, so none depends 
 another. An .npz of the same arrays takes their place, so that another program's run can be checked cell by cell.
 """
 
+import lzma
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -17,6 +19,17 @@ from engine.config import SweepConfig
 from kernels.descent import DTYPES, WIDTH, descend
 
 STREAMS = ("W0", "W1", "X", "Y", "minibatch_index")
+# what numpy and zipfile say of an archive that is damaged, encrypted, oddly compressed, or claims more than fits
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+)
 SWEPT = ("lr", "lr.0", "lr.1", "offset", "seed")
 
 
@@ -70,8 +83,11 @@ def load_problem(config: SweepConfig) -> dict[str, np.ndarray]:
     form = "a problem is an .npz of X [N, 16], Y [N, 1], W0 [16, 16], W1 [16, 1] and, with --minibatch, minibatch_index"
     if not zipfile.is_zipfile(path):
         raise ValueError(f"problem file {path!r} is not an .npz; {form}")
-    with np.load(path) as file:
-        stored = {name: file[name] for name in file.files}
+    try:
+        with np.load(path) as file:
+            stored = {name: np.asarray(file[name]) for name in file.files}
+    except UNREADABLE as error:
+        raise ValueError(f"problem file {path!r} cannot be read ({error}); make it again; {form}") from None
     names = [*STREAMS[:4], *(["minibatch_index"] if config.minibatch else [])]
     missing = [name for name in names if name not in stored]
     if missing:

@@ -4,11 +4,12 @@ import math
 import time
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
 from engine import plan
+from engine.command import screen
 from engine.config import SweepConfig
 from engine.outcome import LABELS, MISSING, Thresholds, label
 
@@ -34,7 +35,7 @@ class Progress:
         self.done = 0
         self.started = time.monotonic()
         self.quiet = quiet
-        self.console = Console(stderr=True)
+        self.console = screen(stderr=True)
         self.live: Live | None = None
 
     def __enter__(self) -> "Progress":

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from engine import descent, plan
 from engine.checkpoint import check_folder, save_safetensors
-from engine.command import parse, user_errors
+from engine.command import parse, screen, user_errors
 from engine.provenance import provenance
 from engine.store import Store, check_same_data, open_store
 from engine.sweep import LanguageSetup, Rank, RunOptions, choose_device, prepare
@@ -110,7 +109,7 @@ def compare(store: Store, row: int, col: int, replay: Replay) -> str:
 def main() -> None:
     """The command."""
     options = parse(ReplayOptions, __doc__.split("\n\n")[0])
-    console = Console(soft_wrap=True, highlight=False)
+    console = screen(soft_wrap=True)
     with user_errors():
         store = open_store(options.store)
         if options.save_weights:
@@ -128,9 +127,9 @@ def main() -> None:
         return
     console.print(f"{where}: NOT identical, {difference}")
     then, now = store.attributes["provenance"], provenance(choose_device(options.device))
-    for name in ("device", "packages", "commit"):
-        if then[name] != now[name]:
-            console.print(f"  {name}: stored with {then[name]}, replayed with {now[name]}")
+    for name in ("device", "cpu", "packages", "commit"):
+        if then.get(name) != now[name]:
+            console.print(f"  {name}: stored with {then.get(name, 'what it does not say')}, replayed with {now[name]}")
     sys.exit(1)
 
 

@@ -1,15 +1,13 @@
 """The store of a sweep: a Zarr v3 group that survives a kill at any moment.
 
 Every array is preallocated. A chunk spans the rows of one launch and all columns, so each stored
-object has one writer. A block of rows is written results first, each file fsynced, `status` last: a
+object has one writer. A block of rows is written results first, each file down to the disk, `status` last: a
 cell that says DONE has all its numbers on disk. Status is a small integer and is never inferred from
-NaN, which is a legitimate result. zarr writes a file beside its place and renames it, so a reader or a
-kill sees the old chunk or the new one.
+NaN, which is a legitimate result. A file is written beside its place and renamed (`engine.files`), so a reader
+or a kill sees the old chunk or the new one.
 """
 
-import fcntl
 import json
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +16,7 @@ import numpy as np
 import zarr
 
 from engine.config import DERIVED, SweepConfig
+from engine.files import DurableStore, FolderLock, make_folders, place_folder
 from engine.grid import Grid
 
 FORMAT = "fractal-llm sweep"
@@ -81,7 +80,7 @@ class Store:
         self.attributes = attributes
         self.config = SweepConfig.from_json(attributes["configuration"])
         self.grid: Grid = self.config.grid
-        self.group = zarr.open_group(self.path, mode="r")
+        self.group = zarr.open_group(self.path, mode="r", zarr_format=3)
         for name, spec in array_specs(self.config).items():
             # zarr lets a damaged array's own error through, which names no file
             whole = "shape" in read_metadata(self.path / name / "zarr.json")
@@ -122,10 +121,10 @@ class Store:
 
 def read_metadata(file: Path) -> dict:
     """A zarr.json, {} if it is missing. Raises ValueError when it is no JSON object."""
-    text = file.read_text(errors="replace") if file.is_file() else "{}"
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else "{}"
     try:
         metadata = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}); restore it or sweep into a new path") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{file} is damaged (no JSON object); restore it or sweep into a new path")
@@ -150,20 +149,20 @@ def create_store(path: str | Path, config: SweepConfig, steps: int, rows_per_chu
         attributes: provenance and what else the sweep states about itself, JSON values.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
-        building = Path(beside, path.name)
+    make_folders(path.parent)
+    with TemporaryDirectory(prefix=".sweep-", dir=path.parent) as beside:
+        building = Path(beside, "store")
         build_store(building, config, steps, rows_per_chunk, attributes)
-        os.rename(building, path)
-    fsync(path.parent)
+        place_folder(building, path)
 
 
 def build_store(building: Path, config: SweepConfig, steps: int, rows_per_chunk: int, attributes: dict) -> None:
-    """Write the empty store of `create_store` where nobody looks yet, down to the disk."""
+    """Write the empty store of `create_store` where nobody looks yet."""
     grid = config.grid
     rows, cols = grid.shape
     group = zarr.create_group(
         building,
+        zarr_format=3,  # whatever ZARR_DEFAULT_ZARR_FORMAT says
         attributes={
             "format": FORMAT,
             "format_version": VERSION,
@@ -193,10 +192,6 @@ def build_store(building: Path, config: SweepConfig, steps: int, rows_per_chunk:
     # sub-groups, so that what is kept inside the store is part of its hierarchy
     for name in ("figures", "zoom", "noise"):
         group.create_group(name)
-    for folder, _, files in os.walk(building):
-        for file in files:
-            fsync(Path(folder) / file)
-        fsync(Path(folder))
 
 
 class Writer(Store):
@@ -209,16 +204,8 @@ class Writer(Store):
             ValueError: not a store of ours, or another process is writing it.
         """
         super().__init__(path)
-        self.handle = os.open(self.path, os.O_RDONLY)
-        if lock:
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self.handle)
-                raise ValueError(
-                    f"another process is writing {self.path}; wait for it, or give --store another path"
-                ) from None
-        self.group = zarr.open_group(self.path, mode="r+")
+        self.lock = FolderLock(self.path) if lock else None
+        self.group = zarr.open_group(DurableStore(self.path), mode="r+", zarr_format=3)
 
     def write_rows(self, start: int, block: dict[str, np.ndarray]) -> None:
         """Write rows [start, start + n) of every array given, each [n, cols, ...]; `status` last.
@@ -233,14 +220,11 @@ class Writer(Store):
             # an all-fill chunk is a result like any other
             array = self.array(name).with_config({"write_empty_chunks": True})
             array[start : start + count] = block[name]
-            folder = self.path / name / "c" / str(start // chunk)
-            for file in folder.rglob("*"):
-                fsync(file)
-            fsync(folder)
 
     def close(self) -> None:
         """Give up the lock, as the end of the process does."""
-        os.close(self.handle)
+        if self.lock is not None:
+            self.lock.close()
 
 
 def check_same_configuration(path: Path, stored: SweepConfig, asked: SweepConfig) -> None:
@@ -264,10 +248,3 @@ def check_same_data(store: Store, digest: str) -> None:
             f"the data {store.config.data!r} have changed since {store.path} was made; "
             "restore them, or sweep into another --store"
         )
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import descent, plan, progress, tracking
-from engine.command import parser, user_errors
+from engine.command import parser, screen, user_errors, warn
 from engine.config import PRESETS, SweepConfig, resolve
 from engine.data import Corpus, check_vocabulary, load_corpus
 from engine.network import Network, load_network
@@ -268,8 +269,8 @@ def train_grid(setup: Setup, writer: Writer, rank: Rank, options: RunOptions, tr
 # ---- the whole sweep
 
 
-def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -> Writer:
-    """The store to write: a new one, or one of the same configuration."""
+def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank, wandb_run: str = "") -> Writer:
+    """The store to write: a new one, which keeps W&B's id of the sweep, or one of the same configuration."""
     data_digest = setup.corpus.digest if isinstance(setup, LanguageSetup) else ""
     if rank.index == 0:
         if stored is None:
@@ -277,6 +278,7 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank) -
                 "provenance": provenance(setup.device),
                 "exact": "at any width" if exact_at_any_width(setup) else "in the same launch",
                 "data_digest": data_digest,
+                "wandb_run": wandb_run,
             }
             if isinstance(setup, LanguageSetup):
                 extra |= {"slots": setup.slots, "data": setup.corpus.description}
@@ -366,7 +368,7 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
         ValueError: anything a user gave that cannot be done, before any training.
     """
     rank = this_rank()
-    console = Console(stderr=True, soft_wrap=True)
+    console = screen(stderr=True, soft_wrap=True)
     tracking.check(options.wandb)
     path = Path(options.store) if options.store else default_store(resolve(config, "cpu"))
     stored = Store(path) if path.exists() else None
@@ -374,19 +376,23 @@ def run_sweep(config: SweepConfig, options: RunOptions) -> Path:
     setup = prepare(config, options, rank, stored)
     if options.dry_run:
         if rank.index == 0:
-            Console().print(dry_run_table(setup, stored))
+            screen().print(dry_run_table(setup, stored))
         return path
-    with closing(open_or_create(setup, path, stored, rank)) as writer:
+    # before the store is made: W&B may refuse
+    identity = uuid4().hex if stored is None else stored.attributes.get("wandb_run", "")
+    where = options.wandb, options.wandb_project, options.wandb_entity
+    track = tracking.start(*where, setup.config, rank.index == 0, identity, path.name)
+    with closing(open_or_create(setup, path, stored, rank, identity)) as writer:
+        if writer.lock is not None and writer.lock.warning:
+            warn(writer.lock.warning)
         if not options.quiet and rank.index == 0:
             announce(setup, path, stored, console)
-        track = tracking.start(
-            options.wandb, options.wandb_project, options.wandb_entity, setup.config, rank.index == 0
-        )
         train_grid(setup, writer, rank, options, track)
         rank.barrier()
     if rank.index == 0 and options.figures:
         # a process of its own: the engine does not import the analysis, which reads stores
-        drawn = subprocess.run([sys.executable, "-m", "analysis.plot", "--store", str(path)])
+        plot = Path(__file__).parent.parent / "analysis" / "plot.py"
+        drawn = subprocess.run([sys.executable, str(plot), "--store", str(path)])
         if drawn.returncode:
             raise ValueError(f"all cells are stored, but the maps were not drawn; run analysis/plot.py --store {path}")
     track.finish(path)

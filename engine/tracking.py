@@ -1,10 +1,12 @@
 """Weights & Biases, where it is asked for: one run a sweep, never one a cell."""
 
+import re
 from pathlib import Path
 
 from engine.config import SweepConfig
 
 MODES = ("off", "offline", "online")
+LONGEST = 128  # characters of a name that W&B takes
 
 
 def check(mode: str) -> None:
@@ -42,18 +44,46 @@ class Tracking:
         images = {f"map/{p.stem}": wandb.Image(str(p)) for p in sorted((store / "figures").glob("*.png"))}
         if images:
             self.run.log(images)
-        artifact = wandb.Artifact(f"sweep-{store.name}", type="sweep")
+        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]+", "-", f"sweep-{store.name}")[:LONGEST], type="sweep")
         artifact.add_dir(str(store))
-        self.run.log_artifact(artifact)
-        self.run.finish()
+        try:
+            self.run.log_artifact(artifact)
+            self.run.finish()
+        except wandb.errors.Error as error:
+            raise ValueError(f"all cells are stored in {store}, but W&B did not take them ({error})") from None
 
 
-def start(mode: str, project: str, entity: str, config: SweepConfig, first: bool) -> Tracking:
-    """Begin a run on the first rank, unless the mode is off."""
+def start(
+    mode: str, project: str, entity: str, config: SweepConfig, first: bool, identity: str = "", name: str = ""
+) -> Tracking:
+    """Begin a run on the first rank, unless the mode is off; a resumed sweep goes on with its own.
+
+    Args:
+        mode: one of MODES.
+        project: W&B's project.
+        entity: its owner, '' for the user's own.
+        config: what the run shows as its configuration.
+        first: whether this is the first rank.
+        identity: W&B's id of the run, the same whenever the sweep is resumed ('': a new one each time).
+        name: what people call the run ('': W&B thinks of one).
+
+    Raises:
+        ValueError: W&B refuses, or is not reached.
+    """
     if mode == "off" or not first:
         return Tracking(None)
     import wandb
 
-    chosen = wandb.Settings(mode="offline" if mode == "offline" else "online")
-    run = wandb.init(project=project, entity=entity or None, config=config.to_json(), settings=chosen)
+    try:
+        run = wandb.init(
+            project=project,
+            entity=entity or None,
+            config=config.to_json(),
+            id=identity or None,
+            name=name[:LONGEST] or None,
+            resume="allow" if identity and mode == "online" else None,  # offline, runs of one id meet when synced
+            settings=wandb.Settings(mode="offline" if mode == "offline" else "online"),
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(f"W&B did not start ({error}); log in, or give --wandb offline or off") from None
     return Tracking(run)

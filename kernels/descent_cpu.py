@@ -26,6 +26,18 @@ IDENTITY, RELU, TANH = range(3)
 NONLINEARITIES = {"identity": IDENTITY, "relu": RELU, "tanh": TANH}
 
 
+def kept(**options):
+    """Numba's `njit`, with the machine code kept on disk for the next process, where a folder for it can be written."""
+
+    def compiled(function):
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # neither beside this file nor in the home
+            return njit(**options)(function)
+
+    return compiled
+
+
 def train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_QSB, steps, nonlinearity, every_step):
     """Losses [R, S] and final weights [R, P] of every cell, trained on as many threads as torch has.
 
@@ -47,7 +59,7 @@ def train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_Q
     return torch.from_numpy(losses_RS), torch.from_numpy(weights_RP)
 
 
-@njit(nogil=True, fastmath=SUMS, error_model="numpy", cache=True)
+@kept(nogil=True, fastmath=SUMS, error_model="numpy")
 def train_cells(
     x_QKN, y_QN, w0_QHK, w1_QH, drawn_QSB,
     lr0_R, lr1_R, offset_R, problem_R, losses_RS, weights_RP, nonlinearity, every_step,
@@ -170,7 +182,7 @@ def update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
                 w0_HK[h + 1, k + i] -= lr0 * t
 
 
-@njit(cache=True)
+@kept()
 def shift(w0_HK, offset):
     """Add a constant to every weight. Array operations like `w0_HK += offset` compile for seconds each."""
     for h in range(WIDTH):
@@ -178,7 +190,7 @@ def shift(w0_HK, offset):
             w0_HK[h, k] += offset
 
 
-@njit(cache=True)
+@kept()
 def settled(old, new, draws):
     """Whether no later step can change these weights (see the head of `kernels.descent`)."""
     for i in range(len(new)):
@@ -203,7 +215,7 @@ def compiled_tanh(u):
     return (lambda u: tanh_32(u)) if single else (lambda u: tanh_64(u))
 
 
-@njit(fastmath={"contract"}, error_model="numpy", cache=True)
+@kept(fastmath={"contract"}, error_model="numpy")
 def tanh_32(u):
     """1 - 2 / (e^2u + 1), and below |u| = 0.4, where that cancels, an odd polynomial of degree 7."""
     one, two, whole = np.float32(1), np.float32(2), np.float32(12582912)  # 1.5 * 2^23
@@ -228,7 +240,7 @@ def tanh_32(u):
     return u * q if x < np.float32(0.16) else large
 
 
-@njit(fastmath={"contract"}, error_model="numpy", cache=True)
+@kept(fastmath={"contract"}, error_model="numpy")
 def tanh_64(u):
     """m / (m + 2), m = e^t - 1, t = 2 |u| = k ln 2 + f; expm1(f) is a polynomial of degree 11 (as on a GPU)."""
     whole = 6755399441055744.0  # 1.5 * 2^52

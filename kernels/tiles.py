@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 
 TABLE = Path(__file__).with_name("tuned_tiles.json")
-TUNED = {key: Tile(*values) for key, values in json.loads(TABLE.read_text()).items()} if TABLE.exists() else {}
+TUNED = {key: Tile(*values) for key, values in json.loads(TABLE.read_text("utf-8")).items()} if TABLE.exists() else {}
 
 
 def tile_key(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:

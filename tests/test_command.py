@@ -1,6 +1,7 @@
 """The commands as a user meets them: one clear line and exit code 2 for every fault, before anything is made."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,11 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tiny import sweep, tiny
+from safetensors.torch import load_file
+from tiny import sweep, tiny, write_chat
 
 from engine import replay
 from engine import sweep as sweep_command
 from engine.config import SweepConfig
+from engine.store import open_store
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,12 +111,81 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted; the same command goes on from what is stored\n"
 
 
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def huge(*arguments):
+        raise MemoryError("Unable to allocate 3.00 TiB")
+
+    monkeypatch.setattr(sweep_command, "run_sweep", huge)
+    said = fails(capsys, sweep_command.main, "sweep.py", [])
+    assert "the machine has not enough memory (Unable to allocate 3.00 TiB)" in said
+
+
+@pytest.mark.parametrize("fault", [AssertionError, KeyError, TypeError, RuntimeError, RecursionError])
+def test_a_fault_of_ours_stays_a_traceback(fault, tmp_path, monkeypatch):
+    def faulty(*arguments):
+        raise fault("planted")
+
+    monkeypatch.setattr(sweep_command, "prepare", faulty)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *flags(tiny(tmp_path), tmp_path / "s")])
+    with pytest.raises(fault, match="planted"):
+        sweep_command.main()
+    assert not (tmp_path / "s").exists()
+
+
 def test_replay_refuses_a_file_it_cannot_write_before_it_trains(tmp_path, capsys, monkeypatch):
     sweep(tiny(tmp_path), tmp_path / "s")
     monkeypatch.setattr(replay, "replay_cell", None)
-    for path, says in ((tmp_path / "none" / "w.safetensors", "none does not exist"), (tmp_path, "is a folder")):
+    for path, says in (
+        (tmp_path / "none" / "w.safetensors", "none does not exist"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "w.bin", "expected a name that ends in .safetensors"),
+    ):
         words = ["--store", str(tmp_path / "s"), "--row", "0", "--col", "0", "--save-weights", str(path)]
         assert says in fails(capsys, replay.main, "replay.py", words)
+
+
+def test_replay_writes_weights_through_links_and_says_when_a_device_is_full(tmp_path, capsys):
+    sweep(tiny(tmp_path), tmp_path / "s")
+    words = ["--store", str(tmp_path / "s"), "--row", "0", "--col", "0", "--save-weights"]
+    for name, target in (("link", tmp_path / "target"), ("full", "/dev/full")):
+        (tmp_path / f"{name}.safetensors").symlink_to(target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["replay.py", *words, str(tmp_path / "link.safetensors")])
+        replay.main()
+    assert "identical" in capsys.readouterr().out
+    assert (tmp_path / "link.safetensors").is_symlink() and len(load_file(tmp_path / "target")) > 3
+    for path in (tmp_path / "full.safetensors", "/dev/full"):
+        assert "No space left on device" in fails(capsys, replay.main, "replay.py", [*words, str(path)])
+
+
+def test_a_terminal_without_unicode_fails_nothing(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    config = tiny(tmp_path, data=str(write_chat(tmp_path / "chät[0].jsonl")))
+    made = tmp_path / "störe [b]"
+    words = [sys.executable, str(ROOT / "engine" / "sweep.py"), *flags(config, made), "--figures", "True"]
+    ran = subprocess.run(words, capture_output=True, cwd=tmp_path, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert (made / "figures" / "map.png").exists() and b"[b]" in ran.stdout
+    told = [sys.executable, str(ROOT / "analysis" / "classify.py"), "--store", str(made)]
+    assert subprocess.run(told, capture_output=True, cwd=tmp_path, env=environment).returncode == 0
+
+
+def test_what_lies_in_the_current_folder_is_not_executed(tmp_path):
+    for name in ("random.py", "analysis/__init__.py", "analysis/plot.py", "rich.py", "sitecustomize.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('executed')")
+    words = [*flags(tiny(tmp_path), tmp_path / "s"), "--figures", "True"]
+    for command in ([str(ROOT / "engine" / "sweep.py")], ["-m", "engine.sweep"]):
+        ran = subprocess.run([sys.executable, *command, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "s" / "figures" / "map.png").exists()
+
+
+def test_a_zarr_format_in_the_environment_changes_nothing(tmp_path):
+    words = [sys.executable, str(ROOT / "engine" / "sweep.py"), *flags(tiny(tmp_path), tmp_path / "s")]
+    ran = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"ZARR_DEFAULT_ZARR_FORMAT": "2"})
+    assert ran.returncode == 0, ran.stderr
+    assert open_store(tmp_path / "s").status.all()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_an_interrupted_creation_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine.store.fsync", full)
+    monkeypatch.setattr("engine.files.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         create_store(tmp_path / "s", SweepConfig(y="lr:log:1:2:2", x="tokens:log:300:400:2"), 3, 2, {})
     assert list(tmp_path.iterdir()) == []

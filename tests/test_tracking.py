@@ -5,10 +5,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from tiny import sweep, tiny
+from test_command import main_fails
+from tiny import forget, sweep, tiny
 
 from engine import tracking
 from engine.outcome import LABELS
+from engine.store import open_store
 
 # wandb's own code: pydantic and protobuf warn while it is imported and while it logs
 BLOCK = 32768
@@ -18,12 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """A folder that W&B writes into, and nowhere else."""
+    import wandb
+
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     (tmp_path / "wandb-home").mkdir()
-    return tmp_path / "wandb-home"
+    yield tmp_path / "wandb-home"
+    wandb.teardown()  # it reads the environment once
 
 
 def records(file: Path) -> list:
@@ -62,6 +67,7 @@ def test_an_offline_run_holds_aggregates_the_map_and_the_store(tmp_path, offline
     read = records(file)
     [run] = [record.run for record in read if record.WhichOneof("record_type") == "run"]
     assert run.project == "fractal-llm" and run.entity == ""
+    assert run.display_name == "s" and run.run_id == open_store(store).attributes["wandb_run"]
     stored = {item.key: json.loads(item.value_json) for item in run.config.update if item.key}
     assert stored["y"] == config.y and stored["width"] == 16
     rows = []
@@ -95,6 +101,43 @@ def run_pictured(config, path, picture) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking.Tracking, "finish", with_picture)
         sweep(config, path, wandb="offline")
+
+
+def test_a_resumed_sweep_goes_on_in_its_own_run(tmp_path, offline):
+    for _ in range(2):
+        sweep(tiny(tmp_path, rows_per_launch="1"), tmp_path / "s", wandb="offline")
+        forget(tmp_path / "s", 1)
+    begun = [r.run.run_id for f in offline.rglob("*.wandb") for r in records(f) if r.WhichOneof("record_type") == "run"]
+    assert len(begun) == 2 and set(begun) == {open_store(tmp_path / "s").attributes["wandb_run"]}
+
+
+def test_a_store_of_any_name_is_an_artifact(tmp_path, offline):
+    sweep(tiny(tmp_path), tmp_path / "[lr = 0.1, ä]", wandb="offline")
+    [file] = offline.rglob("*.wandb")
+    [artifact] = [record.artifact for record in records(file) if record.WhichOneof("record_type") == "artifact"]
+    assert artifact.name == "sweep--lr-0.1-"
+
+
+def test_without_a_key_nothing_is_made(tmp_path, offline, monkeypatch, capsys):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    said = main_fails(capsys, tiny(tmp_path), tmp_path / "s", "--wandb", "online")
+    assert "W&B did not start (No API key configured" in said
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["chat.jsonl", "wandb-home"]
+
+
+@pytest.mark.parametrize("error", ["CommError", "AuthenticationError", "UsageError"])
+def test_what_wandb_raises_is_a_users_error(tmp_path, monkeypatch, error):
+    import wandb
+
+    def fails(**_):
+        raise getattr(wandb.errors, error)("no such host")
+
+    monkeypatch.setattr(wandb, "init", fails)
+    with pytest.raises(ValueError, match=r"W&B did not start \(no such host\); log in, or give --wandb offline or off"):
+        tracking.start("online", "p", "", tiny(tmp_path), first=True)
 
 
 def test_off_is_nothing_at_all(tmp_path, offline):

@@ -1,0 +1,136 @@
+"""Files that outlive a crash of the machine, and the lock of who writes them.
+
+The order on disk: a file is written beside its place and synced, renamed, and its folder synced; a new folder's parent
+is synced too. So a name that can be read leads to whole contents, whenever the power fails. Folders cannot be synced on
+every file system, nor locked; neither stops the work.
+"""
+
+import asyncio
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+from uuid import uuid4
+
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # to some file systems
+
+
+def fsync(path: str | Path) -> None:
+    """Flush a file to the disk, or a folder where the file system knows how."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNKNOWN or not stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: str | Path) -> None:
+    """Flush everything in a folder to the disk: files before the folders that name them."""
+    for inner, _, files in os.walk(folder, topdown=False):
+        for file in files:
+            fsync(Path(inner, file))
+        fsync(inner)
+
+
+def make_folders(folder: str | Path) -> None:
+    """Make a folder and its missing parents, each on the disk when this returns."""
+    folder = Path(folder)
+    missing = [new for new in (folder, *folder.parents) if not new.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for new in missing:
+        fsync(new.parent)
+
+
+def write_beside(path: str | Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file whole or not at all, making its folder: a reader or a crash sees the old one or the new one."""
+    path = Path(path)
+    make_folders(path.parent)
+    beside = path.with_name(f".{uuid4().hex}.partial")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def place_folder(building: str | Path, path: str | Path) -> None:
+    """Give a finished folder, made on the same file system, its name.
+
+    Raises:
+        ValueError: something has taken the name meanwhile.
+    """
+    fsync_tree(building)
+    try:
+        os.rename(building, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise ValueError(
+            f"another process has just made {path}; run the same command again to go on with it, or give another path"
+        ) from None
+    fsync(Path(path).parent)
+
+
+def replace_file(path: str | Path, data: bytes) -> None:
+    """Write a file that a user named: whole or not at all, through a symbolic link, and into a device as it is."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with target.open("wb") as device:
+            device.write(data)
+    else:
+        write_beside(target, data)
+
+
+class FolderLock:
+    """The right to write into a folder: one process has it, until it closes it or ends.
+
+    warning: '' where it is held, else what to say of a file system that has no locks.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises ValueError where another process holds it."""
+        self.warning = ""
+        self.handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.handle)
+            raise ValueError(
+                f"another process is writing {folder}; wait for it, or give --store another path"
+            ) from None
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                os.close(self.handle)
+                raise
+            self.warning = (
+                f"{folder} cannot be locked, its file system has no locks ({error.strerror}): "
+                "see to it that no other process writes there"
+            )
+
+    def close(self) -> None:
+        """Give it up, as the end of the process does."""
+        os.close(self.handle)
+
+
+class DurableStore(LocalStore):
+    """Zarr's local files, each on the disk when zarr has written it."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write one object (zarr's asynchronous way)."""
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write one object (the way that newer releases of zarr prefer)."""
+        self._check_writable()
+        write_beside(self.root / key, value.as_buffer_like())
