@@ -12,7 +12,7 @@ from rich.table import Table
 from analysis.classify import Labelling, classify, measured, trains
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
-from engine.store import open_store
+from engine.store import open_map
 
 # what a line of cells says about its critical learning rate
 BRACKETED, NEVER_BREAKS, ALWAYS_BREAKS, UNMEASURED = range(4)
@@ -87,13 +87,13 @@ class Critical:
 
     @property
     def value(self) -> np.ndarray:
-        """Geometric mean of the two bracketing rates [line] float64, NaN unless bracketed."""
-        return np.sqrt(self.below) * np.sqrt(self.above)
+        """Geometric mean of the two bracketing rates [line] float64, NaN unless bracketed between rates above 0."""
+        return np.where(self.below > 0, np.sqrt(self.below) * np.sqrt(self.above), np.nan)
 
     @property
     def bracketed(self) -> np.ndarray:
-        """Lines with a rate that trains below one that breaks, bool [line]."""
-        return self.verdict == BRACKETED
+        """Lines with a rate above 0 that trains below one that breaks, bool [line]."""
+        return (self.verdict == BRACKETED) & (self.below > 0)
 
 
 def lines(grid: Grid, cells: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def main() -> None:
     """Print the critical learning rate of every line of a map."""
     options = parse(Options, "The critical learning rate of each column: between which two rates training breaks.")
     with user_errors():
-        store = open_store(options.store)
+        store = open_map(options.store, options.replicate)
         codes = classify(store, options.thresholds)
         found = critical(store.grid, codes)
         blocks = map_edges(codes)

@@ -1,8 +1,7 @@
 """Labels and the convergence value of every cell, computed from a store's raw numbers.
 
-Nothing here is stored: other thresholds give other maps of the same measurements. A language-model
-cell is labelled by its losses (engine.outcome); a cell of the paper's network by the paper's own rule,
-the sign of the stored `measure`.
+Nothing here is stored: other thresholds give other maps of the same measurements. The rules are those of
+`engine.outcome`.
 """
 
 from dataclasses import dataclass
@@ -11,57 +10,18 @@ import numpy as np
 from rich.table import Table
 
 from engine.command import parse, screen, user_errors
-from engine.outcome import (
-    CONVERGED,
-    DONE,
-    INVALID,
-    LABELS,
-    MARGINAL,
-    MISSING,
-    NONFINITE,
-    UNDERTRAINED,
-    WORSENED,
-    Thresholds,
-    label,
-)
-from engine.plan import steps_of
-from engine.store import Store, open_store
+from engine.outcome import LABELS, Thresholds, measured, trains
+from engine.store import Replicate, open_map
 
-TRAINS = (CONVERGED, MARGINAL, UNDERTRAINED)  # the run did not break
-BREAKS = (WORSENED, NONFINITE)  # it did; missing and invalid cells say nothing about either
 LARGEST_RATIO = 1e6  # what a non-finite or larger loss ratio counts as (Sohl-Dickstein 2024)
 
 
-def classify(store: Store, thresholds: Thresholds) -> np.ndarray:
-    """Label codes [row, col] uint8 into engine.outcome.LABELS.
-
-    A store with `measure` (the paper's network) has no marginal or undertrained cells: a cell is
-    converged where its measure is negative, else nonfinite if its loss or weights ever were, else worsened.
-    """
-    if "measure" not in store:
-        return label(
-            store.status, store.read("first_loss"), store.read("last_loss"), store.read("nonfinite_step"), thresholds
-        )
-    measure = store.read("measure")
-    codes = np.select(
-        [store.status != DONE, np.isnan(measure), measure < 0, store.read("nonfinite_step") >= 0],
-        [MISSING, INVALID, CONVERGED, NONFINITE],
-        default=WORSENED,
-    )
-    return codes.astype(np.uint8)
+def classify(store: Replicate, thresholds: Thresholds) -> np.ndarray:
+    """Label codes [row, col] uint8 into engine.outcome.LABELS, by the rule of the store's workload."""
+    return store.labels(thresholds)
 
 
-def trains(codes: np.ndarray) -> np.ndarray:
-    """Whether a cell's run did not break, bool of the same shape; meaningful where `measured`."""
-    return np.isin(codes, TRAINS)
-
-
-def measured(codes: np.ndarray) -> np.ndarray:
-    """Whether a cell says anything about training: neither missing nor invalid, bool of the same shape."""
-    return np.isin(codes, TRAINS + BREAKS)
-
-
-def convergence_value(store: Store, codes: np.ndarray) -> np.ndarray:
+def convergence_value(store: Replicate, codes: np.ndarray) -> np.ndarray:
     """The signed value behind a convergence map, float64 [row, col], NaN where not measured.
 
     Negative where training works, positive where it breaks; nearer 0 is farther from the boundary on
@@ -72,7 +32,7 @@ def convergence_value(store: Store, codes: np.ndarray) -> np.ndarray:
     """
     if "measure" in store:
         return np.where(measured(codes), store.read("measure"), np.nan)
-    first, planned = store.read("first_loss").astype(np.float64), planned_steps(store)
+    first, planned = store.read("first_loss").astype(np.float64), store.planned_steps
     good = trains(codes)
     if "losses" not in store:
         ratio = loss_ratio(store.read("last_loss"), first)
@@ -85,16 +45,6 @@ def convergence_value(store: Store, codes: np.ndarray) -> np.ndarray:
         terms = np.where(good[row, :, None], -ratio, 1 / ratio)
         value[row] = np.where(within, terms, 0).sum(-1) / planned[row]
     return np.where(measured(codes), value, np.nan)
-
-
-def planned_steps(store: Store) -> np.ndarray:
-    """Steps each cell was to train, had nothing broken, int [row, col]."""
-    config, grid = store.config, store.grid
-    if config.network == "mlp":
-        return np.full(grid.shape, config.steps)
-    at: dict[str, float | np.ndarray] = {"tokens": config.tokens, "batch": config.batch}
-    at |= {grid.y.name: grid.y.values[:, None], grid.x.name: grid.x.values}
-    return np.broadcast_to(steps_of(at["tokens"], at["batch"], config.context), grid.shape)
 
 
 def loss_ratio(losses: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -112,19 +62,17 @@ def counts(codes: np.ndarray) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Labelling:
-    """Thresholds on last loss / first loss, shared by the commands that read labels."""
+    """Which replicate, and the thresholds of its labels; shared by the commands that read labels."""
 
-    converged: float = Thresholds.converged  # at or below this last/first loss: converged
-    # within 1 +- moved: undertrained; above: worsened; between moved and converged: marginal
-    moved: float = Thresholds.moved
+    replicate: int = 0  # which seed's map to read, from 0
+    converged: float = Thresholds.converged  # (loss - best) / (start - best) of a budget, up to which: converged
+    moved: float = Thresholds.moved  # share of the start's held-out loss within which a loss has not moved
 
     @property
     def thresholds(self) -> Thresholds:
-        """The thresholds, checked. Raises ValueError when they overlap."""
-        if not 0 < self.converged <= 1 - self.moved < 1:
-            raise ValueError(
-                f"converged {self.converged:g} and moved {self.moved:g}, expected 0 < converged <= 1 - moved < 1"
-            )
+        """The thresholds, checked. Raises ValueError for one outside (0, 1)."""
+        if not (0 < self.converged < 1 and 0 < self.moved < 1):
+            raise ValueError(f"converged is {self.converged:g} and moved {self.moved:g}; expected values in (0, 1)")
         return Thresholds(self.converged, self.moved)
 
 
@@ -139,7 +87,7 @@ def main() -> None:
     """Print how many cells carry each label."""
     options = parse(Options, "Label every cell of a store and count the labels. Stored numbers stay as they are.")
     with user_errors():
-        store = open_store(options.store)
+        store = open_map(options.store, options.replicate)
         codes = classify(store, options.thresholds)
         table = Table("label", "cells", "share", title=f"{store.path}: {codes.shape[0]} x {codes.shape[1]} cells")
         for name, count in counts(codes).items():

@@ -14,6 +14,7 @@ LABEL_COLOURS = {
     "marginal": "#5ba3d0",
     "undertrained": "#cfe1f2",
     "worsened": "#fdae61",
+    "collapsed": "#e8702a",
     "nonfinite": "#a6231c",
     "invalid": "#b9a3c9",
 }

@@ -22,7 +22,7 @@ from rich.table import Table
 from analysis.boundary import edges, map_edges
 from analysis.classify import Labelling, classify
 from engine.command import parse, screen, user_errors
-from engine.store import Store, open_store
+from engine.store import Replicate, open_map
 
 TILES = 8  # the bootstrap resamples the map's TILES x TILES tiles
 DRAWS = 1000  # bootstrap draws
@@ -279,7 +279,7 @@ def dimension_table(found: Dimension, shape: tuple[int, int]) -> Table:
     return table
 
 
-def sequences(store: Store) -> dict[str, list[Path]]:
+def sequences(store: Replicate) -> dict[str, list[Path]]:
     """The zooms of each sequence stored inside a store, by the sequence's name; single zooms are in none."""
     found: dict[str, list[Path]] = {}
     for path in store.children():
@@ -302,7 +302,7 @@ def main() -> None:
     options = parse(Options, "Box-counting dimension of a map's boundary, with its interval and null baselines.")
     with user_errors():
         console, fit = screen(), parse_fit(options.fit)
-        store = open_store(options.store)
+        store = open_map(options.store, options.replicate)
         mask = map_edges(classify(store, options.thresholds))
         found = measure(mask, fit)
         if found is None:
@@ -312,7 +312,7 @@ def main() -> None:
             console.print(f"warning: {found.warning}", style="yellow")
         alone: dict[str, list[Path]] = {"this map": []}
         for name, paths in (alone | sequences(store)).items():
-            zooms = [map_edges(classify(open_store(path), options.thresholds)) for path in paths]
+            zooms = [map_edges(classify(open_map(path), options.thresholds)) for path in paths]
             said = [f"{name}, {len(paths)} zooms:" if paths else f"{name}:", *sequence_lines([mask, *zooms], fit)]
             console.print("\n  ".join(said), soft_wrap=True, highlight=False)
 

@@ -8,8 +8,8 @@ import numpy as np
 from rich.table import Table
 
 from analysis.boundary import Critical, critical, lines
-from analysis.classify import measured, planned_steps, trains
-from engine.store import Store
+from analysis.classify import measured, trains
+from engine.store import Replicate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ class EarlyWarning:
         return int(self.first[counted][stays][0]) if stays.any() else None
 
 
-def early_warning(store: Store, codes: np.ndarray, chosen: np.ndarray | None = None) -> EarlyWarning:
+def early_warning(store: Replicate, codes: np.ndarray, chosen: np.ndarray | None = None) -> EarlyWarning:
     """Areas under the ROC curve of simple signs in the first k losses, against the final label.
 
     Signs: the k-th loss and the highest of the first k, both over the first; the largest rise in one
@@ -57,13 +57,13 @@ def early_warning(store: Store, codes: np.ndarray, chosen: np.ndarray | None = N
     """
     if "losses" not in store:
         raise ValueError(f"{store.path} holds no loss traces; early warning needs a sweep with --trace on")
-    longest = int(planned_steps(store).max())
+    longest = int(store.planned_steps.max())
     first = np.unique(np.geomspace(2, max(longest - 1, 2), 14).round().astype(int))
     first = first[first < longest]
     if not len(first):
         raise ValueError(f"the longest run of {store.path} has {longest} steps; early warning needs at least 3")
     cells = measured(codes) if chosen is None else measured(codes) & chosen
-    broke, planned = ~trains(codes)[cells], planned_steps(store)[cells]
+    broke, planned = ~trains(codes)[cells], store.planned_steps[cells]
     rate = np.broadcast_to(rates(store), codes.shape)[cells]
     # no more than the first k losses of each run are needed, and non-finite is the highest of all
     losses = store.read("losses")[cells][:, : first[-1]].astype(np.float64)
@@ -85,13 +85,13 @@ def early_warning(store: Store, codes: np.ndarray, chosen: np.ndarray | None = N
     return EarlyWarning(first, np.array(runs), np.array(decided), {name: np.array(a) for name, a in areas.items()})
 
 
-def rates(store: Store) -> np.ndarray:
+def rates(store: Replicate) -> np.ndarray:
     """The swept learning rate, broadcasting to [row, col]."""
     found = critical(store.grid, np.zeros(store.grid.shape, np.uint8))
     return found.lr.values[:, None] if found.lr == store.grid.y else found.lr.values
 
 
-def near_boundary(store: Store, found: Critical) -> np.ndarray:
+def near_boundary(store: Replicate, found: Critical) -> np.ndarray:
     """Cells within a factor NEAR of their line's critical rate, bool [row, col]."""
     with np.errstate(invalid="ignore"):
         close = np.abs(np.log(found.lr.values[:, None] / found.value)) <= math.log(NEAR)

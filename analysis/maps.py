@@ -8,14 +8,15 @@ from rich.table import Table
 from analysis.boundary import Critical, critical, map_edges
 from analysis.classify import Labelling, classify, convergence_value, counts
 from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls
-from engine.store import Store
+from engine.hyper import long_name
+from engine.store import Replicate
 
 
 @dataclass(frozen=True)
 class Map:
     """A store with everything the picture and the summary say about it."""
 
-    store: Store
+    store: Replicate
     codes: np.ndarray  # label codes [row, col]
     value: np.ndarray  # convergence values [row, col]
     critical: Critical | None  # None without a learning-rate axis
@@ -25,16 +26,13 @@ class Map:
     @property
     def title(self) -> str:
         """What was swept, in one line."""
-        config, (rows, cols) = self.store.config, self.store.grid.shape
-        network = {
-            "gpt": f"gpt, depth {config.depth}, width {config.width}",
-            "smollm2": "SmolLM2-135M",
-            "mlp": f"mlp, {config.nonlinearity}",
-        }[config.network]
-        return f"{network}: {self.store.grid.y.name} by {self.store.grid.x.name}, {rows} x {cols} cells"
+        (rows, cols), store = self.store.grid.shape, self.store
+        seed = f", seed {store.config.seed + store.index}" if store.run.replicates > 1 else ""
+        axes = f"{long_name(store.grid.y.name)} by {long_name(store.grid.x.name)}"
+        return f"{store.config.title}: {axes}, {rows} x {cols} cells{seed}"
 
 
-def analyse(store: Store, labelling: Labelling, fit: tuple[int, int] | None) -> Map:
+def analyse(store: Replicate, labelling: Labelling, fit: tuple[int, int] | None) -> Map:
     """Labels, convergence, critical rates and dimension of a store."""
     codes = classify(store, labelling.thresholds)
     blocks = map_edges(codes)

@@ -18,7 +18,6 @@ there than half of what two unrelated maps would differ by.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -29,9 +28,9 @@ from analysis.classify import Labelling, classify, measured, trains
 from analysis.dimension import measurable, measure
 from analysis.sequence import train
 from engine.command import parse, screen, user_errors
-from engine.config import PRECISIONS, SweepConfig
+from engine.config import SweepConfig
 from engine.grid import Axis, Grid
-from engine.store import Store, open_store
+from engine.store import Replicate, open_map
 
 BAND = 2  # cells from the boundary that count as near
 VARIANTS = ("repeat", "precision", "order", "permuted")
@@ -54,8 +53,8 @@ class Floor:
 
     @property
     def is_signal(self) -> bool:
-        """Whether fewer near cells flip than half of chance."""
-        return self.flips_near < self.chance / 2
+        """Whether no near cell flips, or fewer than half of chance."""
+        return self.flips_near == 0 or self.flips_near < self.chance / 2
 
     def depth(self, exponent: float) -> float:
         """Linear zoom beyond this map at which half of chance flips: (chance / 2 / flips)^(1 / exponent).
@@ -92,63 +91,49 @@ def chosen_lines(points: int, share: float) -> list[int]:
     return [int(i) for i in (np.arange(count) + 0.5) / count * points]
 
 
-def line_config(config: SweepConfig, line: int) -> SweepConfig:
-    """The configuration of one line of a grid, its coordinates bit for bit the grid's."""
-    position = line_axis(config.grid)
-    axis = (config.grid.y, config.grid.x)[position]
+def line_cells(store: Replicate, line: int) -> Grid:
+    """One line of a stored grid, its coordinates bit for bit the grid's."""
+    grid, position = store.grid, line_axis(store.grid)
+    axis = (grid.y, grid.x)[position]
     value = float(axis.values[line])
     alone = Axis(axis.name, axis.scale, value, value, 1)
-    assert alone.values[0] == axis.values[line]
-    y, x = (str(alone), config.x) if position == 0 else (config.y, str(alone))
-    return replace(config, y=y, x=x, rows_per_launch="auto")
+    return Grid(alone, grid.x) if position == 0 else Grid(grid.y, alone)
 
 
-def line_path(store: Store, variant: str, line: str) -> Path:
+def line_config(config: SweepConfig, cells: Grid) -> SweepConfig:
+    """A configuration over one line."""
+    return config.change(y=str(cells.y), x=str(cells.x))
+
+
+def line_path(store: Replicate, variant: str, line: str) -> Path:
     """Where a line of a variant is stored."""
     return store.path / "noise" / f"{variant}-{('row', 'column')[line_axis(store.grid)]}-{line}"
 
 
-def variants(store: Store) -> dict[str, SweepConfig]:
+def variants(store: Replicate) -> dict[str, SweepConfig]:
     """The configurations that a map of this store is compared with, where that can be."""
-    config = store.config
+    config = store.config.change(replicates=1)
+    if "seed" not in store.run.names:
+        config = config.change(seed=store.config.seed + store.index)
     made, other = {"repeat": config}, other_precision(config)
-    if config.grid.y.distinct(other) and config.grid.x.distinct(other):
-        made["precision"] = replace(config, precision=other)
-    if "seed" in config.swept:
-        return made  # the seed decides what these two would change
-    if config.network == "mlp":
-        made["permuted"] = replace(config, problem=str(permuted_problem(store)))
-    else:
-        made["order"] = replace(config, seed=config.seed + 1)
-    return made
+    if store.grid.y.distinct(other) and store.grid.x.distinct(other):
+        made["precision"] = config.change(precision=other)
+    name, reordered = config.workload.order(store)
+    return made | ({name: reordered.change(replicates=1)} if name else {})
 
 
 def other_precision(config: SweepConfig) -> str:
     """The precision to compare with: the finest one, or the coarsest where the finest is the map's own."""
-    coarsest, *_, finest = PRECISIONS[config.network]
-    return finest if config.precision != finest else coarsest
+    coarsest, *_, finest = config.family.precisions
+    return finest if config.swept.precision != finest else coarsest
 
 
 def coarser_precision(config: SweepConfig) -> str:
     """`other_precision` where it is coarser than the map's own, else ''."""
-    return other_precision(config) if config.precision == PRECISIONS[config.network][-1] else ""
+    return other_precision(config) if config.swept.precision == config.family.precisions[-1] else ""
 
 
-def permuted_problem(store: Store) -> Path:
-    """Write the store's problem with its hidden units in another order, once; its .npz's path."""
-    from engine.descent import make_problem
-
-    path = store.path / "noise" / "permuted.npz"
-    if not path.exists():
-        problem: dict[str, Any] = make_problem(store.config)
-        order = np.random.default_rng(0).permutation(problem["W0"].shape[1])
-        problem["W0"], problem["W1"] = np.ascontiguousarray(problem["W0"][:, order]), problem["W1"][order]
-        path.parent.mkdir(exist_ok=True)
-        np.savez(path, **problem)
-    return path
-
-
-def train_lines(store: Store, share: float, chosen: list[str], device: str, console: Console) -> None:
+def train_lines(store: Replicate, share: float, chosen: list[str], device: str, console: Console) -> None:
     """Train the lines of every chosen variant that are not stored yet."""
     points = store.grid.shape[line_axis(store.grid)]
     lines = chosen_lines(points, share)
@@ -160,14 +145,16 @@ def train_lines(store: Store, share: float, chosen: list[str], device: str, cons
         if variant not in chosen:
             continue
         for line in lines:
-            train(line_config(config, line), line_path(store, variant, f"{line:05d}"), device, quiet=True)
+            cells = line_cells(store, line)
+            path = line_path(store, variant, f"{line:05d}")
+            train(line_config(config, cells), path, device, quiet=True, cells=cells)
         console.print(f"{variant}: {len(lines)} of {points} lines trained again", highlight=False)
 
 
 # ---- reading
 
 
-def read_noise(store: Store, labelling: Labelling) -> list[Floor]:
+def read_noise(store: Replicate, labelling: Labelling) -> list[Floor]:
     """What every variant stored inside a store changed, in the order of VARIANTS."""
     codes = classify(store, labelling.thresholds)
     close = near(map_edges(codes), BAND)
@@ -181,9 +168,9 @@ def read_noise(store: Store, labelling: Labelling) -> list[Floor]:
         if not paths:
             continue
         lines = [int(path.name.rsplit("-", 1)[1]) for path in paths]
-        stores = [open_store(path) for path in paths]
+        stores = [open_map(path) for path in paths]
         for line, again in zip(lines, stores, strict=True):
-            if again.grid != line_config(store.config, line).grid:
+            if again.grid != line_cells(store, line):
                 raise ValueError(f"{again.path} is not a line of {store.path}; delete it and measure the noise again")
         labels = np.stack([classify(again, labelling.thresholds).ravel() for again in stores])
         coarser = coarser_precision(store.config) if variant == "precision" else ""
@@ -214,7 +201,7 @@ def compare(variant: str, before: np.ndarray, after: np.ndarray, close: np.ndarr
     )
 
 
-def exponent_of(store: Store, labelling: Labelling) -> float:
+def exponent_of(store: Replicate, labelling: Labelling) -> float:
     """2 - D of a store's boundary, kept in [0.1, 1]; 1, a smooth boundary's, where no dimension is to be had."""
     blocks = map_edges(classify(store, labelling.thresholds))
     found = measure(blocks) if measurable([blocks]) else None
@@ -235,7 +222,7 @@ def verdict(floor: Floor, exponent: float) -> str:
     return f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(zoom, 4):.1f} zooms of 4x){where}"
 
 
-def noise_table(store: Store, floors: list[Floor], exponent: float) -> Table:
+def noise_table(store: Replicate, floors: list[Floor], exponent: float) -> Table:
     """The floors of one store, for the terminal: cells near and away from the boundary."""
     title = f"noise floor: {store.path}, uncertainty exponent {exponent:.2f}"
     head = ("variant", "lines", "near / away", "labels changed", "flips", "chance")
@@ -271,9 +258,9 @@ def main() -> None:
         unknown = [name for name in chosen if name not in VARIANTS]
         if unknown:
             raise ValueError(f"variants has {', '.join(unknown)}, expected some of {', '.join(VARIANTS)}")
-        console, store = screen(), open_store(options.store)
+        console, store = screen(), open_map(options.store, options.replicate)
         for path in [store.path, *(store.children() if options.zooms else [])]:
-            current = open_store(path)
+            current = open_map(path)
             train_lines(current, options.share, chosen, options.device, console)
             floors, exponent = read_noise(current, options), exponent_of(current, options)
             console.print(noise_table(current, floors, exponent))

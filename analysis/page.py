@@ -7,12 +7,12 @@ import shlex
 import numpy as np
 
 from analysis.axes import extent
-from analysis.classify import measured, planned_steps, trains
+from analysis.classify import measured, trains
 from analysis.colours import CONVERGENCE_COLOURS, LABEL_COLOURS, colour_scale, equalise
 from analysis.maps import Map
 from engine.grid import Axis
 from engine.outcome import LABELS
-from engine.store import Store
+from engine.store import Replicate
 
 MOST_CELLS = 1024  # a side; larger maps are shown every n-th cell
 MOST_STEPS = 200  # steps of a trace; longer ones are shown at as many, evenly spread
@@ -40,14 +40,15 @@ def indexed(scaled: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(scaled), NONE, index).round().astype(np.uint8)
 
 
-def loss_layer(store: Store, codes: np.ndarray) -> tuple[np.ndarray, dict]:
+def loss_layer(store: Replicate, codes: np.ndarray) -> tuple[np.ndarray, dict]:
     """Picture indices of the loss after training, and how the page colours them."""
     from matplotlib import colormaps
 
     held_out = "val_loss" in store
     loss = store.read("val_loss" if held_out else "last_loss").astype(float)
     known = measured(codes)
-    first = float(np.median(store.read("first_loss")[known])) if known.any() else 1.0
+    start = "val_first" if held_out and "val_first" in store else "first_loss"
+    first = float(np.median(store.read(start)[known])) if known.any() else 1.0
     finite = loss[known & np.isfinite(loss)]
     low = float(np.percentile(finite, 1)) if len(finite) else first / 2
     high = max(1.25 * first, low * (1 + 1e-6))
@@ -105,11 +106,11 @@ def hex_colour(rgb: list[int]) -> str:
     return "#" + "".join(f"{channel:02x}" for channel in rgb)
 
 
-def traces_json(store: Store, stride: int) -> dict | None:
+def traces_json(store: Replicate, stride: int) -> dict | None:
     """Loss traces at up to MOST_STEPS steps, of as many shown cells as MOST_LOSSES allows; None if not stored."""
     if "losses" not in store:
         return None
-    longest = int(planned_steps(store).max())
+    longest = int(store.planned_steps.max())
     steps = np.unique(np.linspace(0, longest - 1, MOST_STEPS).round().astype(np.int32))
     rows, cols = (-(-side // stride) for side in store.grid.shape)
     thin = math.ceil(math.sqrt(max(rows * cols * len(steps) / MOST_LOSSES, 1)))

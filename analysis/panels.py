@@ -13,7 +13,7 @@ from analysis.axes import extent, ticks
 from analysis.boundary import map_edges
 from analysis.classify import counts, measured, trains
 from analysis.colours import LABEL_COLOURS, colour_scale, convergence_rgba, equalise, label_rgba
-from engine.store import Store
+from engine.store import Replicate
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import: the drawing functions import what they use
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def boundary_segments(codes: np.ndarray) -> np.ndarray:
     return np.concatenate([upright, level]).astype(float)
 
 
-def draw_frame(axes: "Axes", store: Store, title: str) -> None:
+def draw_frame(axes: "Axes", store: Replicate, title: str) -> None:
     """Axes, ticks and title of a panel; grey hatching shows through where a cell is missing."""
     from matplotlib.patches import Rectangle
 
@@ -69,12 +69,12 @@ def thinned(cells: np.ndarray) -> np.ndarray:
     return cells[::step, ::step]
 
 
-def draw_cells(axes: "Axes", store: Store, rgba: np.ndarray) -> None:
+def draw_cells(axes: "Axes", store: Replicate, rgba: np.ndarray) -> None:
     """Fill a panel with the colours [row, col, 4] of its cells."""
     axes.imshow(rgba, origin="lower", extent=(*extent(store.grid.x), *extent(store.grid.y)), aspect="auto", zorder=1)
 
 
-def draw_boundary(axes: "Axes", store: Store, codes: np.ndarray, colour: str, casing: str = "") -> None:
+def draw_boundary(axes: "Axes", store: Replicate, codes: np.ndarray, colour: str, casing: str = "") -> None:
     """Draw the boundary between the cells it separates; as pixels where it has too many segments."""
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgba
@@ -98,7 +98,7 @@ def draw_boundary(axes: "Axes", store: Store, codes: np.ndarray, colour: str, ca
             )
 
 
-def draw_labels(axes: "Axes", store: Store, codes: np.ndarray) -> None:
+def draw_labels(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     """The label map, its legend below."""
     from matplotlib.patches import Patch
 
@@ -123,7 +123,7 @@ def draw_labels(axes: "Axes", store: Store, codes: np.ndarray) -> None:
     )
 
 
-def draw_loss(axes: "Axes", store: Store, codes: np.ndarray) -> None:
+def draw_loss(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     """The loss after training: held-out where there is one, else the last; dark where it is not finite or far up."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -132,7 +132,8 @@ def draw_loss(axes: "Axes", store: Store, codes: np.ndarray) -> None:
     held_out = "val_loss" in store
     loss = store.read("val_loss" if held_out else "last_loss").astype(float)
     known = measured(codes)
-    first = float(np.median(store.read("first_loss")[known])) if known.any() else 1.0
+    start = "val_first" if held_out and "val_first" in store else "first_loss"
+    first = float(np.median(store.read(start)[known])) if known.any() else 1.0
     finite = loss[known & np.isfinite(loss)]
     low = float(finite.min()) if len(finite) else first / 2
     if held_out:
@@ -155,7 +156,7 @@ def draw_loss(axes: "Axes", store: Store, codes: np.ndarray) -> None:
     bar.set_label("loss (nat a token); dark: not finite, or above" if held_out else "loss; dark: not finite, or above")
 
 
-def draw_convergence(axes: "Axes", store: Store, codes: np.ndarray, value: np.ndarray) -> None:
+def draw_convergence(axes: "Axes", store: Replicate, codes: np.ndarray, value: np.ndarray) -> None:
     """The two-sided equalised convergence map."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
@@ -170,7 +171,7 @@ def draw_convergence(axes: "Axes", store: Store, codes: np.ndarray, value: np.nd
     texts[-1].set_horizontalalignment("right")
 
 
-def draw_convergence_cells(axes: "Axes", store: Store, codes: np.ndarray, value: np.ndarray) -> None:
+def draw_convergence_cells(axes: "Axes", store: Replicate, codes: np.ndarray, value: np.ndarray) -> None:
     """The cells of a convergence map, outlined where that helps: elsewhere its two colours are the line."""
     draw_cells(axes, store, convergence_rgba(thinned(equalise(value))))
     side, share = OUTLINED

@@ -12,7 +12,7 @@ import csv
 import datetime
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +35,8 @@ from analysis.dimension import (
 )
 from analysis.sequence import check_follow, sequence
 from engine.command import parse, screen, user_errors
-from engine.config import SweepConfig, at_least
-from engine.store import open_store
+from engine.config import SweepConfig, at_least, make_config
+from engine.store import open_map
 
 
 class Experiment(NamedTuple):
@@ -51,15 +51,15 @@ def experiments(size: int, steps: int) -> dict[str, Experiment]:
 
     The offset's window is ours: the paper's figure gives no numbers for it.
     """
-    layers = SweepConfig(
-        network="mlp", y=f"lr.0:log:1e-3:1e6:{size}", x=f"lr.1:log:1e-3:1e6:{size}", steps=steps, precision="fp64"
+    layers = make_config(
+        network="two_layer", y=f"lr.0:log:1e-3:1e6:{size}", x=f"lr.1:log:1e-3:1e6:{size}", steps=steps, precision="fp64"
     )
-    offset = replace(layers, y=f"offset:linear:-4:4:{size}", x=f"lr:log:1e-3:1e6:{size}")
+    offset = layers.change(y=f"offset:linear:-4:4:{size}", x=f"lr:log:1e-3:1e6:{size}")
     return {
-        "identity": Experiment(1.17, replace(layers, nonlinearity="identity")),
-        "relu": Experiment(1.20, replace(layers, nonlinearity="relu")),
-        "single data point": Experiment(1.41, replace(layers, data_points=1)),
-        "minibatch": Experiment(1.55, replace(layers, minibatch=16)),
+        "identity": Experiment(1.17, layers.change(nonlinearity="identity")),
+        "relu": Experiment(1.20, layers.change(nonlinearity="relu")),
+        "single data point": Experiment(1.41, layers.change(data_points=1)),
+        "minibatch": Experiment(1.55, layers.change(minibatch=16)),
         "tanh": Experiment(1.66, layers),
         "offset by lr": Experiment(1.98, offset),
     }
@@ -84,10 +84,11 @@ def zoomed(
     experiment: Experiment, path: Path, follow: float, options: Options, console: Console
 ) -> Iterator[np.ndarray]:
     """Boundary blocks of an experiment's map and of the zooms into it."""
-    from engine.sweep import RunOptions, run_sweep
+    from engine.api import run_sweep
+    from engine.options import RunOptions
 
-    run_sweep(experiment.config, RunOptions(store=str(path), device=options.device, figures=False, quiet=True))
-    store = open_store(path)
+    run_sweep(experiment.config, RunOptions(store=str(path), device=options.device, quiet=True))
+    store = open_map(path)
     levels = sequence(store, options.levels, options.factor, 0, None, follow, options, options.device, console)
     return (map_edges(level.codes) for level in levels)
 
@@ -124,7 +125,7 @@ def main() -> None:
     options = parse(Options, "The paper's table of fractal dimensions, measured again with both estimators and nulls.")
     with user_errors():
         from engine.provenance import device_name, provenance
-        from engine.sweep import choose_device
+        from engine.ranks import choose_device
 
         found = experiments(options.size, options.steps)
         names = options.only.split(",") if options.only else list(found)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-
 from analysis.classify import Labelling
 from analysis.dimension import parse_fit
 from analysis.maps import Map, analyse, dimension_line, summary
 from analysis.panels import TEXT, draw_convergence, draw_labels, draw_loss, save
 from engine.command import parse, screen, user_errors
-from engine.store import open_store
+from engine.store import open_map, open_store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,19 +64,34 @@ class Options(Labelling):
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
 
 
+def draw_store(path: Path) -> None:
+    """What a finished sweep ends with: the maps of its first replicate, and the summary."""
+    store = open_store(path)
+    if len(store.run.cells.shape) < 2:
+        screen().print(f"{path} holds a list of points, which has no map; read it with engine.open_store")
+        return
+    found = analyse(store.replicate(0), Labelling(), None)
+    show(found, save(draw(found), store.figures, "map", pdf=False))
+
+
+def show(found: Map, paths: list[Path]) -> None:
+    """Print the summary, and where the pictures are."""
+    console = screen()
+    console.print(summary(found))
+    console.print(f"pictures: {', '.join(map(str, paths))}", soft_wrap=True)
+
+
 def main() -> None:
     """Draw the pictures and print the summary."""
     options = parse(Options, "Draw a store's maps (labels, loss, convergence) and print its one-screen summary.")
     with user_errors():
-        store = open_store(options.store)
+        store = open_map(options.store, options.replicate)
         found = analyse(store, options, parse_fit(options.fit))
         folder = Path(options.out) if options.out else store.figures
         paths = save(draw(found), folder, "map", options.pdf)
         for panel in ("label", "loss", "convergence") if options.separate else ():
             paths += save(draw_one(found, panel), folder, panel, options.pdf)
-        console = screen()
-        console.print(summary(found))
-        console.print(f"pictures: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
+        show(found, paths)
 
 
 if __name__ == "__main__":

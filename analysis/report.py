@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-
 from analysis.boundary import map_edges
 from analysis.charts import Series, chart
 from analysis.classify import Labelling
@@ -24,7 +23,7 @@ from analysis.page import page_data
 from analysis.power_law import FEWEST
 from analysis.rules import SAFE, rules, sentences
 from engine.command import parse, screen, user_errors
-from engine.store import Store, open_store
+from engine.store import Replicate, open_map
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -79,11 +78,11 @@ def rules_html(found: Map) -> str:
     return table_html(sentences(r)) + chart(series, c.other.name, c.lr.name)
 
 
-def noise_html(store: Store, labelling: Labelling) -> str:
+def noise_html(store: Replicate, labelling: Labelling) -> str:
     """The noise floor of the store and its zooms, where measured."""
     rows = []
     for path in [store.path, *store.children()]:
-        current = store if path == store.path else open_store(path)
+        current = store if path == store.path else open_map(path)
         floors = read_noise(current, labelling)
         exponent = exponent_of(current, labelling) if floors else 1.0
         rows += [
@@ -103,7 +102,7 @@ def noise_html(store: Store, labelling: Labelling) -> str:
     return table_html(rows, ("map", "variant", "cells near / away", "labels changed", "flips", "verdict"))
 
 
-def provenance_html(store: Store) -> str:
+def provenance_html(store: Replicate) -> str:
     """Where the numbers come from, and the whole configuration."""
     flat: list[tuple[str, ...]] = [("configuration hash", str(store.attributes["configuration_hash"]))]
     for name, value in store.attributes.get("provenance", {}).items():
@@ -112,7 +111,7 @@ def provenance_html(store: Store) -> str:
     for name in ("data", "exact"):
         if store.attributes.get(name):
             flat.append((name, str(store.attributes[name])))
-    configuration = escape(json.dumps(store.config.to_json(), indent=1))
+    configuration = escape(json.dumps(store.config.flat(), indent=1))
     return table_html(flat) + f"<details><summary>configuration</summary><pre>{configuration}</pre></details>"
 
 
@@ -151,7 +150,7 @@ def main() -> None:
     """Write the report."""
     options = parse(Options, "Write one self-contained HTML file about a store: maps, dimension, rules, traces, noise.")
     with user_errors():
-        store = open_store(options.store)
+        store = open_map(options.store, options.replicate)
         found = analyse(store, options, parse_fit(options.fit))
         path = Path(options.out) if options.out else store.figures / "report.html"
         path.parent.mkdir(parents=True, exist_ok=True)

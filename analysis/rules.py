@@ -15,7 +15,7 @@ from rich.table import Table
 
 from analysis.axes import number
 from analysis.boundary import Critical, critical, lines
-from analysis.classify import Labelling, classify, measured, planned_steps, trains
+from analysis.classify import Labelling, classify, measured, trains
 from analysis.early_warning import (
     NEAR,
     SIGNS,
@@ -30,8 +30,8 @@ from analysis.panels import TEXT, save
 from analysis.power_law import HeldOut, PowerLaw, held_out, power_law
 from engine.command import parse, screen, user_errors
 from engine.outcome import CONVERGED
-from engine.plan import looks_ahead
-from engine.store import Store, open_store
+from engine.plan import needs_horizon
+from engine.store import Replicate, open_map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ class Safety:
     converged: float  # share of lines whose run there converged
 
 
-def safety(store: Store, codes: np.ndarray, found: Critical, critical_rate: np.ndarray) -> Safety:
+def safety(store: Replicate, codes: np.ndarray, found: Critical, critical_rate: np.ndarray) -> Safety:
     """Share of runs under SAFE x `critical_rate` [line] that train.
 
     With the measured rates the share is 1 by definition (they are the first that break); with rates
@@ -69,7 +69,7 @@ def safety(store: Store, codes: np.ndarray, found: Critical, critical_rate: np.n
     )
 
 
-def best_rates(store: Store, codes: np.ndarray, found: Critical) -> np.ndarray:
+def best_rates(store: Replicate, codes: np.ndarray, found: Critical) -> np.ndarray:
     """The rate of lowest held-out loss (last loss, where none is stored) of each line [line]; NaN if none trains."""
     loss = store.read("val_loss" if "val_loss" in store else "last_loss").astype(float)
     usable = lines(store.grid, trains(codes) & np.isfinite(loss))
@@ -91,7 +91,7 @@ class Rules:
     early: tuple[EarlyWarning, ...]  # over the whole map, and over cells near the boundary; empty without traces
 
 
-def rules(store: Store, codes: np.ndarray) -> Rules:
+def rules(store: Replicate, codes: np.ndarray) -> Rules:
     """All rules of thumb; without stored traces there is no early warning.
 
     Raises:
@@ -104,7 +104,7 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
             "against something else, such as tokens"
         )
     law, unseen = power_law(found), held_out(found)
-    traced = "losses" in store and planned_steps(store).max() >= 3
+    traced = "losses" in store and store.planned_steps.max() >= 3
     return Rules(
         found,
         law,
@@ -112,7 +112,7 @@ def rules(store: Store, codes: np.ndarray) -> Rules:
         safety(store, codes, found, found.value),
         safety(store, codes, found, unseen.predicted),
         best_rates(store, codes, found),
-        found.other.name == "tokens" and not looks_ahead(store.config),
+        found.other.name == "tokens" and not needs_horizon(store.run),
         (early_warning(store, codes), early_warning(store, codes, near_boundary(store, found))) if traced else (),
     )
 
@@ -182,7 +182,7 @@ def round_ticks(axis: "XAxis") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw(store: Store, r: Rules, pdf: bool) -> list[Path]:
+def draw(store: Replicate, r: Rules, pdf: bool) -> list[Path]:
     """Write figures/rules.png (and .pdf); the paths written."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -216,10 +216,10 @@ def main() -> None:
         Options, "Rules of thumb from a learning-rate map: critical and best rates, safe rates, early warning."
     )
     with user_errors():
-        store = open_store(options.store)
+        store = open_map(options.store, options.replicate)
         if options.early_warning and "losses" not in store:
             raise ValueError(
-                f"{store.path} holds no loss traces; sweep with --trace on, or give --noearly_warning for the rest"
+                f"{store.path} holds no loss traces; sweep with --trace on, or give --no-early-warning for the rest"
             )
         found = rules(store, classify(store, options.thresholds))
         table = Table(title=f"rules of thumb: {store.path}", show_header=False, title_justify="left", box=None)

@@ -7,7 +7,6 @@ that are stored already are not trained again.
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,35 +17,58 @@ from analysis.axes import extent
 from analysis.boundary import map_edges
 from analysis.classify import Labelling, classify, convergence_value
 from analysis.tile import Tile, followed_tile, tile_around
-from engine.config import SweepConfig
-from engine.grid import HYPER_PARAMETERS, Axis
+from engine.config import Run, SweepConfig
+from engine.grid import Axis, Grid
+from engine.hyper import kernel_type, rule_of
+from engine.options import RunOptions
 from engine.outcome import DONE
-from engine.store import Store, open_store
+from engine.store import Replicate, open_map
 
 LEAST = 4  # a sequence stops before neighbouring cells lie closer than this many number spacings
 
 
-def child_config(config: SweepConfig, tile: Tile, density: tuple[int, int]) -> SweepConfig:
+def child_config(store: Replicate, tile: Tile, density: tuple[int, int], precision: str = "") -> SweepConfig:
     """The parent's configuration over a tile, `density` = (rows, columns) of the child for one of the parent's.
 
     Raises:
-        ValueError: the child's values cannot be told apart, or leave the axis's legal range.
+        ValueError: the child's values cannot be told apart, or neighbouring cells would train the same run.
     """
-    y = config.grid.y.tile(tile.top, tile.bottom, density[0])
-    x = config.grid.x.tile(tile.left, tile.right, density[1])
-    return replace(config, y=str(y), x=str(x), rows_per_launch="auto")
+    grid = store.grid
+    y, x = grid.y.tile(tile.top, tile.bottom, density[0]), grid.x.tile(tile.left, tile.right, density[1])
+    changes = {"y": str(y), "x": str(x), "replicates": 1, "precision": precision or store.config.swept.precision}
+    if "seed" not in store.run.names:
+        changes["seed"] = store.config.seed + store.index
+    config = store.config.change(**changes)
+    same = same_neighbours(Run(config, Grid(y, x)))
+    if same:
+        raise ValueError(f"neighbouring {same} of the zoom would train the same steps; zoom less, or widen the tile")
+    return config
 
 
-def train(config: SweepConfig, path: Path, device: str, quiet: bool) -> Store:
-    """Train a child into its store, or open it if it is there and whole."""
+def same_neighbours(run: Run) -> str:
+    """'rows' or 'columns' where two neighbours are the same runs in every cell, else ''."""
+    plan = run.config.workload.plan(run)
+    cells = np.stack([np.broadcast_to(each, run.shape)[0] for each in (plan.key, plan.steps)])
+    for name, axis in (("rows", 1), ("columns", 2)):
+        if run.shape[axis] > 1 and (np.diff(cells, axis=axis) == 0).all(axis=(0, 3 - axis)).any():
+            return name
+    return ""
+
+
+def train(config: SweepConfig, path: Path, device: str, quiet: bool, cells: Grid | None = None) -> Replicate:
+    """Train a child into its store, or open it if it is there, whole, and of the same configuration.
+
+    Args:
+        cells: with coordinates that are stored elsewhere; default those of the configuration.
+    """
     if path.exists():
-        stored = open_store(path)
-        if stored.grid == config.grid and (stored.status == DONE).all():
+        stored = open_map(path)
+        if stored.config.flat() == config.flat() and (stored.status == DONE).all():
             return stored
-    from engine.sweep import RunOptions, run_sweep  # brings torch; reading stored children does without
+    from engine.api import run_sweep  # brings torch; reading stored children does without
 
-    run_sweep(config, RunOptions(store=str(path), device=device, figures=False, quiet=quiet))
-    return open_store(path)
+    run_sweep(config, RunOptions(store=str(path), device=device, quiet=quiet), cells=cells)
+    return open_map(path)
 
 
 def refinable(axis: Axis, precision: str) -> float:
@@ -55,13 +77,13 @@ def refinable(axis: Axis, precision: str) -> float:
     Spacings are the kernel's (float32, or float64 at --precision fp64) and those of the float64
     coordinate the values are computed from; whole-numbered axes stop at steps of 1.
     """
-    rule = HYPER_PARAMETERS[axis.name]
+    rule = rule_of(axis.name)
     values = axis.values
     if axis.points < 2:
         return math.inf
     if rule.integer:
         return float(np.diff(values).min())
-    kernel = axis.kernel_type(precision)
+    kernel = kernel_type(axis.name, precision)
     larger = np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
     number = np.diff(values) / np.spacing(larger.astype(kernel)).astype(np.float64)
     low, high = (math.log(axis.low), math.log(axis.high)) if axis.scale == "log" else (axis.low, axis.high)
@@ -69,23 +91,24 @@ def refinable(axis: Axis, precision: str) -> float:
     return float(min(number.min(), coordinate)) / LEAST
 
 
-def zoom_once(store: Store, tile: Tile, factor: int, device: str) -> Store:
+def zoom_once(store: Replicate, tile: Tile, factor: int, device: str) -> Replicate:
     """Train the child grid of one tile, `factor` times as dense."""
-    name = f"rows-{tile.top}-{tile.bottom}-cols-{tile.left}-{tile.right}-x{factor}"
-    return train(child_config(store.config, tile, (factor, factor)), store.path / "zoom" / name, device, quiet=False)
+    seed = f"replicate-{store.index}-" if store.index else ""
+    name = f"{seed}rows-{tile.top}-{tile.bottom}-cols-{tile.left}-{tile.right}-x{factor}"
+    return train(child_config(store, tile, (factor, factor)), store.path / "zoom" / name, device, quiet=False)
 
 
 class Level(NamedTuple):
     """One map of a zoom sequence, and the tile of it that the next level covers."""
 
-    store: Store
+    store: Replicate
     codes: np.ndarray
     value: np.ndarray
     tile: Tile | None
 
 
 def sequence(
-    store: Store,
+    store: Replicate,
     levels: int,
     factor: int,
     size: int,
@@ -98,13 +121,15 @@ def sequence(
     """The store, then up to `levels` children, each over a tile of the one before: around `target`, or the one
     that `follow` picks (see `followed_tile`).
 
-    The paper's network is trained in fp64. Stops, saying so, where the next level's cells would lie too
+    Zooms are trained in the network's `zoom_precision`. Stops, saying so, where the next level's cells would lie too
     close, or where a level has no boundary left to follow.
     """
     base = store.path / "zoom"
     where = f"-follow-{follow:g}" if follow < 1 else ""
     if target is not None:
         where = f"-at-{target[0]:g},{target[1]:g}"
+    if labelling != Labelling():
+        where += f"-replicate-{labelling.replicate}-converged-{labelling.converged:g}-moved-{labelling.moved:g}"
     current = store
     for level in range(levels + 1):
         codes = classify(current, labelling.thresholds)
@@ -113,11 +138,10 @@ def sequence(
         height, breadth = max(rows // factor, 2), max(cols // factor, 2)
         density = max(round((size or rows) / height), 1), max(round((size or cols) / breadth), 1)
         config = current.config
-        if config.network == "mlp":
-            config = replace(config, precision="fp64")
+        precision = config.family.zoom_precision or config.swept.precision
         finer = min(
-            refinable(current.grid.y, config.precision) / density[0],
-            refinable(current.grid.x, config.precision) / density[1],
+            refinable(current.grid.y, precision) / density[0],
+            refinable(current.grid.x, precision) / density[1],
         )
         stop = ""
         if level == levels:
@@ -136,7 +160,7 @@ def sequence(
             tile = followed_tile(blocks, height, breadth, follow)
         yield Level(current, codes, value, tile)
         name = f"x{factor}-size-{size or rows}{where}-level-{level + 1:02d}"
-        current = train(child_config(config, tile, density), base / name, device, quiet=True)
+        current = train(child_config(current, tile, density, precision), base / name, device, quiet=True)
         widths = (f"{axis.name} {spread(axis)}" for axis in (current.grid.y, current.grid.x))
         console.print(f"level {level + 1}: {', '.join(widths)}", soft_wrap=True, highlight=False)
 

@@ -21,7 +21,7 @@ from analysis.plot import draw
 from analysis.sequence import Level, check_follow, sequence, width, zoom_once
 from analysis.tile import Tile, followed_tile, parse_range, parse_target, tile_around
 from engine.command import parse, screen, user_errors
-from engine.store import Store, open_store
+from engine.store import Replicate, open_map
 
 
 def draw_zoom(levels: list[Level], folder: Path, name: str, pdf: bool) -> list[Path]:
@@ -102,7 +102,7 @@ def main() -> None:
     options = parse(Options, "Zoom into a map by training a finer grid over a tile of it, once or level by level.")
     with user_errors():
         check(options)
-        store, console = open_store(options.store), screen()
+        store, console = open_map(options.store, options.replicate), screen()
         target = parse_target(options.target) if options.target else None
         if options.levels:
             how = (options.levels, options.factor, options.size, target, options.follow)
@@ -126,7 +126,7 @@ def main() -> None:
         console.print(f"pictures: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 
 
-def choose_tile(store: Store, codes: np.ndarray, options: Options, target: tuple[float, float] | None) -> Tile:
+def choose_tile(store: Replicate, codes: np.ndarray, options: Options, target: tuple[float, float] | None) -> Tile:
     """The tile of one zoom: the range asked for, around the target, or by --follow."""
     rows, cols = store.grid.shape
     if options.rows or options.cols:

@@ -24,7 +24,7 @@ class HelpFormatter(SimpleHelpFormatter):
 
     def _format_action_invocation(self, action: Action) -> str:
         shown, plain = copy(action), action.option_strings[0]
-        shown.option_strings = [o for o in action.option_strings if o in (plain, f"--no{plain[2:]}")]
+        shown.option_strings = [o for o in action.option_strings if o in (plain, f"--no-{plain[2:]}")]
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: Action) -> str | None:
@@ -49,7 +49,12 @@ class Parser(ArgumentParser):
         """What simple_parsing makes of the dataclasses, plainest spellings first, and no option without its value."""
         super()._preprocessing(*arguments, **named)
         for action in self._actions:
-            action.option_strings = sorted(action.option_strings, key=plainness)
+            for negated in getattr(action, "negative_option_strings", [])[:]:
+                spaced = f"--no-{negated[4:].replace('_', '-')}"  # beside --nofigures, which older commands say
+                action.option_strings = [*action.option_strings, spaced]
+                action.negative_option_strings.append(spaced)  # type: ignore[attr-defined]
+                self._option_string_actions[spaced] = action
+            action.option_strings = sorted(set(action.option_strings), key=plainness)
             if action.nargs == "?" and isinstance(action.metavar, str) and action.metavar.startswith("["):
                 # `float | None` stands for a field that need not be given, not for an empty one
                 action.nargs, action.metavar = None, action.metavar.strip("[]")
@@ -60,7 +65,13 @@ def plainness(option: str) -> tuple[bool, ...]:
     return option.startswith("--no"), not option.startswith("--"), "." not in option, "_" in option
 
 
-def parser(description: str) -> ArgumentParser:
+def spellings(name: str) -> list[str]:
+    """Every way to write an option: weight_decay is --weight-decay and --weight_decay, lr.mlp also --lr-mlp."""
+    plain = {f"--{name}", f"--{name.replace('_', '-')}"}
+    return sorted(plain | {f"--{name.replace('.', '-')}", f"--{name.replace('.', '_')}"}, key=plainness)
+
+
+def parser(description: str, **named: Any) -> ArgumentParser:
     """An argument parser that takes --some-name and --some_name and no abbreviations.
 
     Comments beside a dataclass's fields become the help text. A terminal that cannot show a character is given its
@@ -73,6 +84,7 @@ def parser(description: str) -> ArgumentParser:
         add_option_string_dash_variants=DashVariant.UNDERSCORE_AND_DASH,
         allow_abbrev=False,
         formatter_class=HelpFormatter,
+        **named,
     )
 
 

@@ -1,64 +1,21 @@
-"""Axes and grids: which hyper-parameters are swept, over which float64 values.
+"""Cells: which hyper-parameters are swept, over which float64 values.
 
-An axis is written `name:scale:low:high:points`, for example `lr:log:1e-4:1e1:32`. The y axis gives
-the rows of a grid, the x axis its columns, and a cell is one (row, column).
+An axis is written `name:scale:low:high:points`, for example `lr:log:1e-4:1e1:32`. In a grid the y axis gives
+the rows, the x axis the columns; a sweep over a list of points takes any number of hyper-parameters from a file.
 """
 
+import csv
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from engine.hyper import HYPER_PARAMETERS, check_value, declared, kernel_type, long_name, rule_of
 
-class HyperParameter(NamedTuple):
-    """What may be swept or fixed under one name.
-
-    low and high bound the legal values (low exclusive when `open_low`); `integer` ones are rounded to
-    whole numbers; `kernel_float` ones reach the kernels as float32 (float64 at --precision fp64), so
-    neighbouring grid values must differ there.
-    """
-
-    low: float
-    high: float
-    open_low: bool = False
-    integer: bool = False
-    kernel_float: bool = True
-    networks: tuple[str, ...] = ("gpt", "smollm2")
-
-
-LANGUAGE = ("gpt", "smollm2")
-EVERY = ("gpt", "smollm2", "mlp")
-LARGEST = 1e30
-
-HYPER_PARAMETERS: dict[str, HyperParameter] = {
-    "lr": HyperParameter(0.0, LARGEST, networks=EVERY),
-    "lr.matrix": HyperParameter(0.0, LARGEST),
-    "lr.attention": HyperParameter(0.0, LARGEST),
-    "lr.mlp": HyperParameter(0.0, LARGEST),
-    "lr.embedding": HyperParameter(0.0, LARGEST),
-    "lr.unembedding": HyperParameter(0.0, LARGEST),
-    "tokens": HyperParameter(1.0, 1e15, kernel_float=False),
-    "batch": HyperParameter(1.0, 1e6, integer=True, kernel_float=False),
-    "warmup": HyperParameter(0.0, 1.0),
-    "weight_decay": HyperParameter(0.0, LARGEST),
-    "beta1": HyperParameter(0.0, 1.0 - 1e-7),
-    "beta2": HyperParameter(0.0, 1.0 - 1e-7),
-    "clip": HyperParameter(0.0, LARGEST),
-    "init_scale": HyperParameter(0.0, LARGEST),
-    "label_smoothing": HyperParameter(0.0, 1.0),
-    "seed": HyperParameter(0.0, 2.0**31 - 1, integer=True, kernel_float=False, networks=EVERY),
-    "lr.0": HyperParameter(0.0, LARGEST, networks=("mlp",)),
-    "lr.1": HyperParameter(0.0, LARGEST, networks=("mlp",)),
-    "offset": HyperParameter(-LARGEST, LARGEST, networks=("mlp",)),
-}
-
-SCALES = ("log", "linear")
-
-
-def attribute(name: str) -> str:
-    """The field of `SweepConfig` that holds a fixed hyper-parameter: `lr.mlp` -> `lr_mlp`."""
-    return name.replace(".", "_")
+SCALES = {"log": "log", "linear": "linear", "lin": "linear"}  # as written -> as stored
 
 
 @dataclass(frozen=True)
@@ -70,6 +27,8 @@ class Axis:
     low: float
     high: float
     points: int
+    stored: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """the values a store holds, which are never computed again; None: those of the range"""
 
     @classmethod
     def parse(cls, text: str) -> "Axis":
@@ -84,20 +43,20 @@ class Axis:
         if len(parts) != 5:
             raise ValueError(f"axis {text!r} has {len(parts)} parts, expected 5: {form}")
         name, scale, low, high, points = parts
-        if name not in HYPER_PARAMETERS:
+        if declared(name) is None:
             known = ", ".join(HYPER_PARAMETERS)
-            raise ValueError(f"axis {text!r}: unknown hyper-parameter {name!r}, expected one of {known}")
+            raise ValueError(f"axis {text!r}: unknown hyper-parameter {name!r}; expected one of {known}")
         if scale not in SCALES:
-            raise ValueError(f"axis {text!r}: scale {scale!r}, expected log or linear")
-        if not (is_number(low) and is_number(high) and points.isdecimal()):
+            raise ValueError(f"axis {text!r}: scale {scale!r}; expected log or linear")
+        if not (is_number(low) and is_number(high) and points.isdecimal() and len(points) < 10):
             raise ValueError(f"axis {text!r}: low, high and points must be numbers: {form}")
-        axis = cls(name, scale, float(low), float(high), int(points))
+        axis = cls(name, SCALES[scale], float(low), float(high), int(points))
         axis.check()
         return axis
 
     def check(self) -> None:
         """Raise ValueError unless the range is legal and its float64 values are all distinct."""
-        rule = HYPER_PARAMETERS[self.name]
+        rule = rule_of(self.name)
         if self.points < 1:
             raise ValueError(f"axis {self}: {self.points} points, expected at least 1")
         if not self.low <= self.high or (self.points > 1 and self.low == self.high):
@@ -122,6 +81,8 @@ class Axis:
     @property
     def values(self) -> np.ndarray:
         """The axis's float64 values [points], ends exact; whole numbers for integer axes."""
+        if self.stored is not None:
+            return self.stored
         if self.points == 1:
             values = np.array([self.low])
         elif self.scale == "log":
@@ -130,41 +91,40 @@ class Axis:
             values[0], values[-1] = self.low, self.high
         else:
             values = np.linspace(self.low, self.high, self.points)
-        return np.round(values) if HYPER_PARAMETERS[self.name].integer else values
-
-    def kernel_type(self, precision: str) -> type[np.floating]:
-        """The numbers that the kernels see the values in."""
-        return np.float32 if HYPER_PARAMETERS[self.name].kernel_float and precision != "fp64" else np.float64
+        return np.round(values) if rule_of(self.name).integer else values
 
     def distinct(self, precision: str) -> bool:
         """Whether the kernels see all values apart."""
-        seen = self.values.astype(self.kernel_type(precision))
-        return not HYPER_PARAMETERS[self.name].kernel_float or len(np.unique(seen)) == self.points
+        return distinct(self.name, self.values, precision)
 
     def check_spacing(self, precision: str) -> None:
         """Raise ValueError when neighbours collide in the numbers the kernels compute in."""
         if not self.distinct(precision):
             raise ValueError(
-                f"axis {self}: neighbouring values are equal in {np.dtype(self.kernel_type(precision)).name}, in which "
-                "the kernels compute; take fewer points or a wider range (or --precision fp64 for mlp)"
+                f"axis {self}: neighbouring values are equal in {np.dtype(kernel_type(self.name, precision)).name}, in "
+                "which the kernels compute; take fewer points, a wider range, or a finer --precision"
             )
 
     def tile(self, start: int, stop: int, factor: int) -> "Axis":
         """The axis of a child grid: points [start, stop) of this one, `factor` times as dense.
 
-        Cells are centred on their values, so the child covers half a spacing beyond both end points
-        and its `(stop - start) * factor` cells are centred again.
+        Cells are centred on their values, so the child covers half a spacing beyond both end points and its
+        `(stop - start) * factor` cells are centred again. Of a tile that overhangs the legal range, the part inside.
         """
         assert 0 <= start < stop <= self.points, (start, stop, self.points)
         log = self.scale == "log"
         low, high = (math.log(self.low), math.log(self.high)) if log else (self.low, self.high)
         spacing = (high - low) / max(self.points - 1, 1)
         child = spacing / factor
-        first = low + spacing * (start - 0.5) + child / 2
-        last = low + spacing * (stop - 0.5) - child / 2
-        if log:
-            first, last = math.exp(first), math.exp(last)
-        axis = Axis(self.name, self.scale, first, last, (stop - start) * factor)
+        ends = low + spacing * (start - 0.5) + child / 2, low + spacing * (stop - 0.5) - child / 2
+        first, last = (math.exp(end) for end in ends) if log else ends
+        points, rule = (stop - start) * factor, rule_of(self.name)
+        if first < rule.low or last > rule.high:
+            places = np.linspace(*ends, points)
+            values = np.exp(places) if log else places
+            inside = values[(values >= rule.low) & (values <= rule.high)]
+            first, last, points = float(inside[0]), float(inside[-1]), len(inside)
+        axis = Axis(self.name, self.scale, first, last, points)
         axis.check()
         return axis
 
@@ -191,6 +151,107 @@ class Grid:
     def shape(self) -> tuple[int, int]:
         """(rows, columns)."""
         return self.y.points, self.x.points
+
+    @property
+    def dims(self) -> tuple[str, str]:
+        """Dimension names: the axes'."""
+        return self.y.name, self.x.name
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The swept hyper-parameters' values, float64, broadcasting to `shape`."""
+        return {self.y.name: self.y.values[:, None], self.x.name: self.x.values[None, :]}
+
+    def check(self, precision: str) -> None:
+        """Raise ValueError where the kernels cannot tell neighbours apart."""
+        self.y.check_spacing(precision)
+        self.x.check_spacing(precision)
+
+    def stored_as(self, read: Mapping[str, np.ndarray]) -> "Grid":
+        """The same grid with the coordinates that a store holds."""
+        return Grid(*(Axis(a.name, a.scale, a.low, a.high, a.points, read[a.name]) for a in (self.y, self.x)))
+
+    def coordinates(self) -> dict[str, tuple[str, np.ndarray, dict[str, Any]]]:
+        """Name -> (dimension, values, attributes) of what a store labels its cells with."""
+        return {a.name: (a.name, a.values, attributes_of(a.name) | {"scale": a.scale}) for a in (self.y, self.x)}
+
+    def __str__(self) -> str:
+        return f"{self.y.points} x {self.x.points} cells: y {self.y}; x {self.x}"
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """A list of points, each a cell with values of its own for every column."""
+
+    columns: dict[str, np.ndarray]
+    """float64 [point] by hyper-parameter"""
+
+    @classmethod
+    def read(cls, path: str) -> "Points":
+        """Read a .csv whose first line names hyper-parameters.
+
+        Raises:
+            ValueError: no such file, no point, an unknown column, a value that is no legal number, a point twice.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"points file {path!r} does not exist; give a .csv whose columns are hyper-parameters")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            names, *lines = [line for line in csv.reader(file) if line] or [[]]
+        for name in names:
+            if declared(name) is None or names.count(name) > 1:
+                known = ", ".join(HYPER_PARAMETERS)
+                raise ValueError(f"points file {path!r} has a column {name!r}; expected each of {known} once at most")
+        if not lines:
+            raise ValueError(f"points file {path!r} holds no point; expected a line of numbers below its header")
+        for number, line in enumerate(lines, 2):
+            if len(line) != len(names) or not all(map(is_number, line)):
+                raise ValueError(f"points file {path!r} line {number} is {line}; expected {len(names)} numbers")
+            for name, text in zip(names, line, strict=True):
+                check_value(name, float(text))
+        table = np.array(lines, dtype=np.float64)
+        _, first, count = np.unique(table, axis=0, return_index=True, return_counts=True)
+        if (count > 1).any():
+            again = lines[int(first[count > 1].min())]
+            raise ValueError(f"points file {path!r} has the point {', '.join(again)} twice; remove one")
+        return cls(dict(zip(names, np.ascontiguousarray(table.T), strict=True)))
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(points,)."""
+        return (len(next(iter(self.columns.values()))),)
+
+    @property
+    def dims(self) -> tuple[str]:
+        """Dimension names."""
+        return ("point",)
+
+    def check(self, precision: str) -> None:
+        """Points may be as close as they like: they were given one by one."""
+
+    def stored_as(self, read: Mapping[str, np.ndarray]) -> "Points":
+        """The same points with the values that a store holds."""
+        return Points({name: read[name] for name in self.columns})
+
+    def coordinates(self) -> dict[str, tuple[str, np.ndarray, dict[str, Any]]]:
+        """Name -> (dimension, values, attributes) of what a store labels its cells with."""
+        places: dict[str, Any] = {"point": ("point", np.arange(*self.shape), {"long_name": "point"})}
+        return places | {name: ("point", values, attributes_of(name)) for name, values in self.columns.items()}
+
+    def __str__(self) -> str:
+        return f"{self.shape[0]} points of {', '.join(self.columns)}"
+
+
+Cells = Grid | Points
+
+
+def attributes_of(name: str) -> dict[str, Any]:
+    """What a store says of a hyper-parameter's values."""
+    return {"long_name": long_name(name), "units": rule_of(name).units}
+
+
+def distinct(name: str, values: np.ndarray, precision: str) -> bool:
+    """Whether the kernels see all values of a hyper-parameter apart."""
+    return not rule_of(name).in_kernel or len(np.unique(values.astype(kernel_type(name, precision)))) == len(values)
 
 
 def is_number(text: str) -> bool:

@@ -1,117 +1,212 @@
-"""Optimizers over stacked parameters: an init/update pair over an explicit state.
+"""Optimizers over stacked parameters, declared once: which hyper-parameters, which state, one update.
 
-Letters: R replica, P flat parameters. Every hyper-parameter is an [R] tensor on the device, every
-buffer [R, P] with the same layout as the stack's, and an update touches only replicas that are active.
+`OPTIMIZERS` names them. Flags, checks, the memory formula and the slots' device tensors follow. Every
+hyper-parameter is an [R] tensor on the device. State buffers are fp32 and start at zero. An update touches only
+replicas that are active, and a replica's bits must not depend on the others. They combine by parameter group:
+`--optimizer adamw,embedding=sgd`.
+
+Letters: R replica, n elements of one parameter of one replica.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
-from engine.stack import Span, Stack
-from kernels.adamw import AdamWScalars, adamw_, adamw_split_, split_master
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class Update(NamedTuple):
-    """What an update needs to know about this step, one value a replica.
+class Parameter(NamedTuple):
+    """One parameter of every replica, as an update sees it.
 
-    rate_R: learning rate by parameter group, fp32. decay_R: decoupled weight decay. beta1_R, beta2_R: of
-    AdamW, as correction1_R and correction2_R, its `corrections`. scale_R: factor on the gradient (clipping), or
-    None. active_R: bool. nonfinite_R: int32, set to 1 where an updated weight is not finite.
+    weight_Rn: in the compute dtype. remainder_Rn: int16, with which a bf16 weight makes the fp32 master
+    (`kernels.split_master`), or None where the weight itself is fp32. shape: of one replica's tensor.
+    rows: first and last + 1 of each matrix that is fused in it along its first dimension.
     """
 
-    rate_R: dict[str, Tensor]
-    decay_R: Tensor
-    beta1_R: Tensor
-    beta2_R: Tensor
-    correction1_R: Tensor
-    correction2_R: Tensor
-    scale_R: Tensor | None
-    active_R: Tensor
-    nonfinite_R: Tensor
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
+    weight_Rn: "Tensor"
+    remainder_Rn: "Tensor | None"
+
+    def master(self) -> "Tensor":
+        """The fp32 master weight [R, n]."""
+        from kernels.adamw import join_master
+
+        return self.weight_Rn if self.remainder_Rn is None else join_master(self.weight_Rn, self.remainder_Rn)
+
+    def matrices(self, buffer_Rn: "Tensor") -> "list[Tensor]":
+        """Every matrix fused in this parameter as a view [R, rows, columns] of a buffer of its layout."""
+        whole = buffer_Rn.unflatten(1, (self.shape[0], -1))
+        return [whole[:, first:last] for first, last in self.rows]
+
+    def write(self, master_Rn: "Tensor", step: "Step") -> None:
+        """Store a new fp32 master [R, n] where the replica is active, and note where it is not finite."""
+        import torch
+
+        from kernels.adamw import split_master
+
+        kept = torch.where(step.active_R[:, None], master_Rn, self.master())
+        if self.remainder_Rn is not None:
+            kept, remainder = split_master(kept)
+            self.remainder_Rn.copy_(remainder)
+        self.weight_Rn.copy_(kept)
+        broken_R = step.active_R & ~torch.isfinite(self.weight_Rn).all(1)
+        step.nonfinite_R.copy_(torch.where(broken_R, 1, step.nonfinite_R))
 
 
-class AdamWState(NamedTuple):
-    """First and second moments, fp32 [R, P]."""
+class Step(NamedTuple):
+    """One step of one parameter group, one value a replica.
 
-    first_RP: Tensor
-    second_RP: Tensor
+    hyper_R: fp32, of every name in `Optimizer.hyper`; `lr` is the scheduled rate. prepared_R: what
+    `Optimizer.prepare` made of them. scale_R: factor on the gradient (clipping), or None. active_R: bool.
+    nonfinite_R: int32, set to 1 where an updated weight is not finite.
+    """
+
+    hyper_R: "Mapping[str, Tensor]"
+    prepared_R: "Mapping[str, Tensor]"
+    scale_R: "Tensor | None"
+    active_R: "Tensor"
+    nonfinite_R: "Tensor"
+
+    def gradient(self, gradient_Rn: "Tensor") -> "Tensor":
+        """The gradient in fp32, scaled."""
+        gradient_Rn = gradient_Rn.float()
+        return gradient_Rn if self.scale_R is None else gradient_Rn * self.scale_R[:, None]
 
 
-class SGDState(NamedTuple):
-    """Velocity, fp32 [R, P]."""
-
-    velocity_RP: Tensor
-
-
-def adamw_init(stack: Stack) -> AdamWState:
-    """Zero moments."""
-    return AdamWState(stack.zeros(), stack.zeros())
+def nothing(hyper_R: "Mapping[str, Tensor]", count_R: "Tensor") -> "dict[str, Tensor]":
+    """No preparation."""
+    return {}
 
 
-def corrections(beta1_R: Tensor, beta2_R: Tensor, count_R: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer: what it reads, what it keeps, what it does."""
+
+    help: str
+    hyper: tuple[str, ...]
+    """hyper-parameters it reads"""
+    init: Callable[[tuple[int, ...]], dict[str, int]]
+    """shape of a parameter -> elements of each state buffer; all start at zero"""
+    update: "Callable[[Parameter, Tensor, Mapping[str, Tensor], Step], None]"
+    """(parameter, gradient [R, n], state buffers [R, elements], step): one step, in place"""
+    prepare: "Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]" = nothing
+    """(hyper_R, number of this step counted from 1, int64 [R]): [R] tensors worked out once a step and group"""
+    overlaps: bool = False
+    """whether an update may run beside the rest of the backward: only where none of its in-place torch operations
+    bumps the weights' shared version counter, which trips autograd's check"""
+
+    def state_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of one parameter's state in one replica."""
+        return 4 * sum(self.init(shape).values())
+
+
+# ---- AdamW
+
+
+def adamw_init(shape: tuple[int, ...]) -> dict[str, int]:
+    """First and second moment of every element."""
+    return {"first": prod(shape), "second": prod(shape)}
+
+
+def adamw_prepare(hyper_R: "Mapping[str, Tensor]", count_R: "Tensor") -> "dict[str, Tensor]":
     """1 / (1 - beta1^count) and 1 / sqrt(1 - beta2^count), fp32 [R], computed in fp64.
 
     Moments start at zero: the first, and the second one's root, count that much more in the count-th update.
     """
     count_R = count_R.double()
-    bias1_R, bias2_R = 1 - beta1_R.double() ** count_R, 1 - beta2_R.double() ** count_R
-    return (1 / bias1_R).float(), (1 / bias2_R.sqrt()).float()
+    bias1_R, bias2_R = 1 - hyper_R["beta1"].double() ** count_R, 1 - hyper_R["beta2"].double() ** count_R
+    return {"correction1": (1 / bias1_R).float(), "correction2": (1 / bias2_R.sqrt()).float()}
 
 
-def adamw_update(stack: Stack, state: AdamWState, span: Span, gradient: Tensor, update: Update, eps: float) -> None:
-    """One AdamW step of one parameter of every active replica, in place (Loshchilov & Hutter, arXiv:1711.05101).
+def adamw_update(parameter: Parameter, gradient_Rn: "Tensor", state: "Mapping[str, Tensor]", step: Step) -> None:
+    """One AdamW step (Loshchilov & Hutter, arXiv:1711.05101)."""
+    from kernels.adamw import AdamWScalars, adamw_, adamw_split_
+
+    hyper_R = step.hyper_R
+    scalars = AdamWScalars(
+        learning_rate_R=hyper_R["lr"],
+        weight_decay_R=hyper_R["weight_decay"],
+        beta1_R=hyper_R["beta1"],
+        beta2_R=hyper_R["beta2"],
+        correction1_R=step.prepared_R["correction1"],
+        correction2_R=step.prepared_R["correction2"],
+        eps_R=hyper_R["eps"],
+        scale_R=step.scale_R,
+        active_R=step.active_R,
+        nonfinite_R=step.nonfinite_R,
+    )
+    weight, remainder = parameter.weight_Rn, parameter.remainder_Rn
+    if remainder is None:
+        adamw_(weight, gradient_Rn, None, state["first"], state["second"], scalars)
+    else:
+        adamw_split_(remainder, gradient_Rn, weight, state["first"], state["second"], scalars)
+
+
+# ---- SGD
+
+
+def sgd_init(shape: tuple[int, ...]) -> dict[str, int]:
+    """The velocity of every element."""
+    return {"velocity": prod(shape)}
+
+
+def sgd_update(parameter: Parameter, gradient_Rn: "Tensor", state: "Mapping[str, Tensor]", step: Step) -> None:
+    """One step of gradient descent with heavy-ball momentum and decoupled weight decay.
+
+    u = momentum u + g;  p = p (1 - lr wd) - lr u. Plain torch on every device: elementwise, so batch-invariant.
+    """
+    import torch
+
+    rate, decay, momentum = (step.hyper_R[name][:, None] for name in ("lr", "weight_decay", "momentum"))
+    moved = momentum * state["velocity"] + step.gradient(gradient_Rn)
+    stepped = parameter.master() * (1 - rate * decay) - rate * moved
+    state["velocity"].copy_(torch.where(step.active_R[:, None], moved, state["velocity"]))
+    parameter.write(stepped, step)
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(
+        "AdamW, decoupled weight decay",
+        ("lr", "weight_decay", "beta1", "beta2", "eps"),
+        adamw_init,
+        adamw_update,
+        adamw_prepare,
+        overlaps=True,
+    ),
+    "sgd": Optimizer(
+        "gradient descent with heavy-ball momentum", ("lr", "weight_decay", "momentum"), sgd_init, sgd_update
+    ),
+}
+
+
+def by_group(text: str, groups: Mapping[str, str]) -> dict[str, str]:
+    """The optimizer of every parameter group: `adamw`, or `adamw,embedding=sgd`.
 
     Args:
-        stack: what is updated: its weights, and in mixed precision the remainders of its master.
-        gradient: the parameter's, [R, n].
+        groups: of the family, each with its parent; a parent's optimizer is its children's unless they have their own.
+
+    Raises:
+        ValueError: an unknown optimizer or group, or none for the rest.
     """
-    scalars = AdamWScalars(
-        learning_rate_R=update.rate_R[span.group],
-        weight_decay_R=update.decay_R,
-        beta1_R=update.beta1_R,
-        beta2_R=update.beta2_R,
-        correction1_R=update.correction1_R,
-        correction2_R=update.correction2_R,
-        eps=eps,
-        scale_R=update.scale_R,
-        active_R=update.active_R,
-        nonfinite_R=update.nonfinite_R,
-    )
-    weight = stack.weight_RP[:, span.slice]
-    first, second = state.first_RP[:, span.slice], state.second_RP[:, span.slice]
-    if stack.remainder_RP is None:
-        adamw_(weight, gradient, None, first, second, scalars)
-    else:
-        adamw_split_(stack.remainder_RP[:, span.slice], gradient, weight, first, second, scalars)
+    plain, _, rest = text.partition(",")
+    chosen = {"": plain}
+    for part in rest.split(",") if rest else ():
+        group, equals, name = part.partition("=")
+        if not equals or group not in groups:
+            raise ValueError(
+                f"optimizer has {part!r}; expected group=name with a group among {', '.join(groups)}, "
+                "for example adamw,embedding=sgd"
+            )
+        chosen[group] = name
+    for name in chosen.values():
+        if name not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {name!r}; expected one of {', '.join(OPTIMIZERS)}")
 
+    def of(group: str) -> str:
+        return chosen[group] if group in chosen else of(groups[group])
 
-def sgd_init(stack: Stack) -> SGDState:
-    """Zero velocity."""
-    return SGDState(stack.zeros())
-
-
-def sgd_update(stack: Stack, state: SGDState, span: Span, gradient: Tensor, update: Update, momentum: float) -> None:
-    """One step of gradient descent with heavy-ball momentum and decoupled weight decay, of one parameter, in place.
-
-    u = momentum u + g;  p = p (1 - lr wd) - lr u. Plain torch on every device: elementwise, so a replica's
-    bits do not depend on the others.
-    """
-    active = update.active_R[:, None]
-    rate = update.rate_R[span.group][:, None]
-    gradient = gradient.float()
-    if update.scale_R is not None:
-        gradient = gradient * update.scale_R[:, None]
-    velocity, master = state.velocity_RP[:, span.slice], stack.masters(slice(None), span.slice)
-    moved = momentum * velocity + gradient
-    stepped = master * (1 - rate * update.decay_R[:, None]) - rate * moved
-    velocity.copy_(torch.where(active, moved, velocity))
-    weight = stack.weight_RP[:, span.slice]
-    kept = torch.where(active, stepped, master)
-    if stack.remainder_RP is not None:
-        kept, remainder = split_master(kept)
-        stack.remainder_RP[:, span.slice].copy_(remainder)
-    weight.copy_(kept)
-    broken_R = update.active_R & ~torch.isfinite(weight).all(1)
-    update.nonfinite_R.copy_(torch.where(broken_R, 1, update.nonfinite_R))
+    return {group: of(group) for group in groups}

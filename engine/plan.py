@@ -1,37 +1,48 @@
-"""From a grid to work: cells -> trajectories -> launches.
+"""From cells to work: cells -> trajectories -> launches, and the memory they need.
 
-A trajectory is one training run from step 0. Cells whose runs are the same up to each cell's last step
-share one: with a constant learning rate and no warm-up, a row of token budgets is a single run read
-off at several marks. Schedules that look ahead to the last step give every budget a run of its own.
+A trajectory is one training run from step 0. Cells whose runs are the same up to each cell's last step share
+one: with a constant learning rate and no warm-up, a row of token budgets is a single run measured at several
+marks. Schedules that need the horizon give every budget a run of its own. The plan is arrays over all cells,
+made once; trajectories are made from it a launch at a time.
+
+A cell's flat index counts over [replicate, *cells] in C order.
 """
 
+import heapq
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import SweepConfig
-from engine.grid import HYPER_PARAMETERS
+from engine.config import Run
+from engine.hyper import HYPER_PARAMETERS
+from engine.outcome import NOT_COMPUTED
+from engine.schedule import SCHEDULES, SLACK
 
-EVALUATED = 16  # replicas whose held-out loss is measured at once, at most
+EVALUATED = 16  # replicas whose probe is evaluated at once, at most
 EVALUATED_BYTES = 2 * 2**30  # their weights, at most (or one replica's)
-
-LANGUAGE_NAMES = tuple(name for name, rule in HYPER_PARAMETERS.items() if "gpt" in rule.networks)
+PROBE_SHARE = 0.15  # of training's cost, that the probe may cost where its size is automatic
+MOST_PROBE_ROWS = 1024
+CHUNK_BYTES = 2**26  # traces in one stored chunk, at most
+LAUNCH_BYTES = 2**29  # traces in one launch, which the host holds, at most
+CPU_RUNS = 16  # trajectories that an interrupted launch repeats on a CPU, about
+WAVES = 64  # waves of slots from which the last one's emptiness does not matter
 
 
 class Mark(NamedTuple):
-    """A step at which cells are read off a trajectory: after `step` updates."""
+    """A step at which cells are measured on a trajectory: after `step` updates. cells: flat indices."""
 
     step: int
-    cells: tuple[tuple[int, int], ...]
+    cells: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """One training run.
 
-    hyper holds the hyper-parameters of `LANGUAGE_NAMES` as float64 (learning rates of groups that are
-    not given are absent and follow `lr`); total is the run's length for its schedule, in steps.
+    hyper holds every hyper-parameter that is given or has a default, by the name that gives it, as float64; total is
+    the run's length for its schedule, in steps.
     """
 
     hyper: dict[str, float]
@@ -44,115 +55,272 @@ class Trajectory:
         return self.marks[-1].step
 
 
-def fixed_hyper(config: SweepConfig) -> dict[str, float]:
-    """The fixed hyper-parameters that are given."""
-    values = {name: config.fixed(name) for name in LANGUAGE_NAMES}
-    return {name: value for name, value in values.items() if value is not None}
+class Chunk(NamedTuple):
+    """What one stored object of every array holds: rows [start, stop) of the cells of one replicate."""
+
+    replicate: int
+    start: int
+    stop: int
 
 
-def cell_hyper(config: SweepConfig, row: int, col: int) -> dict[str, float]:
-    """Every hyper-parameter of one cell: the fixed values, with the two axes' put in."""
-    grid = config.grid
-    return fixed_hyper(config) | {grid.y.name: float(grid.y.values[row]), grid.x.name: float(grid.x.values[col])}
+Launch = tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which run serves each cell, and until which step."""
+
+    run: Run
+    steps: np.ndarray
+    """planned steps of every cell, int64 [replicate, *cells]"""
+    key: np.ndarray
+    """cells of equal key share a run, int64 [replicate, *cells]"""
+    cost: np.ndarray
+    """what one step of a cell's run costs, in the workload's unit, float64 [replicate, *cells]"""
+
+    @property
+    def row_cells(self) -> int:
+        """Cells in a row of one replicate."""
+        return math.prod(self.run.cells.shape[1:])
+
+    def cells_in(self, launch: Launch) -> np.ndarray:
+        """Flat indices of a launch's cells, ascending by chunk."""
+        size, rows = self.row_cells, self.run.cells.shape[0]
+        return np.concatenate([np.arange((c.replicate * rows + c.start) * size, (c.replicate * rows + c.stop) * size)
+                               for c in launch])  # fmt: skip
+
+    def work_in(self, cells: np.ndarray) -> "Work":
+        """The runs that serve some cells (flat indices)."""
+        key, steps = self.key.ravel()[cells], self.steps.ravel()[cells]
+        order = np.lexsort((steps, key))
+        cells, key, steps = cells[order], key[order], steps[order]
+        new_run = np.flatnonzero(np.diff(key, prepend=key[:1] - 1))
+        new_mark = np.flatnonzero(np.diff(key, prepend=key[:1] - 1) | np.diff(steps, prepend=0))
+        last = np.append(new_run[1:], len(cells)) - 1
+        return Work(self, cells, steps, new_run, new_mark, cells[last], steps[last])
+
+    def missing(self, launch: Launch, status: np.ndarray) -> np.ndarray:
+        """Flat indices of a launch's cells that are not computed yet."""
+        cells = self.cells_in(launch)
+        return cells[status.ravel()[cells] == NOT_COMPUTED]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Runs over some cells, as arrays: cells sorted by run and step.
+
+    cells, steps: [cell]. runs: where each run begins in them. marks: where each mark does. longest: the cell of each
+    run's last mark. lengths: steps of each run.
+    """
+
+    plan: Plan
+    cells: np.ndarray
+    steps: np.ndarray
+    runs: np.ndarray
+    marks: np.ndarray
+    longest: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def costs(self) -> np.ndarray:
+        """What each run costs, in the workload's unit, float64 [run]."""
+        return self.lengths * self.plan.cost.ravel()[self.longest]
+
+    def trajectories(self) -> list[Trajectory]:
+        """Every run as an object, the costliest first (ties in the order of their first cells)."""
+        hyper = hyper_of(self.plan.run, self.longest)
+        first = np.minimum.reduceat(self.cells, self.runs) if len(self.runs) else self.runs
+        bounds = np.append(self.marks, len(self.cells))
+        mark_of = np.append(np.searchsorted(self.marks, self.runs), len(self.marks))
+        made: list[Trajectory] = [None] * len(self.runs)  # type: ignore[list-item]
+        for place, index in enumerate(np.lexsort((first, -self.costs))):
+            marks = tuple(
+                Mark(int(self.steps[bounds[m]]), tuple(np.sort(self.cells[bounds[m] : bounds[m + 1]]).tolist()))
+                for m in range(mark_of[index], mark_of[index + 1])
+            )
+            made[place] = Trajectory({n: float(v[index]) for n, v in hyper.items()}, marks[-1].step, marks)
+        return made
+
+
+def hyper_of(run: Run, cells: np.ndarray) -> dict[str, np.ndarray]:
+    """Every hyper-parameter that is given or has a default, of some cells (flat indices), float64 [cell]."""
+    names = [*HYPER_PARAMETERS, *sorted(name for name in run.given if "." in name)]
+    shape = run.shape
+    at = np.unravel_index(cells, shape)
+    values = {}
+    for name in names:
+        base, _, group = name.partition(".")
+        column = run.column(base, group) if group else run.column(base)
+        values[name] = np.broadcast_to(column, shape)[at]
+    return values
 
 
 def steps_of(tokens: np.ndarray | float, batch: np.ndarray | float, context: int) -> np.ndarray:
-    """Steps that consume a cell's tokens, int: ceil(tokens / (batch * context)).
+    """Steps that consume a cell's tokens, int64: ceil(tokens / (batch * context)).
 
-    An excess of a billionth makes no step: 5,120 tokens of a logarithmic axis can be 5,120.000000000003.
+    A relative slack of 1e-9 absorbs float error: 5,120 tokens of a log axis can be 5,120.000000000003.
     """
-    return np.ceil(tokens / (batch * context) * (1 - 1e-9)).astype(int)
+    return np.ceil(tokens / (batch * context) * SLACK).astype(np.int64)
 
 
-def looks_ahead(config: SweepConfig) -> bool:
+def needs_horizon(run: Run) -> bool:
     """Whether a step's learning rate depends on how many steps are still to come."""
-    warms_up = config.warmup > 0 or "warmup" in config.swept
-    return config.schedule != "constant" or warms_up
+    return SCHEDULES[run.config.training.schedule].needs_horizon or bool((run.column("warmup") > 0).any())
 
 
-def trajectories(config: SweepConfig, rows: range) -> list[Trajectory]:
-    """The runs that serve the cells of some grid rows, longest first (ties in grid order)."""
-    grid = config.grid
-    ahead = looks_ahead(config)
-    runs: dict[tuple, dict[int, list[tuple[int, int]]]] = {}
-    hypers: dict[tuple, dict[str, float]] = {}
-    y_values, x_values = grid.y.values, grid.x.values
-    fixed = fixed_hyper(config)
-    for row in rows:
-        for col in range(grid.x.points):
-            hyper = fixed | {grid.y.name: float(y_values[row]), grid.x.name: float(x_values[col])}
-            steps = int(steps_of(hyper["tokens"], hyper["batch"], config.context))
-            key = tuple(value for name, value in hyper.items() if name != "tokens") + ((steps,) if ahead else ())
-            hypers.setdefault(key, hyper)
-            runs.setdefault(key, {}).setdefault(steps, []).append((row, col))
-    made = []
-    for key, by_step in runs.items():
-        marks = tuple(Mark(step, tuple(by_step[step])) for step in sorted(by_step))
-        made.append(Trajectory(hypers[key], marks[-1].step, marks))
-    return sorted(made, key=lambda run: -run.steps * run.hyper["batch"])
+def plan_runs(run: Run) -> Plan:
+    """The plan of language models: budgets of one run are its marks unless the schedule needs the horizon."""
+    steps = steps_of(run.column("tokens"), run.column("batch"), run.config.training.context)
+    steps = np.broadcast_to(steps, run.shape)
+    columns = [run.column(name) for name in run.names if name != "tokens"]
+    if "seed" not in run.names:
+        columns.append(run.column("seed"))
+    key = codes_of(columns, run.shape)
+    if needs_horizon(run):
+        assert key.max() < 2**62 // (steps.max() + 1)
+        key = key * (steps.max() + 1) + steps
+    cost = run.column("batch") * float(run.config.training.context)
+    return Plan(run, steps, key, np.broadcast_to(cost, run.shape))
 
 
-def launches(config: SweepConfig, rows_per_launch: int) -> list[range]:
-    """The grid's rows, cut into launches."""
-    rows = config.grid.shape[0]
-    return [range(start, min(start + rows_per_launch, rows)) for start in range(0, rows, rows_per_launch)]
+def plan_cells(run: Run) -> Plan:
+    """A plan in which every cell is a run of its own, all of the same length."""
+    key = np.arange(math.prod(run.shape)).reshape(run.shape)
+    steps = np.broadcast_to(np.array(run.config.training.steps), run.shape)
+    return Plan(run, steps, key, np.broadcast_to(1.0, run.shape))
 
 
-def longest(config: SweepConfig) -> int:
-    """Steps of the sweep's longest run."""
-    if config.network == "mlp":
-        return config.steps
-    return int(steps_of(config.values("tokens").max(), config.values("batch").min(), config.context))
+def codes_of(columns: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """A whole number for every cell, equal where all columns are, int64 of the shape they broadcast to."""
+    code, size = np.zeros((1,) * len(shape), np.int64), 1
+    for column in columns:
+        values, inverse = np.unique(column, return_inverse=True)
+        code, size = code * len(values) + inverse.reshape(column.shape), size * len(values)
+        assert size < 2**62
+    return np.broadcast_to(code, shape)
 
 
-def largest_batch(config: SweepConfig) -> int:
-    """Sequences in the sweep's largest batch."""
-    return int(config.values("batch").max())
+# ---- launches
 
 
-def seeds(config: SweepConfig) -> list[int]:
-    """Every seed of the sweep."""
-    return [int(value) for value in np.unique(config.values("seed"))]
+def automatic_chunk_rows(plan: Plan, device: str) -> int:
+    """Rows of one stored chunk, whose loss traces stay under CHUNK_BYTES; on a CPU of about CPU_RUNS trajectories."""
+    rows = plan.run.cells.shape[0]
+    by_store = max(CHUNK_BYTES // trace_bytes(plan), 1)
+    if device != "cpu":
+        return min(rows, by_store)
+    per_row = len(plan.work_in(np.arange(plan.row_cells)).runs)
+    return min(rows, by_store, max(CPU_RUNS // per_row, 1))
+
+
+def trace_bytes(plan: Plan) -> int:
+    """Bytes of the loss traces of one row."""
+    return plan.row_cells * int(plan.steps.max()) * 4 if plan.run.config.swept.trace == "on" else plan.row_cells
+
+
+def launches(plan: Plan, chunk_rows: int, rows: int, together: bool) -> list[Launch]:
+    """All chunks, cut into launches of about `rows` rows.
+
+    Args:
+        together: whether a launch may hold chunks of several replicates; else its cells are those of one.
+    """
+    replicates, height = plan.run.replicates, plan.run.cells.shape[0]
+    chunks = [
+        [Chunk(k, start, min(start + chunk_rows, height)) for start in range(0, height, chunk_rows)]
+        for k in range(replicates)
+    ]
+    lines = [[chunk for line in chunks for chunk in line]] if together else chunks
+    count = max(-(-rows // chunk_rows), 1)
+    return [tuple(line[start : start + count]) for line in lines for start in range(0, len(line), count)]
+
+
+def automatic_launch_rows(plan: Plan, chunk_rows: int, ranks: int) -> int:
+    """Rows a launch where cells are batch-invariant: the more trajectories wait, the longer every slot stays busy.
+
+    As many as LAUNCH_BYTES of traces allow, but at least a launch a rank.
+    """
+    rows = plan.run.cells.shape[0] * plan.run.replicates
+    return max(min(LAUNCH_BYTES // trace_bytes(plan), -(-rows // ranks)), chunk_rows)
+
+
+# ---- data of a step
+
+
+def automatic_micro_batch(run: Run) -> int:
+    """Sequences a forward pass: the batches' common divisor, cut evenly where it exceeds 4,096 tokens.
+
+    A function of the configuration alone, never of the number of replicas or the free memory, so a
+    cell's sums are cut at the same places whatever machine or launch trains it. Where the common
+    divisor is below 1,024 tokens, too few to fill a GPU, rows are masked instead.
+    """
+    context = run.config.training.context
+    batches = run.values("batch").astype(int)
+    divisor = int(np.gcd.reduce(batches))
+    enough = max(1024 // context, 1)
+    if divisor < enough:
+        return min(int(batches.max()), enough)
+    pieces = -(-divisor // max(4096 // context, 1))
+    return -(-divisor // pieces)
+
+
+def automatic_probe_rows(plan: Plan) -> int:
+    """Held-out sequences: the most whose evaluations cost at most PROBE_SHARE of training.
+
+    A sequence evaluated costs a third of one trained on. Whole micro-batches where there is one.
+    """
+    run = plan.run
+    work = plan.work_in(np.arange(plan.steps.size))
+    trained = work.costs.sum() / run.config.training.context
+    rows = int(PROBE_SHARE * 3 * trained / (len(work.marks) + len(starts_of(run))))
+    micro_batch = run.config.training.micro_batch
+    return int(np.clip(rows - rows % micro_batch if rows > micro_batch else rows, 1, MOST_PROBE_ROWS))
+
+
+def starts_of(run: Run) -> np.ndarray:
+    """Distinct starts of training: the values of what decides the untrained network, float64 [start, name]."""
+    columns = [np.broadcast_to(run.column(name), run.shape).ravel() for name in start_names(run)]
+    varying = [column for column in columns if column.size]
+    if all((column == column[0]).all() for column in varying):
+        return np.stack([column[:1] for column in varying], 1)
+    return np.unique(np.stack(varying, 1), axis=0)
+
+
+def start_names(run: Run) -> list[str]:
+    """Hyper-parameters that decide the untrained network's losses: the seed, and those of the start and the forward."""
+    known = run.config.family.hyper
+    inside = [n for n in known if HYPER_PARAMETERS[n].acts == "forward" and HYPER_PARAMETERS[n].at_evaluation is None]
+    return ["seed", "init_scale", *inside]
+
+
+# ---- memory and slots
 
 
 class Memory(NamedTuple):
-    """Bytes one replica needs: weights, optimizer state and gradients, and a micro-step's activations.
+    """Bytes on the device.
 
-    weights: bytes of its weights in the compute precision, which a replica under evaluation needs once more.
+    shared: what all replicas read. state: of one replica, kept between steps. activations: of one replica's
+    micro-step. weights: of one replica in the compute precision, which a replica under evaluation needs once more.
     """
 
+    shared: int
     state: int
     activations: int
     weights: int
 
     @property
-    def total(self) -> int:
+    def replica(self) -> int:
         """Bytes a replica."""
         return self.state + self.activations
 
     def stack(self, replicas: int) -> int:
         """Bytes of a whole stack."""
-        return replicas * self.total + evaluated_at_once(self.weights, replicas) * self.weights
-
-
-def replica_memory(config: SweepConfig, parameters: int, activations: int) -> Memory:
-    """Bytes one replica needs on the device.
-
-    fp32 master (with bf16 compute: bf16 weight and 16-bit remainder), the optimizer's fp32 moments and a
-    gradient in the compute precision; an fp32 accumulator where batches are cut into micro-batches.
-    """
-    moments = 2 if config.optimizer == "adamw" else 1
-    compute = 2 if config.precision == "bf16" else 4
-    state = 4 + 4 * moments + compute
-    if largest_batch(config) > config.micro_batch:
-        state += 4
-    return Memory(parameters * state, activations, parameters * compute)
+        return self.shared + replicas * self.replica + evaluated_at_once(self.weights, replicas) * self.weights
 
 
 def evaluated_at_once(weights: int, replicas: int) -> int:
-    """Replicas whose held-out loss is measured at once: enough to fill a GPU, not so many that a few slots at a
+    """Replicas whose probe is evaluated at once: enough to fill a GPU, not so many that a few slots at a
     mark cost much, and within EVALUATED_BYTES of weights where one replica is."""
-    return min(replicas, EVALUATED, max(EVALUATED_BYTES // weights, 1))
+    return min(replicas, EVALUATED, max(EVALUATED_BYTES // max(weights, 1), 1))
 
 
 def slots_that_fit(memory: Memory, budget: int) -> int:
@@ -161,7 +329,7 @@ def slots_that_fit(memory: Memory, budget: int) -> int:
     Raises:
         ValueError: not even one does.
     """
-    fit = budget // memory.total
+    fit = max(budget - memory.shared, 0) // memory.replica
     while fit > 0 and memory.stack(fit) > budget:
         fit -= 1
     if fit < 1:
@@ -172,18 +340,26 @@ def slots_that_fit(memory: Memory, budget: int) -> int:
     return int(fit)
 
 
-def automatic_rows(config: SweepConfig, device: str) -> int:
-    """Grid rows a launch where the user leaves it to us.
+def even_slots(lengths: np.ndarray, fit: int) -> int:
+    """Slots, at most `fit`, that train runs of some lengths in the least slot-steps, the longest first.
 
-    A launch's rows are one chunk of the store, rewritten as its cells finish, so its loss traces stay
-    under 64 MiB. On a GPU a launch is as many rows as that allows: the more trajectories wait, the
-    longer every slot stays busy. On a CPU a launch is what an interrupted sweep has to repeat, so it
-    holds about 16 trajectories.
+    128 equal runs where 29 fit are 5 waves of 26, not 4 of 29 and one of 12. A step of a stack takes as long as its
+    slots are many, so what counts is slots times the steps until the last run has ended.
     """
-    rows, cols = config.grid.shape
-    trace = cols * longest(config) * 4 if config.trace == "on" else 1
-    rows_by_store = max(2**26 // trace, 1)
-    if device != "cpu":
-        return min(rows, rows_by_store)
-    per_row = len(trajectories(config, range(1)))
-    return min(rows, rows_by_store, max(16 // per_row, 1))
+    if len(lengths) <= fit:
+        return max(len(lengths), 1)
+    if len(lengths) > WAVES * fit:
+        return fit
+    ordered = np.sort(lengths)[::-1].tolist()
+    waves = -(-len(lengths) // fit)
+    candidates = range(fit, max(-(-len(lengths) // (waves + 1)), 1) - 1, -1)
+    return min(candidates, key=lambda slots: slots * makespan(ordered, slots))
+
+
+def makespan(lengths: list[int], slots: int) -> int:
+    """Steps until the last of some runs has ended, each going to the slot that is free first, in order."""
+    free = lengths[:slots]
+    heapq.heapify(free)
+    for length in lengths[slots:]:
+        heapq.heapreplace(free, free[0] + length)
+    return max(free)

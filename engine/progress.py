@@ -8,92 +8,123 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from engine import plan
 from engine.command import screen
-from engine.config import SweepConfig
-from engine.outcome import LABELS, MISSING, Thresholds, label
+from engine.measure import MEASUREMENTS
+from engine.outcome import DONE, LABELS, MISSING, NOT_COMPUTED, Thresholds
+from engine.plan import Launch
+from engine.store import Store, budget_of
+from engine.workload import Setup
 
-STYLES = ("dim", "green", "yellow", "bright_black", "magenta", "red", "cyan")
-MARKS = ("·", "█", "▓", "▒", "▚", "░", "?")
-LABELLED = ("status", "first_loss", "last_loss", "nonfinite_step")  # what a cell's label is made of
+STYLES = ("dim", "green", "yellow", "bright_black", "magenta", "bright_magenta", "red", "cyan")
+MARKS = ("·", "█", "▓", "▒", "▚", "▞", "░", "?")
 TALL, WIDE = 32, 96  # characters of the live map, at most
+SECONDS_A_LINE = 15.0  # between two lines where there is no terminal
+SECONDS_A_PICTURE = 0.25
 
 
 class Progress:
-    """Counts cells and tokens of a sweep; a live picture on a terminal, a line a launch elsewhere."""
+    """Counts cells and work of a sweep; a live picture on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, config: SweepConfig, stored: dict[str, np.ndarray], todo: list[range], quiet: bool) -> None:
-        """stored: the LABELLED arrays as they are before training. todo: the launches about to be trained."""
-        self.config = config
-        self.codes = block_codes(stored)
-        self.done_before = int((self.codes != MISSING).sum())
-        missing = sum(int((self.codes[rows.start : rows.stop] == MISSING).sum()) for rows in todo)
-        self.cells = self.done_before + missing  # of this rank
-        self.total = sum(launch_tokens(config, rows) for rows in todo)
-        self.seen = 0.0  # tokens trained, or saved because a run ended early
+    def __init__(self, setup: Setup, store: Store, todo: list[Launch], quiet: bool) -> None:
+        """todo: the launches about to be trained."""
+        self.setup, self.unit = setup, setup.run.config.workload.unit
+        names = ("status", *setup.run.config.workload.labelled)
+        self.arrays = {name: store.read(name) for name in names}
+        self.budget = budget_of(setup.run)
+        self.done_before = int((self.arrays["status"] == DONE).sum())
+        plan = setup.plan
+        missing = [plan.missing(launch, self.arrays["status"]) for launch in todo]
+        self.cells = self.done_before + sum(map(len, missing))  # of this rank
+        self.total = sum(
+            plan.work_in(plan.cells_in(launch) if setup.exact != "at any width" else cells).costs.sum()
+            for launch, cells in zip(todo, missing, strict=True)
+        )
+        self.best = {name: math.inf for name in setup.run.config.workload.labelled if MEASUREMENTS[name].best}
+        self.seen = 0.0  # work done, or saved because a run ended early
         self.trained = 0.0
-        self.done = 0
-        self.started = time.monotonic()
+        self.launch = todo[0]
+        self.started = self.shown = time.monotonic()
         self.quiet = quiet
         self.console = screen(stderr=True)
         self.live: Live | None = None
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal and not self.quiet:
-            self.live = Live(self.picture(), console=self.console, refresh_per_second=4)
+            self.live = Live(self.picture(), console=self.console, auto_refresh=False)
             self.live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.live is not None:
-            self.live.update(self.picture())
+            self.live.update(self.picture(), refresh=True)
             self.live.stop()
 
-    def tokens(self, trained: float, saved: float) -> None:
-        """Count tokens just trained, and those that runs which ended early will not need."""
+    def work(self, trained: float, saved: float) -> None:
+        """Count work just done, and that which runs that ended early will not need."""
         self.trained += trained
         self.seen += trained + saved
-        self.refresh()
 
-    def show(self, rows: range, block: dict[str, np.ndarray]) -> None:
-        """Put a block of results on the map."""
-        codes = block_codes(block)
-        before = (self.codes[rows.start : rows.stop] != MISSING).sum()
-        self.codes[rows.start : rows.stop] = codes
-        self.done += int((codes != MISSING).sum() - before)
-        self.refresh()
+    def put(self, cells: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        """Put results of some cells (flat indices) on the map."""
+        for name, array in self.arrays.items():
+            array.reshape(-1)[cells] = DONE if name == "status" else values[name]
+        for name, best in self.best.items():
+            self.best[name] = min(best, float(np.nanmin(values[name], initial=best)))
 
-    def launched(self, rows: range) -> None:
+    def launched(self, launch: Launch) -> None:
         """A launch is stored."""
-        if self.config.network == "mlp":
-            self.seen += launch_tokens(self.config, rows)
+        self.launch = launch
         if self.live is None and not self.quiet:
-            self.console.print(f"rows {rows.start}-{rows.stop - 1}: {self.line()}", soft_wrap=True, highlight=False)
+            first, last = launch[0], launch[-1]
+            replicates = f"replicates {first.replicate}-{last.replicate}, " if self.setup.run.replicates > 1 else ""
+            self.say(f"{replicates}rows {first.start}-{last.stop - 1}: ")
 
     def refresh(self) -> None:
-        """Draw again."""
-        if self.live is not None:
-            self.live.update(self.picture())
+        """Draw again, where the last drawing is old enough."""
+        now = time.monotonic()
+        if self.live is not None and now - self.shown > SECONDS_A_PICTURE:
+            self.shown = now
+            self.live.update(self.picture(), refresh=True)
+        elif self.live is None and not self.quiet and now - self.shown > SECONDS_A_LINE:
+            self.say("")
+
+    def say(self, where: str) -> None:
+        """One line."""
+        self.shown = time.monotonic()
+        self.console.print(where + self.line(), soft_wrap=True)
 
     @property
     def seconds(self) -> float:
         """Since the start."""
         return max(time.monotonic() - self.started, 1e-9)
 
+    @property
+    def done(self) -> int:
+        """Cells computed since the start."""
+        return int((self.arrays["status"] == DONE).sum()) - self.done_before
+
     def line(self) -> str:
-        """Cells done, rates and time left in one line."""
-        parts = [f"{self.done_before + self.done:,}/{self.cells:,} cells", f"{self.done / self.seconds:,.1f} cells/s"]
-        if self.config.network != "mlp":
-            parts.append(f"{self.trained / self.seconds:,.0f} tokens/s")
+        """Cells done, rates, the best so far and time left in one line."""
+        done = self.done
+        parts = [f"{self.done_before + done:,}/{self.cells:,} cells", f"{done / self.seconds:,.1f} cells/s"]
+        parts.append(f"{self.trained / self.seconds:,.0f} {self.unit}/s")
+        parts += [f"{MEASUREMENTS[n].best} {best:.3f} at best" for n, best in self.best.items() if best < math.inf]
         left = self.seconds * (self.total - self.seen) / self.seen if self.seen else math.inf
         parts.append(f"{clock(self.seconds)} gone")
-        parts.append(f"{clock(left)} to go" if math.isfinite(left) else "estimating")
+        parts.append(f"{clock(max(left, 0))} to go" if math.isfinite(left) else "estimating")
         return ", ".join(parts)
 
+    def codes(self) -> np.ndarray:
+        """Label codes so far [replicate, *cells]."""
+        return self.setup.run.config.workload.label(self.arrays, self.budget, Thresholds())
+
     def picture(self) -> Group:
-        """The live map above its line: the first row at the bottom, as a plot has it."""
-        rows, cols = self.codes.shape
-        picked = self.codes[:: -(-rows // TALL), :: -(-cols // WIDE)][::-1]
+        """The live map of the first replicate that misses cells above its line: the first row at the bottom."""
+        codes = self.codes()
+        missing = (self.arrays["status"] == NOT_COMPUTED).reshape(len(codes), -1).any(1)
+        shown = codes[int(missing.argmax())]
+        shown = shown.reshape(len(shown), -1)
+        picked = shown[:: -(-shown.shape[0] // TALL), :: -(-shown.shape[1] // WIDE)][::-1]
         drawn = Text()
         for row in picked:
             for code in row:
@@ -101,26 +132,14 @@ class Progress:
             drawn.append("\n")
         legend = Text()
         for code, name in enumerate(LABELS):
-            if (self.codes == code).any():
+            if (codes == code).any():
                 legend.append(f"{MARKS[code]} {name} ", STYLES[code])
         return Group(drawn, legend, Text(self.line()))
 
     def label_counts(self) -> dict[str, int]:
         """Cells of each label so far."""
-        return {name: int((self.codes == code).sum()) for code, name in enumerate(LABELS) if code != MISSING}
-
-
-def block_codes(block: dict[str, np.ndarray]) -> np.ndarray:
-    """Label codes of a block of results."""
-    status, first_loss, last_loss, nonfinite_step = (block[name] for name in LABELLED)
-    return label(status, first_loss, last_loss, nonfinite_step, Thresholds())
-
-
-def launch_tokens(config: SweepConfig, rows: range) -> float:
-    """Tokens (for the mlp: steps) that a launch trains."""
-    if config.network == "mlp":
-        return len(rows) * config.grid.shape[1] * config.steps
-    return sum(run.steps * run.hyper["batch"] * config.context for run in plan.trajectories(config, rows))
+        codes = self.codes()
+        return {name: int((codes == code).sum()) for code, name in enumerate(LABELS) if code != MISSING}
 
 
 def clock(seconds: float) -> str:

@@ -1,23 +1,21 @@
 """Train one stored cell again and compare, bit for bit: `uv run engine/replay.py --store S --row I --col J`.
 
-On a GPU the cell trains alone, in a stack of one. On a CPU, where bits depend on the company, its launch is
-run again until the cell has been read off. Exit code 0 if the cell is identical, 1 if not.
+Where cells are batch-invariant (on a GPU) the cell trains alone, in a stack of one. Elsewhere its launch is run again
+until the cell has been measured. Exit code 0 if the cell is identical, 1 if not.
 """
 
 import sys
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from engine import descent, plan
-from engine.checkpoint import check_folder, save_safetensors
 from engine.command import parse, screen, user_errors
-from engine.provenance import provenance
-from engine.store import Store, check_same_data, open_store
-from engine.sweep import LanguageSetup, Rank, RunOptions, choose_device, prepare
-from engine.trainer import Trainer, bit_exact_at_any_width
+from engine.outcome import NOT_COMPUTED
+
+if TYPE_CHECKING:
+    from engine.store import Store
+    from engine.workload import Replay
 
 
 @dataclass(frozen=True)
@@ -25,71 +23,49 @@ class ReplayOptions:
     """Which cell to train again."""
 
     store: str  # the sweep's store
-    row: int  # row of the cell, from 0
-    col: int  # column of the cell, from 0
+    row: int  # row of the cell, from 0; of a list of points, the point
+    col: int = 0  # column of the cell, from 0
+    replicate: int = 0  # replicate of the cell, from 0
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
     save_weights: str = ""  # write the cell's final weights to this .safetensors file
 
 
-class Replay(NamedTuple):
-    """A cell trained again. losses: fp32 [S], before each update; weights: fp32 by name, [] -> shape."""
+def place_of(store: "Store", row: int, col: int, replicate: int = 0) -> tuple[int, ...]:
+    """A cell's place in [replicate, *cells].
 
-    losses: np.ndarray
-    weights_digest: int
-    weights: dict[str, torch.Tensor]
+    Raises:
+        ValueError: it lies outside, or has not been computed.
+    """
+    shape = store.run.shape
+    place = (replicate, row, col) if len(shape) == 3 else (replicate, row)
+    inside = all(0 <= index < size for index, size in zip(place, shape, strict=True))
+    if not inside or (len(shape) == 2 and col):
+        replicates = f" and {shape[0]} replicates" if shape[0] > 1 or replicate else ""
+        cells = f"grid of {shape[1]} rows and {shape[2]} columns" if len(shape) == 3 else f"list of {shape[1]} points"
+        raise ValueError(f"cell ({row}, {col}) lies outside the {cells}{replicates}, counted from 0")
+    if store.read("status", replicate)[place[1:]] == NOT_COMPUTED:
+        raise ValueError(f"cell ({row}, {col}) of {store.path} has not been computed yet; resume its sweep first")
+    return place
 
 
-def replay_cell(store: Store, row: int, col: int, device: str) -> Replay:
+def replay_cell(store: "Store", row: int, col: int, device: str, replicate: int = 0) -> "Replay":
     """Train one cell of a store again.
 
     Raises:
-        ValueError: the cell lies outside the grid or has not been computed.
+        ValueError: the cell lies outside the cells or has not been computed, or the inputs have changed.
     """
-    rows, cols = store.grid.shape
-    if not (0 <= row < rows and 0 <= col < cols):
-        raise ValueError(f"cell ({row}, {col}) lies outside the grid of {rows} rows and {cols} columns, counted from 0")
-    if store.status[row, col] == 0:
-        raise ValueError(f"cell ({row}, {col}) of {store.path} has not been computed yet; resume its sweep first")
-    if store.config.network == "mlp":
-        return replay_mlp(store, row, col, device)
-    setup = prepare(store.config, RunOptions(device=device), Rank(0, 1), store)
-    assert isinstance(setup, LanguageSetup)
-    check_same_data(store, setup.corpus.digest)
-    config = setup.config
-    launch = next(rows for rows in plan.launches(config, setup.rows_per_launch) if row in rows)
-    work = plan.trajectories(config, launch)
-    slots = setup.slots
-    if bit_exact_at_any_width(setup.device):
-        work, slots = [alone(work, row, col)], 1
-    trainer = Trainer(config, setup.network, setup.corpus, slots, setup.device)
-    for harvests in trainer.train(work):
-        for harvest in harvests:
-            if (row, col) in harvest.mark.cells:
-                return Replay(harvest.losses, harvest.weights_digest, trainer.stack.master_weights(harvest.slot))
-    raise AssertionError("the launch of a cell holds no trajectory that serves it")
+    from engine.api import prepare_stored  # brings torch, which --help does not need
+
+    place = place_of(store, row, col, replicate)
+    return prepare_stored(store, device).replay(int(np.ravel_multi_index(place, store.run.shape)))
 
 
-def alone(work: list[plan.Trajectory], row: int, col: int) -> plan.Trajectory:
-    """The trajectory that serves a cell, with that cell's mark only."""
-    for run in work:
-        for mark in run.marks:
-            if (row, col) in mark.cells:
-                return replace(run, marks=(mark,))
-    raise AssertionError("no trajectory serves the cell")
-
-
-def replay_mlp(store: Store, row: int, col: int, device: str) -> Replay:
-    """Train one cell of the paper's network again, with its trace."""
-    config = replace(store.config, trace="on")
-    block = descent.train_rows(config, slice(row, row + 1), choose_device(device).type)
-    return Replay(block["losses"][0, col], int(block["weights_digest"][0, col]), {})
-
-
-def compare(store: Store, row: int, col: int, replay: Replay) -> str:
+def compare(store: "Store", row: int, col: int, replay: "Replay", replicate: int = 0) -> str:
     """'' if the stored cell and the replay are identical, else what differs first."""
-    at = {"rows": slice(row, row + 1), "cols": slice(col, col + 1)}
+    place = place_of(store, row, col, replicate)
+    agree = "no losses are stored"
     if "losses" in store:
-        stored = store.read("losses", **at)[0, 0][: len(replay.losses)]
+        stored = store.read("losses", replicate, slice(row, row + 1))[0][place[2:]][: len(replay.losses)]
         same = (stored.view(np.uint32) == replay.losses.view(np.uint32)) | (np.isnan(stored) & np.isnan(replay.losses))
         if not same.all():
             step = int(np.argmin(same))
@@ -98,11 +74,10 @@ def compare(store: Store, row: int, col: int, replay: Replay) -> str:
                 f"first differs at step {step}: stored {stored[step]!r}, replayed {replay.losses[step]!r} "
                 f"(off by {difference:.3g})"
             )
-    digest = int(store.read("weights_digest", **at)[0, 0])
+        agree = "the losses agree"
+    digest = int(store.read("weights_digest", replicate)[place[1:]])
     if digest != replay.weights_digest:
-        return (
-            f"the losses agree, the final weights differ: digest {digest:#018x}, replayed {replay.weights_digest:#018x}"
-        )
+        return f"{agree}, the final weights differ: digest {digest:#018x}, replayed {replay.weights_digest:#018x}"
     return ""
 
 
@@ -111,26 +86,39 @@ def main() -> None:
     options = parse(ReplayOptions, __doc__.split("\n\n")[0])
     console = screen(soft_wrap=True)
     with user_errors():
+        from engine.checkpoint import check_folder, save_safetensors
+        from engine.store import open_store
+
         store = open_store(options.store)
         if options.save_weights:
-            if store.config.network == "mlp":
-                raise ValueError("--save-weights: the mlp's weights stay in its kernel; only language models have them")
+            if not store.config.workload.keeps_weights:
+                raise ValueError(f"--save-weights: those of {store.config.network!r} stay in its kernel; leave it out")
             check_folder(options.save_weights)
-        replay = replay_cell(store, options.row, options.col, options.device)
+        at = options.row, options.col
+        replay = replay_cell(store, *at, options.device, options.replicate)
         if options.save_weights:
             save_safetensors(options.save_weights, replay.weights)
             console.print(f"weights written to {options.save_weights}")
-    difference = compare(store, options.row, options.col, replay)
+    difference = compare(store, *at, replay, options.replicate)
     where = f"cell ({options.row}, {options.col}), {len(replay.losses)} steps"
     if not difference:
         console.print(f"{where}: identical, weights digest {replay.weights_digest:#018x}")
         return
     console.print(f"{where}: NOT identical, {difference}")
-    then, now = store.attributes["provenance"], provenance(choose_device(options.device))
+    report_provenance(store, options.device)
+    sys.exit(1)
+
+
+def report_provenance(store: "Store", device: str) -> None:
+    """Say what differs between where a store was made and here."""
+    from engine.provenance import provenance
+    from engine.ranks import choose_device
+
+    then, now = store.attributes["provenance"], provenance(choose_device(device))
     for name in ("device", "cpu", "packages", "commit"):
         if then.get(name) != now[name]:
-            console.print(f"  {name}: stored with {then.get(name, 'what it does not say')}, replayed with {now[name]}")
-    sys.exit(1)
+            said = then.get(name, "what it does not say")
+            screen(soft_wrap=True).print(f"  {name}: stored with {said}, replayed with {now[name]}")
 
 
 if __name__ == "__main__":

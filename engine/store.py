@@ -1,59 +1,38 @@
 """The store of a sweep: a Zarr v3 group that survives a kill at any moment.
 
-Every array is preallocated. A chunk spans the rows of one launch and all columns, so each stored
-object has one writer. A block of rows is written results first, each file down to the disk, `status` last: a
-cell that says DONE has all its numbers on disk. Status is a small integer and is never inferred from
-NaN, which is a legitimate result. A file is written beside its place and renamed (`engine.files`), so a reader
-or a kill sees the old chunk or the new one.
+Every array spans [replicate, *cells(, step)], is preallocated, and has its dimensions named: a grid's by its axes, a
+list's `point`. A chunk holds some rows of one replicate, so each stored object has one writer. A block is written
+results first, each file fsynced, `status` last: a cell that says DONE has all its numbers on disk. Status is a small
+integer and is never inferred from NaN, which is a legitimate result. zarr writes a file beside its place and renames
+it, so a reader or a kill sees the old chunk or the new one. Readers take `status` first, for the same reason.
 """
 
 import json
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
+from zarr.errors import ZarrUserWarning
 
-from engine.config import DERIVED, SweepConfig
+from engine.config import Run, SweepConfig, cells_of, make_config
 from engine.files import DurableStore, FolderLock, make_folders, place_folder
 from engine.grid import Grid
+from engine.measure import MEASUREMENTS, Measurement, measurements_of
+from engine.outcome import DONE, LABELS, Thresholds
+from engine.plan import Chunk
+
+if TYPE_CHECKING:
+    import xarray
 
 FORMAT = "fractal-llm sweep"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """One stored array over (row, col[, step])."""
-
-    dtype: str
-    fill: float
-    long_name: str
-    units: str = "1"
-    steps: bool = False
-
-
-COMMON = {
-    "status": ArraySpec("u1", 0, "0 not computed, 1 done"),
-    "first_loss": ArraySpec("f4", np.nan, "loss of the first step", "nat"),
-    "last_loss": ArraySpec("f4", np.nan, "mean loss of the last 20 steps (all, if fewer)", "nat"),
-    "steps": ArraySpec("i4", 0, "steps of the cell's run"),
-    "nonfinite_step": ArraySpec("i4", -1, "first step whose loss or updated weights are not finite, -1 if none"),
-    "weights_digest": ArraySpec("u8", 0, "64-bit digest of the final weights"),
-}
-LANGUAGE = {"val_loss": ArraySpec("f4", np.nan, "loss on the held-out sequences after the last step", "nat")}
-MLP = {
-    "nonfinite_step": ArraySpec("i4", -1, "first step whose loss (as the kernel has it) is not finite, -1 if none"),
-    "measure": ArraySpec("f8", np.nan, "convergence measure: -sum v if converged, else sum 1/v"),
-}
-TRACE = {"losses": ArraySpec("f4", np.nan, "loss of every step, before its update", "nat", steps=True)}
-
-
-def array_specs(config: SweepConfig) -> dict[str, ArraySpec]:
-    """The arrays a sweep of this configuration stores."""
-    own = MLP if config.network == "mlp" else LANGUAGE
-    return COMMON | own | (TRACE if config.trace == "on" else {})
+VERSION = 2
+STATUS = Measurement("0 not computed, 1 done", "u1", 0, {})
+BY_CONTENT = ("data", "problem", "points")  # fields that name inputs, which are compared by what they hold
 
 
 class Store:
@@ -63,33 +42,81 @@ class Store:
         """Open an existing store.
 
         Raises:
-            ValueError: there is no store of ours at the path, or its creation was interrupted.
+            ValueError: there is no store of this format at the path, its creation was interrupted, or a chunk is lost.
         """
         self.path = Path(path)
-        metadata = self.path / "zarr.json"
-        if not metadata.is_file():
-            raise ValueError(f"{self.path} is not a sweep store (no zarr.json); give the path of one, or a new path")
-        attributes = read_metadata(metadata).get("attributes", {})
-        if attributes.get("format") != FORMAT or "configuration" not in attributes:
-            raise ValueError(f"{self.path} is a Zarr group of another program; give a sweep store, or a new path")
-        if attributes.get("format_version") != VERSION:
+        self.attributes = store_attributes(self.path)
+        if self.attributes.get("format_version") != VERSION:
             raise ValueError(
-                f"{self.path} has store format {attributes.get('format_version')}, expected {VERSION}; "
+                f"{self.path} has store format {self.attributes.get('format_version')}; expected {VERSION}: "
                 "read it with the version that wrote it"
             )
-        self.attributes = attributes
-        self.config = SweepConfig.from_json(attributes["configuration"])
-        self.grid: Grid = self.config.grid
-        self.group = zarr.open_group(self.path, mode="r", zarr_format=3)
-        for name, spec in array_specs(self.config).items():
-            # zarr lets a damaged array's own error through, which names no file
-            whole = "shape" in read_metadata(self.path / name / "zarr.json")
-            array = self.array(name) if whole else None
-            if array is None or array.shape[:2] != self.grid.shape or array.dtype != np.dtype(spec.dtype):
+        self.config: SweepConfig = config_from(self.attributes["configuration"])
+        self.group = zarr.open_group(self.path, mode="r", use_consolidated=False)
+        self.run = Run(self.config, self.stored_cells())
+        self.label_rule = self.config.workload.label
+        self.specs = {"status": STATUS} | measurements_of(self.run)
+        self.check_arrays()
+        self.chunk_rows: int = self.array("status").chunks[1]
+        self.check_chunks()
+
+    def stored_cells(self) -> Any:
+        """The cells, with the coordinates that are stored."""
+        if self.config.swept.points:
+            names = [name for name in self.attributes["points"] if self.has_metadata(name)]
+            if names != self.attributes["points"]:
+                raise ValueError(f"{self.path} is half-written (its points); delete it and sweep again")
+            from engine.grid import Points
+
+            return Points({name: np.asarray(self.array(name)[:]) for name in names})
+        cells = cells_of(self.config)
+        for name in cells.columns:
+            if not self.has_metadata(name):
+                raise ValueError(f"{self.path} is half-written (coordinate {name!r}); delete it and sweep again")
+        return cells.stored_as({name: np.asarray(self.array(name)[:]) for name in cells.columns})
+
+    def has_metadata(self, name: str) -> bool:
+        """Whether an array is there; zarr lets a damaged array's own error through, which names no file."""
+        return "shape" in read_metadata(self.path / name / "zarr.json")
+
+    def check_arrays(self) -> None:
+        """Raise ValueError for an array that is missing or has another shape or type."""
+        for name, spec in self.specs.items():
+            array = self.array(name) if self.has_metadata(name) else None
+            shape = None if array is None else array.shape[: len(self.run.shape)]
+            # an interrupted `grow` leaves more replicates than the configuration says
+            fits = shape is not None and shape[0] >= self.run.replicates and shape[1:] == self.run.shape[1:]
+            if array is None or not fits or array.dtype != np.dtype(spec.dtype):
                 raise ValueError(f"{self.path} is half-written (array {name!r}); delete it and sweep again")
 
+    def check_chunks(self) -> None:
+        """Raise ValueError naming a file that a DONE cell promises and that is not there."""
+        status = self.status
+        for chunk in self.chunks():
+            if (status[chunk.replicate, chunk.start : chunk.stop] == DONE).any():
+                for name in self.specs:
+                    if not self.chunk_file(name, chunk).is_file():
+                        raise ValueError(
+                            f"{self.chunk_file(name, chunk)} is missing, though its cells are done; restore it or "
+                            "sweep into a new path"
+                        )
+
+    def chunks(self) -> list[Chunk]:
+        """Every chunk."""
+        height, size = self.run.cells.shape[0], self.chunk_rows
+        return [
+            Chunk(k, start, min(start + size, height))
+            for k in range(self.run.replicates)
+            for start in range(0, height, size)
+        ]
+
+    def chunk_file(self, name: str, chunk: Chunk) -> Path:
+        """Where a chunk of an array lies on disk."""
+        dims = len(self.run.cells.shape) - 1 + self.specs[name].by_step
+        return self.path.joinpath(name, "c", str(chunk.replicate), str(chunk.start // self.chunk_rows), *["0"] * dims)
+
     def __contains__(self, name: str) -> bool:
-        return name in self.group
+        return name in self.specs
 
     def array(self, name: str) -> zarr.Array:
         """A stored array."""
@@ -97,16 +124,30 @@ class Store:
         assert isinstance(array, zarr.Array), name
         return array
 
-    def read(self, name: str, rows: slice = slice(None), cols: slice = slice(None)) -> np.ndarray:
-        """An array, or a block of its rows and columns, as numpy. Raises ValueError when a chunk is damaged."""
+    def read(self, name: str, replicate: int | slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
+        """An array [replicate, *cells(, step)], or some of its replicates and rows, as numpy.
+
+        Raises:
+            ValueError: a chunk is damaged.
+        """
+        if isinstance(replicate, slice):
+            replicate = slice(*replicate.indices(self.run.replicates))
         try:
-            return np.asarray(self.array(name)[rows, cols])
-        except RuntimeError as error:
-            raise ValueError(f"{self.path / name} is damaged ({error}); restore it or sweep into a new path") from None
+            return np.asarray(self.array(name)[replicate, rows])
+        except RuntimeError as error:  # zarr's codecs raise it for a damaged chunk
+            raise ValueError(f"{self.path / name} is damaged ({error}); restore it or sweep into a new path") from error
+
+    def labelled(self, replicate: int | slice = slice(None)) -> dict[str, np.ndarray]:
+        """`status`, then what labels are made of: a cell that says DONE has the numbers that belong to it."""
+        return {name: self.read(name, replicate) for name in ("status", *self.config.workload.labelled) if name in self}
+
+    def labels(self, thresholds: Thresholds) -> np.ndarray:
+        """Label codes [replicate, *cells], uint8 into engine.outcome.LABELS."""
+        return self.label_rule(self.labelled(), budget_of(self.run), thresholds)
 
     @property
     def status(self) -> np.ndarray:
-        """Status codes [row, col] (engine.outcome)."""
+        """Status codes [replicate, *cells] (engine.outcome)."""
         return self.read("status")
 
     @property
@@ -118,108 +159,227 @@ class Store:
         """Paths of the zooms stored inside this store."""
         return sorted(p for p in (self.path / "zoom").glob("*") if (p / "zarr.json").is_file())
 
+    def replicate(self, index: int) -> "Replicate":
+        """One replicate of a grid as a map. Raises ValueError for a list of points, or where there is no such one."""
+        if not isinstance(self.run.cells, Grid):
+            raise ValueError(f"{self.path} holds a list of points; expected a grid, which has a map")
+        if not 0 <= index < self.run.replicates:
+            raise ValueError(f"replicate {index} of {self.path} is not there; expected 0 to {self.run.replicates - 1}")
+        return Replicate(self, index)
+
+    def to_xarray(self, thresholds: Thresholds | None = None) -> "xarray.Dataset":
+        """Every measurement and `label`, with named, valued dimensions; measurements are read when they are used."""
+        import xarray
+
+        data = xarray.open_zarr(self.path)
+        names = np.array(LABELS)[self.labels(thresholds or Thresholds())]
+        data["label"] = (data["status"].dims, names, {"long_name": "what became of the run"})
+        return data
+
+
+class Replicate:
+    """One replicate of a store over a grid: the same arrays as [row, col(, step)]."""
+
+    def __init__(self, store: Store, index: int) -> None:
+        self.store, self.index = store, index
+        self.path, self.config, self.run, self.attributes = store.path, store.config, store.run, store.attributes
+        self.figures = store.figures
+        assert isinstance(store.run.cells, Grid)
+        self.grid = store.run.cells
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.store
+
+    def read(self, name: str, rows: slice = slice(None), cols: slice = slice(None)) -> np.ndarray:
+        """An array [row, col(, step)], or a block of it."""
+        return self.store.read(name, self.index, rows)[:, cols]
+
+    def labels(self, thresholds: Thresholds) -> np.ndarray:
+        """Label codes [row, col]."""
+        one = slice(self.index, self.index + 1)
+        return self.store.label_rule(self.store.labelled(one), budget_of(self.run), thresholds)[0]
+
+    @property
+    def status(self) -> np.ndarray:
+        """Status codes [row, col]."""
+        return self.read("status")
+
+    @property
+    def planned_steps(self) -> np.ndarray:
+        """Steps each cell was to train, had nothing broken, int [row, col]."""
+        return self.config.workload.plan(self.run).steps[self.index]
+
+    @property
+    def flat_index(self) -> np.ndarray:
+        """Each cell's flat index in its store [row, col]."""
+        rows, cols = self.grid.shape
+        return self.index * rows * cols + np.arange(rows * cols).reshape(rows, cols)
+
+    def children(self) -> list[Path]:
+        """Paths of the zooms stored inside the store."""
+        return self.store.children()
+
+
+def budget_of(run: Run) -> np.ndarray:
+    """Tokens planned for each cell [*cells]; 0 everywhere for a workload that has none."""
+    if "tokens" not in run.config.workload.hyper(run.config):
+        return np.zeros(run.cells.shape)
+    return np.broadcast_to(run.column("tokens"), (1, *run.cells.shape))[0]
+
+
+def store_attributes(path: Path) -> dict:
+    """The attributes of a store of any version. Raises ValueError where there is none."""
+    metadata = path / "zarr.json"
+    if not metadata.is_file():
+        raise ValueError(f"{path} is not a sweep store (no zarr.json); give the path of one, or a new path")
+    attributes = read_metadata(metadata).get("attributes", {})
+    if attributes.get("format") != FORMAT or "configuration" not in attributes:
+        raise ValueError(f"{path} is a Zarr group of another program; give a sweep store, or a new path")
+    return attributes
+
+
+def config_from(stored: Mapping[str, Any]) -> SweepConfig:
+    """Read back `SweepConfig.flat`. Raises ValueError for fields that this version does not know."""
+    try:
+        return make_config(**stored)
+    except ValueError as error:
+        raise ValueError(f"the stored configuration cannot be read ({error}); it comes from another version") from error
+
 
 def read_metadata(file: Path) -> dict:
     """A zarr.json, {} if it is missing. Raises ValueError when it is no JSON object."""
-    text = file.read_text("utf-8", errors="replace") if file.is_file() else "{}"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "{}"
     try:
         metadata = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); restore it or sweep into a new path") from None
+        raise ValueError(f"{file} is damaged ({error}); restore it or sweep into a new path") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{file} is damaged (no JSON object); restore it or sweep into a new path")
     return metadata
 
 
 def open_store(path: str | Path) -> Store:
-    """Open a store for reading. Raises ValueError when it is not a whole store of ours."""
-    return Store(path)
+    """Open a store for reading, of this version or the first. Raises ValueError when it is not a whole one of ours."""
+    from engine.store_v1 import StoreV1
+
+    version_1 = store_attributes(Path(path)).get("format_version") == 1
+    return StoreV1(path) if version_1 else Store(path)
 
 
-def create_store(path: str | Path, config: SweepConfig, steps: int, rows_per_chunk: int, attributes: dict) -> None:
+def open_map(path: str | Path, replicate: int = 0) -> Replicate:
+    """One replicate of a stored grid. Raises ValueError as `open_store` and `Store.replicate` do."""
+    return open_store(path).replicate(replicate)
+
+
+# ---- making and writing
+
+
+def create_store(path: str | Path, run: Run, steps: int, chunk_rows: int, attributes: dict) -> None:
     """Make the empty store of a sweep: all or nothing.
 
     It is built beside its place and renamed, so an interrupted creation leaves nothing at `path`.
 
     Args:
         path: where it will stand; nothing may stand there yet.
-        config: the resolved configuration.
+        run: resolved.
         steps: length of the longest run, for `losses`.
-        rows_per_chunk: rows of a launch.
+        chunk_rows: rows of a chunk.
         attributes: provenance and what else the sweep states about itself, JSON values.
+
+    Raises:
+        ValueError: another process has made a store there meanwhile.
     """
     path = Path(path)
     make_folders(path.parent)
     with TemporaryDirectory(prefix=".sweep-", dir=path.parent) as beside:
         building = Path(beside, "store")
-        build_store(building, config, steps, rows_per_chunk, attributes)
+        build_store(building, run, steps, chunk_rows, attributes)
         place_folder(building, path)
 
 
-def build_store(building: Path, config: SweepConfig, steps: int, rows_per_chunk: int, attributes: dict) -> None:
+def build_store(building: Path, run: Run, steps: int, chunk_rows: int, attributes: dict) -> None:
     """Write the empty store of `create_store` where nobody looks yet."""
-    grid = config.grid
-    rows, cols = grid.shape
-    group = zarr.create_group(
-        building,
-        zarr_format=3,  # whatever ZARR_DEFAULT_ZARR_FORMAT says
-        attributes={
-            "format": FORMAT,
-            "format_version": VERSION,
-            "configuration": config.to_json(),
-            "configuration_hash": config.hash,
-        }
-        | attributes,
-    )
-    for name, dim, axis in (("y", "row", grid.y), ("x", "col", grid.x)):
-        coordinate = group.create_array(
-            name,
-            data=axis.values.astype("f8"),
-            dimension_names=(dim,),
-            attributes={"long_name": axis.name, "scale": axis.scale},
-        )
-        assert coordinate.shape == (axis.points,)
-    for name, spec in array_specs(config).items():
+    config, dims = run.config, ("replicate", *run.cells.dims)
+    stated = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "configuration": config.flat(),
+        "configuration_hash": config.hash,
+    }
+    if config.swept.points:
+        stated["points"] = list(run.names)
+    group = zarr.create_group(building, attributes=stated | attributes, zarr_format=3)
+    coordinates = replicate_coordinates(run) | run.cells.coordinates()
+    if config.swept.trace == "on":
+        coordinates["step"] = ("step", np.arange(steps), {"long_name": "step"})
+    for name, (dim, values, own) in coordinates.items():
+        group.create_array(name, data=values, dimension_names=(dim,), attributes=own)
+    auxiliary = " ".join(name for name, (dim, *_) in coordinates.items() if name != dim)
+    named: dict[str, Any] = {"coordinates": auxiliary} if auxiliary else {}
+    for name, spec in ({"status": STATUS} | measurements_of(run)).items():
+        tail = (steps,) if spec.by_step else ()
         group.create_array(
             name,
-            shape=(rows, cols) + ((steps,) if spec.steps else ()),
-            chunks=(rows_per_chunk, cols) + ((steps,) if spec.steps else ()),
+            shape=(*run.shape, *tail),
+            chunks=(1, chunk_rows, *run.cells.shape[1:], *tail),
             dtype=spec.dtype,
             fill_value=spec.fill,
-            dimension_names=("row", "col") + (("step",) if spec.steps else ()),
-            attributes={"long_name": spec.long_name, "units": spec.units, "coordinates": "y x"},
+            dimension_names=(*dims, *(("step",) if spec.by_step else ())),
+            attributes={"long_name": spec.long_name, "units": spec.units} | named,
         )
     # sub-groups, so that what is kept inside the store is part of its hierarchy
     for name in ("figures", "zoom", "noise"):
         group.create_group(name)
+    consolidate(building)
+
+
+def replicate_coordinates(run: Run) -> dict[str, tuple[str, np.ndarray, dict[str, Any]]]:
+    """The replicates' numbers and, where the seed is not swept, their seeds."""
+    found = {"replicate": ("replicate", np.arange(run.replicates), {"long_name": "replicate"})}
+    if "seed" not in run.names:
+        seeds = run.config.seed + np.arange(run.replicates)
+        found["seed"] = ("replicate", seeds, {"long_name": "seed of the initial weights and the data order"})
+    return found
+
+
+def consolidate(path: Path) -> None:
+    """Copy all metadata into the group's own, which readers open in one read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)  # not yet part of the written specification
+        zarr.consolidate_metadata(DurableStore(path), zarr_format=3)
 
 
 class Writer(Store):
     """A store open for writing by one process at a time (per group of ranks: rank 0 holds the lock)."""
 
-    def __init__(self, path: str | Path, lock: bool = True) -> None:
-        """Open an existing store for writing.
-
-        Raises:
-            ValueError: not a store of ours, or another process is writing it.
-        """
+    def __init__(self, path: str | Path, lock: FolderLock | None = None) -> None:
+        """Open an existing store for writing; `lock` is given up by `close`."""
         super().__init__(path)
-        self.lock = FolderLock(self.path) if lock else None
-        self.group = zarr.open_group(DurableStore(self.path), mode="r+", zarr_format=3)
+        self.lock = lock
+        # zarr writes an object beside its place and renames it; this store syncs it too
+        self.group = zarr.open_group(DurableStore(self.path), mode="r+", use_consolidated=False)
 
-    def write_rows(self, start: int, block: dict[str, np.ndarray]) -> None:
-        """Write rows [start, start + n) of every array given, each [n, cols, ...]; `status` last.
+    def grow(self, replicates: int) -> None:
+        """Make room for more replicates; the configuration says so last."""
+        run = Run(replace(self.config, swept=replace(self.config.swept, replicates=replicates)), self.run.cells)
+        for name in self.specs:
+            array = self.array(name)
+            array.resize((replicates, *array.shape[1:]))
+        for name, (_, values, _) in replicate_coordinates(run).items():
+            array = self.array(name)
+            array.resize(values.shape)
+            array[:] = values
+        self.group.update_attributes({"configuration": run.config.flat(), "configuration_hash": run.config.hash})
+        consolidate(self.path)
+        self.config, self.run = run.config, run
 
-        `start` and n must be a launch's rows, so that a chunk has one writer.
-        """
-        count = len(block["status"])
-        chunk = self.array("status").chunks[0]
-        assert start % chunk == 0, (start, chunk)
-        assert count <= chunk, (count, chunk)
+    def write_chunk(self, chunk: Chunk, block: Mapping[str, np.ndarray]) -> None:
+        """Write a chunk of every array given, each [rows, ...]; `status` last."""
+        assert chunk.start % self.chunk_rows == 0 and len(block["status"]) == chunk.stop - chunk.start, chunk
         for name in sorted(block, key=lambda name: name == "status"):
             # an all-fill chunk is a result like any other
             array = self.array(name).with_config({"write_empty_chunks": True})
-            array[start : start + count] = block[name]
+            array[chunk.replicate, chunk.start : chunk.stop] = block[name]
 
     def close(self) -> None:
         """Give up the lock, as the end of the process does."""
@@ -227,24 +387,43 @@ class Writer(Store):
             self.lock.close()
 
 
-def check_same_configuration(path: Path, stored: SweepConfig, asked: SweepConfig) -> None:
-    """Raise ValueError naming the first field in which a store's configuration differs from the asked one.
+def check_same_run(path: Path, stored: Run, asked: Run) -> None:
+    """Raise ValueError naming every field in which a store's sweep differs from the asked one.
 
-    Fields that follow from others come last, so that the line names what the user changed.
+    Inputs are compared by content (`check_same_inputs`). More replicates than are stored are no difference.
     """
-    for field in sorted(fields(SweepConfig), key=lambda field: field.name in DERIVED):
-        was, now = getattr(stored, field.name), getattr(asked, field.name)
-        if was != now:
-            raise ValueError(
-                f"{path} holds a sweep with {field.name}={was!r}, got {now!r}; "
-                "give the same configuration to resume it, or --store another path"
-            )
-
-
-def check_same_data(store: Store, digest: str) -> None:
-    """Raise ValueError when the data are no longer those a store's cells were trained on."""
-    if store.attributes["data_digest"] != digest:
+    was, now = stored.config.flat(), asked.config.flat()
+    differ = [n for n in {**was, **now} if n not in (*BY_CONTENT, "replicates") and was.get(n) != now.get(n)]
+    if bool(was["points"]) != bool(now["points"]):
+        differ.append("points")
+    if now["replicates"] < was["replicates"]:
+        differ.append("replicates")
+    if differ:
+        fields = "; ".join(f"{name}={was.get(name)!r}, got {now.get(name)!r}" for name in differ)
         raise ValueError(
-            f"the data {store.config.data!r} have changed since {store.path} was made; "
-            "restore them, or sweep into another --store"
+            f"{path} holds a sweep with {fields}; give the same configuration to resume it, or --store another path"
         )
+
+
+def check_same_inputs(store: Store, inputs: Mapping[str, str], cells: Any) -> None:
+    """Raise ValueError when data, problem or points are no longer those a store's cells were trained on."""
+    changed = [name for name, digest in inputs.items() if store.attributes["inputs"].get(name) != digest]
+    if cells is not None and not isinstance(cells, Grid):
+        same = list(cells.columns) == list(store.run.names) and all(
+            np.array_equal(cells.columns[name], store.run.cells.columns[name]) for name in store.run.names
+        )
+        changed += [] if same else ["points"]
+    for name in changed:
+        raise ValueError(
+            f"the {name} have changed since {store.path} was made ({name}={store.config.flat().get(name)!r}); restore "
+            "them, or sweep into another --store"
+        )
+
+
+def empty_block(specs: Iterable[str], shape: tuple[int, ...], steps: int) -> dict[str, np.ndarray]:
+    """A block of cells that are not computed: fill values, [*shape(, step)] by name."""
+    block = {}
+    for name in specs:
+        spec = STATUS if name == "status" else MEASUREMENTS[name]
+        block[name] = np.full((*shape, steps) if spec.by_step else shape, spec.fill, spec.dtype)
+    return block

@@ -31,7 +31,7 @@ class Tracking:
             | {
                 "cells": watch.done_before + watch.done,
                 "cells_per_second": watch.done / watch.seconds,
-                "tokens_per_second": watch.trained / watch.seconds,
+                f"{watch.unit}_per_second": watch.trained / watch.seconds,
             }
         )
 
@@ -78,7 +78,7 @@ def start(
         run = wandb.init(
             project=project,
             entity=entity or None,
-            config=config.to_json(),
+            config=config.flat(),
             id=identity or None,
             name=name[:LONGEST] or None,
             resume="allow" if identity and mode == "online" else None,  # offline, runs of one id meet when synced

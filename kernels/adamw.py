@@ -63,7 +63,7 @@ class AdamWScalars(NamedTuple):
     beta2_R: Tensor
     correction1_R: Tensor
     correction2_R: Tensor
-    eps: float
+    eps_R: Tensor
     scale_R: Tensor | None
     active_R: Tensor
     nonfinite_R: Tensor
@@ -77,8 +77,8 @@ def adamw_reference_(
     second_moment: Tensor,
     scalars: AdamWScalars,
 ) -> None:
-    *factors_R, eps, scale_R, active_R, nonfinite_R = scalars
-    learning_rate, decay, beta1, beta2, correction1, correction2 = (factor_R[:, None] for factor_R in factors_R)
+    *factors_R, scale_R, active_R, nonfinite_R = scalars
+    learning_rate, decay, beta1, beta2, correction1, correction2, eps = (factor_R[:, None] for factor_R in factors_R)
     active = active_R[:, None]
     gradient = gradient.float() if scale_R is None else gradient.float() * scale_R[:, None]
     first = beta1 * first_moment + (1 - beta1) * gradient
@@ -109,7 +109,8 @@ def adamw_(
     """One AdamW step of one parameter of every replica, in place, decoupled weight decay.
 
     master, first_moment, second_moment: fp32 [R, n]. gradient: [R, n], bf16 or fp32. weight: bf16 [R, n], or None
-    where the network computes with the master itself. All but the gradient have one replica stride. Moves 28 bytes
+    where the network computes with the master itself. Master and weight have one replica stride, both moments
+    another. Moves 28 bytes
     a parameter with a bf16 gradient.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
@@ -160,8 +161,8 @@ def adamw_step(master, gradient, first, second, learning_rate, decay, beta1, bet
 @triton.jit
 def adamw_kernel(
     master, gradient, weight, first_moment, second_moment,
-    learning_rate_R, weight_decay_R, beta1_R, beta2_R, correction1_R, correction2_R, eps,
-    scale_R, active_R, nonfinite_R, n, stride, gradient_stride,
+    learning_rate_R, weight_decay_R, beta1_R, beta2_R, correction1_R, correction2_R, eps_R,
+    scale_R, active_R, nonfinite_R, n, stride, moment_stride, gradient_stride,
     BLOCK: tl.constexpr, HAS_WEIGHT: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     replica = tl.program_id(1)
@@ -170,10 +171,12 @@ def adamw_kernel(
     active = tl.load(active_R + replica)
     inside = at < tl.where(active, n, 0)
     gradient += row * gradient_stride + at
+    first_moment += row * moment_stride + at
+    second_moment += row * moment_stride + at
     at += row * stride
     g = tl.load(gradient, mask=inside, other=0.0, eviction_policy=ONCE).to(tl.float32)
-    m = tl.load(first_moment + at, mask=inside, other=0.0, eviction_policy=ONCE)
-    v = tl.load(second_moment + at, mask=inside, other=1.0, eviction_policy=ONCE)  # eps may be 0
+    m = tl.load(first_moment, mask=inside, other=0.0, eviction_policy=ONCE)
+    v = tl.load(second_moment, mask=inside, other=1.0, eviction_policy=ONCE)  # eps may be 0
     if SPLIT:
         high = tl.load(weight + at, mask=inside, other=0.0, eviction_policy=ONCE)
         p = join_bits(high, tl.load(master + at, mask=inside, other=0, eviction_policy=ONCE))
@@ -185,7 +188,7 @@ def adamw_kernel(
         p, g, m, v,
         tl.load(learning_rate_R + replica), tl.load(weight_decay_R + replica),
         tl.load(beta1_R + replica), tl.load(beta2_R + replica),
-        tl.load(correction1_R + replica), tl.load(correction2_R + replica), eps,
+        tl.load(correction1_R + replica), tl.load(correction2_R + replica), tl.load(eps_R + replica),
     )  # fmt: skip
     bits = tl.where(p != p, NAN_BITS, p.to(tl.int32, bitcast=True))
     seen = bits  # the weight as the network computes with it, by its bits
@@ -195,8 +198,8 @@ def adamw_kernel(
         tl.store(weight + at, rounded, mask=inside, eviction_policy=ONCE)
     p = bits.to(tl.int16) if SPLIT else bits.to(tl.float32, bitcast=True)
     tl.store(master + at, p, mask=inside, eviction_policy=ONCE)
-    tl.store(first_moment + at, m, mask=inside, eviction_policy=ONCE)
-    tl.store(second_moment + at, v, mask=inside, eviction_policy=ONCE)
+    tl.store(first_moment, m, mask=inside, eviction_policy=ONCE)
+    tl.store(second_moment, v, mask=inside, eviction_policy=ONCE)
     # behind the end p is 0, or NaN by factors that make every p NaN
     largest = tl.max(seen & 0x7F800000, axis=0)
     tl.store(nonfinite_R + replica, 1, mask=active & (largest == 0x7F800000))
@@ -213,11 +216,12 @@ def launch_adamw_(
     """The Triton form of `adamw_`, and of `adamw_split_` where master is the int16 remainder."""
     replicas, n = gradient.shape
     weight = master if weight is None else weight
-    for tensor in (master, weight, first_moment, second_moment):
-        assert tensor.shape == (replicas, n) and tensor.stride() == (master.stride(0), 1)
+    for tensor, like in ((weight, master), (first_moment, first_moment), (second_moment, first_moment)):
+        assert tensor.shape == master.shape == (replicas, n) and tensor.stride() == (like.stride(0), 1)
     assert gradient.stride(1) == 1
     adamw_kernel[(triton.cdiv(n, BLOCK), replicas)](
-        master, gradient, weight, first_moment, second_moment, *scalars, n, master.stride(0), gradient.stride(0),
+        master, gradient, weight, first_moment, second_moment, *scalars, n, master.stride(0),
+        first_moment.stride(0), gradient.stride(0),
         BLOCK=BLOCK, HAS_WEIGHT=weight is not master, SPLIT=master.dtype == torch.int16,
         SCALED=scalars.scale_R is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

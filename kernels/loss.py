@@ -55,6 +55,37 @@ def linear_cross_entropy_triton(
 def linear_cross_entropy_reference(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
 ) -> Tensor:
+    return token_losses_reference(x_ND, weight_VD, targets_N, softcap, label_smoothing).sum()
+
+
+def linear_cross_entropy_by_row(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
+    """The sum of the cross-entropy (nats) over each row's supervised targets, fp32 [B]; without gradient or smoothing.
+
+    Otherwise as `linear_cross_entropy`: x_BTD and weight_VD bf16 or fp32, targets_BT int64 or int32.
+    """
+    on_cpu = x_BTD.device.type == "cpu"
+    form = linear_cross_entropy_by_row_reference if on_cpu else linear_cross_entropy_by_row_triton
+    return form(x_BTD, weight_VD, targets_BT, softcap)
+
+
+def linear_cross_entropy_by_row_triton(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
+    """The Triton form of `linear_cross_entropy_by_row`."""
+    return linear_cross_entropy_by_row_op(x_BTD[None], weight_VD[None], targets_BT[None], softcap).squeeze(0)
+
+
+def linear_cross_entropy_by_row_reference(
+    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, softcap: float
+) -> Tensor:
+    """The plain form of `linear_cross_entropy_by_row`."""
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    losses_N = token_losses_reference(x_ND, weight_VD, targets_N, softcap, x_ND.new_zeros((), dtype=torch.float32))
+    return losses_N.unflatten(0, targets_BT.shape).sum(-1)
+
+
+def token_losses_reference(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
+) -> Tensor:
+    """Every token's loss [N], 0 where it is not supervised."""
     logits_NV = functional.linear(x_ND, weight_VD)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if softcap > 0:
@@ -64,7 +95,7 @@ def linear_cross_entropy_reference(
     target_logit_N = logits_NV.gather(-1, index_N[:, None]).squeeze(-1)
     lse_N = torch.logsumexp(logits_NV, dim=-1)
     smoothed_N = (1 - label_smoothing) * target_logit_N + label_smoothing * logits_NV.mean(-1)
-    return torch.where(valid_N, lse_N - smoothed_N, 0.0).sum()
+    return torch.where(valid_N, lse_N - smoothed_N, 0.0)
 
 
 @triton.jit
@@ -160,12 +191,15 @@ def sum_kernel(values_RN, sum_R, tokens, BLOCK: tl.constexpr):
 
 
 def cross_entropy_(
-    logits_RNV: Tensor, targets_RN: Tensor, smoothing_R: Tensor, softcap: float, gradient: bool
+    logits_RNV: Tensor, targets_RN: Tensor, smoothing_R: Tensor, softcap: float, gradient: bool, rows: int = 1
 ) -> Tensor:
-    """Loss sums [R]; logits_RNV, contiguous, becomes the sums' gradient where `gradient`."""
+    """Loss sums [R * rows], each over a row of N / rows tokens.
+
+    logits_RNV, contiguous, becomes the sums' gradient where `gradient`.
+    """
     replicas, tokens, vocabulary = logits_RNV.shape
     loss_RN = torch.empty((replicas, tokens), dtype=torch.float32, device=logits_RNV.device)
-    loss_R = torch.empty(replicas, dtype=torch.float32, device=logits_RNV.device)
+    sums = torch.empty(replicas * rows, dtype=torch.float32, device=logits_RNV.device)
     one_block = vocabulary <= IN_REGISTERS
     block = triton.next_power_of_2(vocabulary) if one_block else BLOCK
     cross_entropy_kernel[(replicas * tokens,)](
@@ -173,8 +207,24 @@ def cross_entropy_(
         IGNORED, SOFTCAP=softcap, GRADIENT=gradient, BLOCK=block, ONE_BLOCK=one_block, EVEN=vocabulary % block == 0,
         num_warps=max(1, min(block // 512, 8)),
     )  # fmt: skip
-    sum_kernel[(replicas,)](loss_RN, loss_R, tokens, BLOCK=1024, num_warps=4)
-    return loss_R
+    sum_kernel[(replicas * rows,)](loss_RN, sums, tokens // rows, BLOCK=1024, num_warps=4)
+    return sums
+
+
+@fold_vmap
+@custom_operator("fractal::linear_cross_entropy_by_row")
+def linear_cross_entropy_by_row_op(x_RBTD: Tensor, weight_RVD: Tensor, targets_RBT: Tensor, softcap: float) -> Tensor:
+    """Loss sums [R, B]."""
+    replicas, rows = targets_RBT.shape[:2]
+    logits_RNV = stacked_matmul(x_RBTD.flatten(1, 2), weight_RVD, "nt")
+    smoothing_R = torch.zeros(replicas, dtype=torch.float32, device=x_RBTD.device)
+    sums = cross_entropy_(logits_RNV, targets_RBT.flatten(1, 2), smoothing_R, softcap, False, rows)
+    return sums.unflatten(0, (replicas, rows))
+
+
+@linear_cross_entropy_by_row_op.register_fake
+def _(x_RBTD, weight_RVD, targets_RBT, softcap):
+    return x_RBTD.new_empty(targets_RBT.shape[:2], dtype=torch.float32)
 
 
 @fold_vmap

@@ -10,6 +10,7 @@ product before and, backward, in the norm behind them, so no kernel only adds.
 Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V vocabulary, N = B·T.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from engine.models import (
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
 from kernels.linear import linear, linear_add_norm, relu2_mlp_norm
-from kernels.loss import linear_cross_entropy
+from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
 
 ROTARY_BASE = 10_000.0
@@ -127,19 +128,19 @@ class GPT(nn.Module):
             normed_BTD, x_BTD = layer(normed_BTD, x_BTD, cos_TK2, sin_TK2)
         return normed_BTD
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, label_smoothing: Tensor) -> Tensor:
-        """Summed loss, 0-dim fp32, over the targets that are not -100.
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_2: Tensor, by_row: bool = False
+    ) -> Tensor:
+        """Summed loss, 0-dim fp32, over the targets that are not -100; by_row: each row's own [B], not smoothed.
 
-        label_smoothing ε is a 0-dim fp32 tensor: (1 - ε)·nll + ε·mean over V of -log p.
+        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p. key_2: seed and step; nothing is
+        drawn.
         """
-        features_BTD = self.features(tokens_BT)
-        return linear_cross_entropy(
-            features_BTD.flatten(0, 1),
-            self.unembedding.weight,
-            targets_BT.flatten(),
-            self.config.softcap,
-            label_smoothing,
-        )
+        features_BTD, head_VD = self.features(tokens_BT), self.unembedding.weight
+        if by_row:
+            return linear_cross_entropy_by_row(features_BTD, head_VD, targets_BT, self.config.softcap)
+        x_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
+        return linear_cross_entropy(x_ND, head_VD, targets_N, self.config.softcap, hyper["label_smoothing"])
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Soft-capped logits [B, T, V] in fp32; for checks, training never makes them."""
@@ -148,11 +149,9 @@ class GPT(nn.Module):
         return softcap * torch.tanh(logits_BTV / softcap) if softcap else logits_BTV
 
 
-def parameter_group(name: str) -> str:
-    """The learning-rate group of a parameter: attention, mlp, embedding or unembedding."""
-    if name.startswith("layers."):
-        return name.split(".")[2]
-    return name.split(".")[0]
+def parameter_groups(config: GPTConfig, name: str) -> tuple[str, ...]:
+    """The group of a parameter: attention, mlp, embedding or unembedding."""
+    return (name.split(".")[2] if name.startswith("layers.") else name.split(".")[0],)
 
 
 def initial_weights(config: GPTConfig, seed: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ positions turn half-split pairs (i, i + K/2), as Hugging Face's weights expect.
 Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V vocabulary, N = B·T.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +25,7 @@ from kernels.activation import swiglu
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
 from kernels.linear import linear, linear_add_norm
-from kernels.loss import linear_cross_entropy
+from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
 
 NO_SOFTCAP = 0.0
@@ -154,34 +155,36 @@ class Llama(nn.Module):
             normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos_TK2, sin_TK2)
         return normed_BTD
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, label_smoothing: Tensor) -> Tensor:
-        """Summed loss, 0-dim fp32, over the targets that are not -100.
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_2: Tensor, by_row: bool = False
+    ) -> Tensor:
+        """Summed loss, 0-dim fp32, over the targets that are not -100; by_row: each row's own [B], not smoothed.
 
-        label_smoothing ε is a 0-dim fp32 tensor: (1 - ε)·nll + ε·mean over V of -log p.
+        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p. key_2: seed and step; nothing is
+        drawn.
         """
-        features_BTD = self.features(tokens_BT)
-        return linear_cross_entropy(
-            features_BTD.flatten(0, 1),
-            self.head_VD(),
-            targets_BT.flatten(),
-            NO_SOFTCAP,
-            label_smoothing,
-        )
+        features_BTD, head_VD = self.features(tokens_BT), self.head_VD()
+        if by_row:
+            return linear_cross_entropy_by_row(features_BTD, head_VD, targets_BT, NO_SOFTCAP)
+        x_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
+        return linear_cross_entropy(x_ND, head_VD, targets_N, NO_SOFTCAP, hyper["label_smoothing"])
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, V] in fp32; for checks, training never makes them."""
         return linear(self.features(tokens_BT), self.head_VD()).float()
 
 
-def parameter_group(name: str) -> str:
-    """The learning-rate group of a parameter: attention, mlp, embedding or unembedding.
+def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
+    """The groups of a parameter: attention, mlp, embedding or unembedding.
 
     A norm's weight goes with the matrix it feeds; the final norm goes with the embedding, which
-    is the head where it is tied.
+    is the head where it is tied, and then in both groups.
     """
     if name.startswith("layers."):
-        return name.split(".")[2]
-    return "unembedding" if name == "unembedding.weight" else "embedding"
+        return (name.split(".")[2],)
+    if name == "embedding.weight" and config.tied:
+        return "embedding", "unembedding"
+    return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
 
 
 def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:

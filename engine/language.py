@@ -1,0 +1,337 @@
+"""The workload of stacked language models: what they are trained on, in how many slots, launch by launch.
+
+Data, network and plan make a `Setup`; its trainer is allocated at the first launch and kept.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from engine import plan
+from engine.config import Run
+from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.network import Network
+from engine.optim import OPTIMIZERS, by_group
+from engine.plan import Launch, Memory, Plan, Trajectory, Work
+from engine.stack import spans_of
+from engine.step import Trainer, forward_names, frozen_parameters
+from engine.workload import Replay
+
+CPU_MEMORY = 0.5  # share of the machine's memory a stack may take on a CPU
+GPU_MEMORY = 0.9  # share of a GPU's free memory a stack may take
+CPU_SLOTS, GPU_SLOTS = 64, 256  # replicas beyond which a wider stack gains nothing
+CPU_FLOPS = 2e10  # a second, typical of two cores
+GPU_FLOPS, GPU_BYTES = 733e12, 3.0e12  # a second, of an H100
+OF_ROOFLINE = 0.75  # that a step typically reaches of these
+
+
+@dataclass
+class LanguageSetup:
+    """A language model's sweep, ready to train."""
+
+    run: Run
+    plan: Plan
+    device: torch.device
+    network: Network
+    corpus: Corpus
+    memory: Memory
+    chunk_rows: int
+    launches: list[Launch]
+    slots: int
+    """replicas trained at once"""
+    widest: int
+    """trajectories of the largest launch"""
+    trainer: Trainer | None = field(default=None)
+
+    @property
+    def exact(self) -> str:
+        """What a cell's bits depend on."""
+        return "at any width" if batch_invariant(self.run, self.device) else "in the same launch"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what decides a cell."""
+        return {"data": self.corpus.digest}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the store says of it."""
+        probe = (self.corpus.validation_targets >= 0).sum()
+        return {"slots": self.slots, "data": self.corpus.description, "probe_tokens": int(probe)}
+
+    def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
+        """A trainer of these data."""
+        seeds = [int(seed) for seed in self.run.values("seed")]
+        longest = longest or int(self.plan.steps.max())
+        return Trainer(self.run, self.network, self.corpus, slots, self.device, longest, seeds)
+
+    def train(
+        self, launch: Launch, status: np.ndarray, progress: Callable[[float, float], None]
+    ) -> Iterator[list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
+        """Train what is missing of a launch; yields what each poll measured, as (flat cells, measurements).
+
+        Where bits depend on the launch, one that was interrupted is trained again whole.
+        """
+        cells = self.plan.cells_in(launch)
+        if batch_invariant(self.run, self.device):
+            cells = self.plan.missing(launch, status)
+        work = self.plan.work_in(cells).trajectories()
+        self.trainer = self.trainer or self.new_trainer(self.slots)
+        for measured in self.trainer.train(work, self.counted(progress)):
+            yield [(np.array(each.mark.cells), each.values) for each in measured]
+
+    def counted(self, progress: Callable[[float, float], None]) -> Callable:
+        """Steps of trajectories as tokens."""
+
+        def tokens(steps: list[tuple[Trajectory, float]]) -> float:
+            return sum(run.hyper["batch"] * count for run, count in steps) * self.run.config.training.context
+
+        return lambda trained, saved: progress(tokens(trained), tokens(saved))
+
+    def replay(self, cell: int) -> Replay:
+        """Train one cell again: alone where it is batch-invariant, else its launch until it has been measured."""
+        launch = next(launch for launch in self.launches if cell in self.plan.cells_in(launch))
+        work, slots = self.plan.work_in(self.plan.cells_in(launch)).trajectories(), self.slots
+        if batch_invariant(self.run, self.device):
+            work, slots = [alone(work, cell)], 1
+        trainer = self.new_trainer(slots)
+        for measured in trainer.train(work):
+            for each in measured:
+                if cell in each.mark.cells:
+                    digest = int(each.values["weights_digest"])
+                    return Replay(each.losses, digest, trainer.stack.master_weights(each.slot))
+        raise AssertionError("the launch of a cell holds no trajectory that serves it")
+
+    def describe(self, table: Table, left: list[Launch], status: np.ndarray) -> float:
+        """Add rows of the dry run to a table; the seconds it will take about."""
+        run, training, memory = self.run, self.run.config.training, self.memory
+        exact = batch_invariant(run, self.device)
+        parts = [self.plan.missing(each, status) if exact else self.plan.cells_in(each) for each in left]
+        work = [self.plan.work_in(cells) for cells in parts]
+        cells, runs = sum(map(len, parts)), sum(len(each.runs) for each in work)
+        tokens = sum(each.costs.sum() for each in work)
+        table.add_row("trajectories", f"{runs:,} runs serve {cells:,} cells")
+        table.add_row("stack", f"{self.slots} replicas at once (a launch holds up to {self.widest} trajectories)")
+        table.add_row(
+            "network", f"{run.config.title}, {self.network.parameters:,} parameters, {run.config.swept.precision}"
+        )
+        table.add_row("data", self.corpus.description)
+        table.add_row(
+            "memory",
+            f"{memory.stack(self.slots) / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
+            f"{memory.activations / 2**20:.1f} MiB of activations; shared {memory.shared / 2**20:.1f} MiB",
+        )
+        marks = sum(len(each.marks) for each in work)
+        probed = marks * len(self.corpus.validation_tokens) * training.context / 3
+        flops = (tokens + probed) * self.network.flops_per_token
+        table.add_row("work", f"{tokens:,.0f} tokens to train on, {flops:.3g} FLOPs with the probe's")
+        return sum(self.seconds(each) for each in work)
+
+    def seconds(self, work: Work) -> float:
+        """What some runs take about: slots times steps until the last has ended, and the probe at every mark."""
+        if not len(work.runs):
+            return 0.0
+        training = self.run.config.training
+        micro = -(-self.plan.cost.ravel()[work.longest] / training.context // training.micro_batch).astype(int)
+        steps = np.sort(work.lengths * np.abs(micro))[::-1].tolist()
+        slots = min(self.slots, len(steps))
+        tokens = training.micro_batch * training.context
+        probe = len(work.marks) * len(self.corpus.validation_tokens) * training.context / 3
+        if self.device.type == "cpu":
+            trained = slots * plan.makespan(steps, slots) * tokens
+            return (trained + probe) * self.network.flops_per_token / CPU_FLOPS
+        step = tokens * self.network.flops_per_token / GPU_FLOPS + self.network.parameters * 28 / GPU_BYTES
+        seconds = slots * plan.makespan(steps, slots) * step + probe * self.network.flops_per_token / GPU_FLOPS
+        return seconds / OF_ROOFLINE
+
+    def announce(self) -> list[str]:
+        """Lines for the start of a sweep."""
+        lines = []
+        if self.widest > self.slots:
+            lines.append(
+                f"a launch is {self.widest} trajectories; {self.slots} replicas train at once and slots are refilled"
+            )
+        tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
+        for name in tied:
+            lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
+        if not batch_invariant(self.run, self.device):
+            lines.append("a cell's bits repeat when its launch is run again: `replay` does that")
+        return lines
+
+
+def batch_invariant(run: Run, device: torch.device) -> bool:
+    """Whether a cell's bits are the same at any number of replicas, or only in the same launch."""
+    return device.type == "cuda" and run.config.family.batch_invariant
+
+
+def alone(work: list[Trajectory], cell: int) -> Trajectory:
+    """The trajectory that serves a cell, with that cell's mark only."""
+    for run in work:
+        for mark in run.marks:
+            if cell in mark.cells:
+                return replace(run, marks=(mark,))
+    raise AssertionError("no trajectory serves the cell")
+
+
+def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: Any) -> LanguageSetup:
+    """Load network and data, plan, choose launches and slots.
+
+    Args:
+        options: engine.options.RunOptions.
+        ranks: processes that share the launches.
+        stored: the store that is resumed, or None.
+
+    Raises:
+        ValueError: what the user gave cannot be trained; before any training.
+    """
+    network = run.config.family.build(run.config, device)
+    check_groups(run, network)
+    check_batching(run, network)
+    made = plan.plan_runs(run)
+    training = run.config.training
+    if not training.validation_rows:
+        rows = stored.config.training.validation_rows if stored is not None else plan.automatic_probe_rows(made)
+        training = replace(training, validation_rows=rows)
+        run = replace(run, config=replace(run.config, training=training))
+        made = replace(made, run=run)
+    if training.validation_rows < 2:
+        raise ValueError("validation_rows is 1; expected at least 2, or 0 for automatic: one row has no standard error")
+    corpus = load_corpus(
+        training.data,
+        training.data_config or None,
+        training.split,
+        network.tokenizer,
+        training.context,
+        training.validation_rows,
+        training.data_rows or None,
+    )
+    check_vocabulary(corpus, network.vocabulary)
+    exact = batch_invariant(run, device)
+    chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
+    launches = plan.launches(made, chunk_rows, rows, exact)
+    memory = memory_of(made, network, corpus, device)
+    works = [made.work_in(made.cells_in(launch)) for launch in launches]
+    widest = max(works, key=lambda work: len(work.runs))
+    if stored is not None and not exact:
+        slots = stored.attributes["slots"]
+        torch.set_num_threads(stored.attributes["provenance"]["threads"])
+    else:
+        fit = plan.slots_that_fit(memory, memory_budget(device))
+        fit = min(options.slots or (CPU_SLOTS if device.type == "cpu" else GPU_SLOTS), fit)
+        slots = plan.even_slots(widest.lengths, fit)
+    return LanguageSetup(run, made, device, network, corpus, memory, chunk_rows, launches, slots, len(widest.runs))
+
+
+def launch_rows(made: Plan, device: torch.device, asked: str, ranks: int, stored: Any, exact: bool) -> tuple[int, int]:
+    """Rows of a stored chunk, and of a launch.
+
+    Raises:
+        ValueError: `asked` is no number, or is not the store's where bits depend on the launch.
+    """
+    rows = made.run.cells.shape[0]
+    if asked != "auto" and (not asked.isdecimal() or int(asked) < 1):
+        raise ValueError(f"rows_per_launch is {asked!r}; expected auto or a whole number >= 1")
+    if stored is not None:
+        chunk = stored.chunk_rows
+        if exact:
+            return chunk, plan.automatic_launch_rows(made, chunk, ranks) if asked == "auto" else int(asked)
+        launch = int(stored.attributes["rows_per_launch"])
+        if asked not in ("auto", str(launch)):
+            raise ValueError(
+                f"rows_per_launch is {asked}, but {stored.path} was begun with {launch}, on which a cell's bits depend "
+                "here; leave it out, or sweep into another --store"
+            )
+        return chunk, launch
+    shared_out = -(-rows // ranks)
+    chunk = min(plan.automatic_chunk_rows(made, device.type), shared_out)
+    if asked != "auto":
+        chunk = min(int(asked), rows, chunk if exact else rows)
+        return chunk, int(asked)
+    return chunk, plan.automatic_launch_rows(made, chunk, ranks) if exact else chunk
+
+
+def check_groups(run: Run, network: Network) -> None:
+    """Raise ValueError for a group's value that no trained tensor takes, such as that of a tied unembedding."""
+    frozen = frozen_parameters(run.config, network)
+    if len(frozen) == len(network.shapes):
+        raise ValueError(f"freeze is {run.config.training.freeze!r}, which leaves nothing to train; freeze less")
+    groups = {own[0] for name, own in network.groups.items() if name not in frozen}
+    for name in run.given:
+        base, _, group = name.partition(".")
+        if group and not any(run.source(base, each) == name for each in groups):
+            raise ValueError(
+                f"{name} changes nothing: no trained tensor of {run.config.network!r} takes it (a tied one follows its "
+                f"first group); the groups are {', '.join(sorted(groups))}"
+            )
+
+
+def check_batching(run: Run, network: Network) -> None:
+    """Raise ValueError naming the operator for which torch.func.vmap has no rule, by one tiny step of two replicas.
+
+    Networks whose operators are all this project's need no trial.
+    """
+    if run.config.family.batch_invariant:
+        return
+    weights = {name: torch.stack([weight] * 2).requires_grad_() for name, weight in network.initial(0).items()}
+    tokens_RBT = torch.zeros(2, 1, run.config.training.context, dtype=torch.int64)
+    hyper_R = {name: torch.zeros(2) for name in forward_names(run.config)}
+
+    def one(weights, tokens_BT, hyper, key):
+        return torch.func.functional_call(network.module, weights, (tokens_BT, tokens_BT, hyper, key))
+
+    try:
+        losses = torch.func.vmap(one)(weights, tokens_RBT, hyper_R, torch.zeros(2, 2, dtype=torch.int64))
+        losses.sum().backward()
+    except RuntimeError as error:  # torch has no class of its own for this
+        text = " ".join(str(error).split())
+        if "vmap" not in text and "Batching rule" not in text:
+            raise
+        raise ValueError(
+            f"network {run.config.network!r} cannot be stacked: {text[:300]}; write that operator out in ones that "
+            "torch.func.vmap maps"
+        ) from error
+
+
+def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device) -> Memory:
+    """Bytes a stack needs on the device.
+
+    A replica: fp32 master (with bf16 compute: bf16 weight and 16-bit remainder), its optimizers' fp32 state, a gradient
+    in the compute precision, an fp32 accumulator where batches are cut, its loss trace; frozen parameters that are not
+    shared. Shared: data, their order for every seed, initial weights kept, frozen parameters otherwise.
+    """
+    run, config = made.run, made.run.config
+    compute = 2 if config.swept.precision == "bf16" else 4
+    names = frozen_parameters(config, network)
+    optimizers = by_group(config.training.optimizer, config.family.groups)
+    spans = spans_of(network, [name for name in network.shapes if name not in names])
+    trained = spans[-1].slice.stop
+    frozen = network.parameters - trained if names else 0
+    same_seed = network.same_start or len(run.values("seed")) == 1
+    shared_frozen = same_seed and len(run.values("init_scale")) == 1
+    batch = int(run.values("batch").max())
+    accumulator = 4 if batch > config.training.micro_batch else 0
+    states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape) for span in spans)
+    longest = int(made.steps.max())
+    state = trained * (4 + compute + accumulator) + states + 4 * longest
+    state += 0 if shared_frozen else frozen * compute
+    tokens = config.training.micro_batch * config.training.context
+    activations = network.activation_bytes(tokens, compute)
+    if device.type == "cpu":
+        activations *= 2  # plain torch keeps intermediates that the kernels recompute
+    seeds = len(run.values("seed"))
+    initial = min(1 if network.same_start else seeds, max(2**32 // (4 * network.parameters), 1))
+    shared = corpus.tokens.nbytes * 2 + 4 * seeds * longest * batch + initial * 4 * network.parameters
+    shared += frozen * compute if shared_frozen else 0
+    return Memory(shared, state, activations, network.parameters * compute)
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes a stack may take."""
+    if device.type == "cpu":
+        return int(CPU_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(GPU_MEMORY * torch.cuda.mem_get_info(device)[0])

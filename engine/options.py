@@ -1,0 +1,111 @@
+"""The arguments of a sweep: a request out of flags, which follow from the declarations."""
+
+import sys
+from argparse import SUPPRESS, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.command import fail, parser, spellings
+from engine.config import PRESETS, SweepConfig, Swept, hyper_names, make_config
+from engine.family import ALIASES, FAMILIES, family_of
+from engine.grid import Axis
+from engine.hyper import HYPER_PARAMETERS, rule_of
+from engine.workload import WORKLOADS, workload_of
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how to run; none of it changes a cell."""
+
+    store: str = ""  # the Zarr store to make or resume (default: results/<network>-<axes>-<data>-<hash>)
+    device: str = "auto"  # cpu or cuda; auto: cuda if there is one
+    rows_per_launch: str = "auto"  # grid rows trained at once; auto: about 16 runs on a CPU, all that fit on a GPU
+    slots: int = 0  # replicas trained at once (0: what fits)
+    figures: bool = True  # draw the maps and print the summary at the end
+    quiet: bool = False  # no progress
+    dry_run: bool = False  # print launches, stacks, memory, FLOPs and a time estimate, then stop
+    wandb: str = "off"  # off, offline or online
+    wandb_project: str = "fractal-llm"  # W&B project
+    wandb_entity: str = ""  # W&B entity (default: your own)
+
+
+def read_arguments(description: str, arguments: Sequence[str] | None = None) -> tuple[SweepConfig, RunOptions]:
+    """The sweep that a command line asks for. The flags depend on --preset and --network, which are read first.
+
+    Raises:
+        ValueError: a preset or network that does not exist, or values that do not belong together.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = Namespace(preset="default", network=None)
+    first = parser("", add_help=False)
+    first.add_argument("--preset", default="default")
+    first.add_argument("--network", default=None)
+    chosen, _ = first.parse_known_args([each for each in given if each not in ("-h", "--help")])
+    if chosen.preset not in PRESETS:
+        raise ValueError(f"preset is {chosen.preset!r}; expected one of {', '.join(PRESETS)}")
+    preset = PRESETS[chosen.preset]
+    network = ALIASES.get(chosen.network, chosen.network) or preset.network
+    family = family_of(network)
+    if network != preset.network:
+        preset = make_config(network)
+    reader = parser(description)
+    group = reader.add_argument_group("Which network")
+    group.add_argument("--preset", default="default", help=f"where the defaults below come from: {', '.join(PRESETS)}")
+    known = "; ".join(f"{name}: {each.help}" for name, each in FAMILIES.items())
+    group.add_argument("--network", default=network, help=f"{known} (each has flags of its own: --network NAME --help)")
+    reader.add_arguments(Swept, dest="swept", default=preset.swept)
+    if fields(family.options):
+        reader.add_arguments(family.options, dest="shape", default=preset.shape)
+    reader.add_arguments(workload_of(family).options, dest="training", default=preset.training)
+    add_hyper(reader, preset)
+    reader.add_arguments(RunOptions, dest="options")
+    found, unknown = reader.parse_known_args(given)
+    if unknown:
+        fail(unknown_flag(unknown, network))
+    values = {name: value for name, value in vars(found).items() if name in every_name(family) and value is not None}
+    parts = (found.swept, getattr(found, "shape", preset.shape), found.training)
+    flat = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+    swept = [Axis.parse(axis).name for axis in (found.swept.y, found.swept.x) if axis]
+    hyper = {name: value for name, value in preset.hyper.items() if name not in swept}
+    return make_config(network, **flat, **(hyper | values)), found.options
+
+
+def every_name(family: Any) -> list[str]:
+    """Every hyper-parameter a family's sweeps may have, whatever their optimizer and schedule."""
+    names = []
+    for name, rule in HYPER_PARAMETERS.items():
+        names.append(name)
+        names += [f"{name}.{group}" for group in family.groups if rule.by_group]
+    return names
+
+
+def add_hyper(reader: Any, preset: SweepConfig) -> None:
+    """A flag for every hyper-parameter; help for those the sweep reads, of groups' only for the learning rate."""
+    group = reader.add_argument_group(
+        "Hyper-parameters", "each may be an axis instead; those of an optimizer also by parameter group, as lr is"
+    )
+    read = hyper_names(preset)
+    for name in every_name(preset.family):
+        rule = rule_of(name)
+        base, _, own = name.partition(".")
+        text = f"{rule.help}{f' of {own}' if own else ''}"
+        if name in preset.hyper or not own:
+            text += f" (default: {preset.hyper.get(name, rule.default):g})"
+        shown = name in read and (not own or base == "lr")
+        group.add_argument(*spellings(name), dest=name, type=float, default=None, help=text if shown else SUPPRESS)
+
+
+def unknown_flag(unknown: list[str], network: str) -> str:
+    """What to say of flags that this network does not have."""
+    flag = unknown[0].split("=")[0]
+    name = flag.lstrip("-").replace("-", "_")
+    having = [
+        other
+        for other, family in FAMILIES.items()
+        if name in {f.name for kind in (family.options, WORKLOADS[family.workload].options) for f in fields(kind)}
+        or name in every_name(family)
+    ]
+    if having and network not in having:
+        return f"{flag} is for {' and '.join(having)}, not {network!r}; leave it out, or choose another --network"
+    return f"unrecognized arguments: {' '.join(unknown)}; --help lists the options"

@@ -1,0 +1,43 @@
+"""The processes that torchrun starts: launches are shared out, replicas never communicate."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as distributed
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those torchrun started."""
+
+    index: int
+    count: int
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.count > 1:
+            distributed.barrier()
+
+
+def this_rank() -> Rank:
+    """The rank torchrun gave this process; (0, 1) without torchrun."""
+    rank = Rank(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if rank.count > 1 and not distributed.is_initialized():
+        # ranks only wait for each other, the first to finish for as long as the last one trains
+        distributed.init_process_group("gloo", timeout=timedelta(days=365))
+    return rank
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of `--device`. Raises ValueError for an unknown or absent one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no CUDA GPU; use --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,313 @@
+"""Workloads: what a launch trains and how, declared once each: stacked language models, the paper's network.
+
+Everything outside asks the workload, through `Workload` before anything is loaded and through `Setup` after;
+`workload_of` is the one place that chooses. Nothing here imports torch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from engine.hyper import rule_of
+from engine.optim import OPTIMIZERS, by_group
+from engine.outcome import Arrays, Thresholds, measure_label, probe_label
+from engine.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from engine.config import Run, SweepConfig
+    from engine.family import Family
+    from engine.plan import Launch, Plan
+    from engine.store import Replicate, Store
+
+
+class Replay(NamedTuple):
+    """A cell trained again. losses: fp32 [S], before each update; weights: fp32 by name, {} if not kept."""
+
+    losses: np.ndarray
+    weights_digest: int
+    weights: "dict[str, torch.Tensor]"
+
+
+class Setup(Protocol):
+    """A sweep that is ready to train: its plan, and whatever its workload has loaded."""
+
+    run: "Run"
+    plan: "Plan"
+    device: "torch.device"
+    chunk_rows: int
+    """rows of a stored chunk"""
+    launches: "list[Launch]"
+
+    @property
+    def exact(self) -> str:
+        """What a cell's bits depend on: 'at any width', or 'in the same launch'."""
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """SHA-256 by name of every input that decides a cell, beside the configuration and the coordinates."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the store says of it."""
+
+    def train(
+        self, launch: "Launch", status: np.ndarray, progress: Callable[[float, float], None]
+    ) -> "Iterator[list[tuple[np.ndarray, dict[str, np.ndarray]]]]":
+        """Train what is missing of a launch; yields now and then (flat cells, measurements) that are done."""
+
+    def replay(self, cell: int) -> Replay:
+        """Train one cell, by its flat index, again."""
+
+    def describe(self, table: "Table", left: "list[Launch]", status: np.ndarray) -> float:
+        """Add rows of the dry run to a table; the seconds it will take about."""
+
+    def announce(self) -> list[str]:
+        """Lines for the start of a sweep."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One way to train, before anything is loaded."""
+
+    options: type
+    """dataclass of the fields that only its sweeps have"""
+    hyper: "Callable[[SweepConfig], tuple[str, ...]]"
+    """hyper-parameters that a sweep reads, the family's own left out"""
+    reads: "Callable[[Run, str], bool]"
+    """whether a swept hyper-parameter changes anything, the others as they are"""
+    resolve: "Callable[[Run, str], Run]"
+    """(run, device type): its own fields filled in and checked; ValueError in one line"""
+    prepare: "Callable[[Run, torch.device, Any, int, Store | None], Setup]"
+    """(run, device, RunOptions, ranks, store): load and plan; ValueError before any training"""
+    plan: "Callable[[Run], Plan]"
+    """which steps serve which cells"""
+    label: Callable[[Arrays, np.ndarray, Thresholds], np.ndarray]
+    labelled: tuple[str, ...]
+    """measurements that `label` reads, beside `status`"""
+    traces: bool
+    """whether --trace auto stores every loss"""
+    unit: str
+    """what the progress counts"""
+    keeps_weights: bool
+    """whether a replay gives the cell's final weights"""
+    order: "Callable[[Replicate], tuple[str, SweepConfig]]"
+    """(name, configuration): the same sweep in another order, for the noise floor; ('', ...) where there is none"""
+
+
+# ---- language models
+
+
+@dataclass(frozen=True)
+class LanguageOptions:
+    """Data, optimizer and schedule of a language model's sweep."""
+
+    context: int = 64  # tokens a sequence
+    data: str = "chitchat"  # chitchat (the package), a .txt, .jsonl or .parquet file, a folder, or a hub name
+    data_config: str = ""  # configuration name of a folder's or a hub's data set
+    split: str = "train"  # split of a folder's or a hub's data set
+    data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
+    validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
+    optimizer: str = "adamw"  # adamw or sgd; by parameter group: adamw,embedding=sgd
+    freeze: str = ""  # parameter groups that are not trained, with commas between
+    schedule: str = "constant"  # constant, cosine, wsd (warm-up, stable, decay) or linear (to zero)
+    micro_batch: int = 0  # sequences a forward pass; larger batches accumulate gradients (0: chosen from the batches)
+
+
+def language_hyper(config: "SweepConfig") -> tuple[str, ...]:
+    """Those of the data and the start, of every optimizer that is used, and of the schedule."""
+    training = config.training
+    names = ["tokens", "batch", "seed", "init_scale", "warmup", "clip"]
+    for optimizer in set(by_group(training.optimizer, config.family.groups).values()):
+        names += OPTIMIZERS[optimizer].hyper
+    return (*names, *schedule_of(training.schedule).hyper)
+
+
+def schedule_of(name: str) -> Any:
+    """The declaration of a schedule. Raises ValueError for an unknown name."""
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule is {name!r}; expected one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def leaf_groups(family: "Family") -> list[str]:
+    """Groups that parameters are in: those that are no other's parent."""
+    return [group for group in family.groups if group not in family.groups.values()]
+
+
+def language_reads(run: "Run", name: str) -> bool:
+    """Whether some group that trains takes its value from this name, where the name acts in an optimizer."""
+    base = name.partition(".")[0]
+    if rule_of(base).acts != "optimizer":
+        return True
+    training, family = run.config.training, run.config.family
+    optimizers = by_group(training.optimizer, family.groups)
+    trained = [group for group in leaf_groups(family) if group not in training.freeze.split(",")]
+    return any(base in OPTIMIZERS[optimizers[group]].hyper and run.source(base, group) == name for group in trained)
+
+
+def resolve_language(run: "Run", device: str) -> "Run":
+    """Micro-batch filled in, every field checked; the size of the probe follows from the plan."""
+    from engine.config import at_least
+    from engine.plan import automatic_micro_batch
+
+    training = run.config.training
+    for name, low in (("context", 1), ("micro_batch", 0), ("validation_rows", 0), ("data_rows", 0)):
+        at_least(name, getattr(training, name), low)
+    if not training.data.strip():
+        raise ValueError("data is empty; expected chitchat, a file, a folder or a hub name")
+    for group in training.freeze.split(",") if training.freeze else ():
+        if group not in run.config.family.groups:
+            raise ValueError(f"freeze has {group!r}; expected some of {', '.join(run.config.family.groups)}")
+    check_schedule(run)
+    check_steps(run)
+    training = replace(training, micro_batch=training.micro_batch or automatic_micro_batch(run))
+    return replace(run, config=replace(run.config, training=training))
+
+
+def check_schedule(run: "Run") -> None:
+    """Raise ValueError where warm-up and decay overlap."""
+    if "decay" in schedule_of(run.config.training.schedule).hyper:
+        together = (run.column("warmup") + run.column("decay")).max()
+        if together > 1:
+            raise ValueError(f"warmup and decay are {together:g} of the steps together; expected at most 1")
+
+
+def check_steps(run: "Run") -> None:
+    """Raise ValueError unless every cell has two whole steps: one step says nothing about training."""
+    from engine.plan import steps_of
+
+    tokens, batch, context = run.column("tokens"), run.column("batch"), run.config.training.context
+    fewest = steps_of(tokens, batch, context)
+    if fewest.min() < 2:
+        step = int(batch.max()) * context
+        raise ValueError(
+            f"tokens starts at {tokens.min():g}, below two steps of {step} tokens (batch x context); expected more "
+            f"than {step}: raise tokens, or lower --batch or --context"
+        )
+
+
+def prepare_language(run: "Run", device: "torch.device", options: Any, ranks: int, stored: "Store | None") -> "Setup":
+    """`engine.language.prepare`."""
+    from engine.language import prepare
+
+    return prepare(run, device, options, ranks, stored)
+
+
+def plan_language(run: "Run") -> "Plan":
+    """`engine.plan.plan_runs`."""
+    from engine.plan import plan_runs
+
+    return plan_runs(run)
+
+
+def other_seed(store: "Replicate") -> tuple[str, "SweepConfig"]:
+    """Another seed, thus other initial weights and data order; nothing where the seed is swept."""
+    if "seed" in store.run.names:
+        return "", store.config
+    return "order", store.config.change(seed=store.config.seed + store.run.replicates)
+
+
+# ---- the paper's two-layer network
+
+
+@dataclass(frozen=True)
+class TwoLayerTraining:
+    """The problem and the length of the paper's training."""
+
+    steps: int = 500  # gradient descent steps
+    data_points: int = 0  # training points (0: 272, or 16 for the identity network)
+    minibatch: int = 0  # points a step, drawn with replacement (0: the full batch)
+    offset_every_step: bool = False  # add the offset at each step, as the public notebook does
+    problem: str = ""  # .npz with X, Y, W0, W1 (and minibatch_index) instead of the seed's
+
+
+def resolve_two_layer(run: "Run", device: str) -> "Run":
+    """Data points filled in, every field checked."""
+    from engine.config import at_least
+
+    training = run.config.training
+    for name, low in (("steps", 2), ("data_points", 0), ("minibatch", 0)):
+        at_least(name, getattr(training, name), low)
+    if training.problem and not Path(training.problem).is_file():
+        raise ValueError(f"problem file {training.problem!r} does not exist; give an .npz with X, Y, W0 and W1")
+    if training.problem and ("seed" in run.names or run.replicates > 1):
+        raise ValueError("the seed is swept, but --problem fixes what it decides; leave out one of them")
+    if not training.data_points:
+        training = replace(training, data_points=16 if run.config.shape.nonlinearity == "identity" else 272)
+    if training.problem:
+        training = replace(training, problem=str(Path(training.problem).resolve()))
+    return replace(run, config=replace(run.config, training=training))
+
+
+def two_layer_reads(run: "Run", name: str) -> bool:
+    """Whether one of the two layers takes its rate from this name."""
+    return name.partition(".")[0] != "lr" or name in (run.source("lr", "0"), run.source("lr", "1"))
+
+
+def prepare_two_layer(run: "Run", device: "torch.device", options: Any, ranks: int, stored: "Store | None") -> "Setup":
+    """`engine.two_layer.prepare`."""
+    from engine.two_layer import prepare
+
+    return prepare(run, device, options, ranks, stored)
+
+
+def plan_two_layer(run: "Run") -> "Plan":
+    """`engine.plan.plan_cells`."""
+    from engine.plan import plan_cells
+
+    return plan_cells(run)
+
+
+def permuted(store: "Replicate") -> tuple[str, "SweepConfig"]:
+    """`engine.two_layer.permuted_problem`: the same hidden units in another order; nothing where the seed is swept."""
+    if "seed" in store.run.names or store.run.replicates > 1:
+        return "", store.config
+    from engine.two_layer import permuted_problem
+
+    return "permuted", store.config.change(problem=str(permuted_problem(store)))
+
+
+WORKLOADS: dict[str, Workload] = {
+    "language": Workload(
+        options=LanguageOptions,
+        hyper=language_hyper,
+        reads=language_reads,
+        resolve=resolve_language,
+        prepare=prepare_language,
+        plan=plan_language,
+        label=probe_label,
+        labelled=(
+            "first_loss", "nonfinite_step", "val_first", "val_loss", "loss_min", "loss_max", "loss_noise",
+            "val_difference_se",
+        ),
+        traces=True,
+        unit="tokens",
+        keeps_weights=True,
+        order=other_seed,
+    ),
+    "two_layer": Workload(
+        options=TwoLayerTraining,
+        hyper=lambda config: ("lr", "seed"),
+        reads=two_layer_reads,
+        resolve=resolve_two_layer,
+        prepare=prepare_two_layer,
+        plan=plan_two_layer,
+        label=measure_label,
+        labelled=("first_loss", "nonfinite_step", "measure"),
+        traces=False,
+        unit="steps",
+        keeps_weights=False,
+        order=permuted,
+    ),
+}  # fmt: skip
+
+
+def workload_of(family: "Family") -> Workload:
+    """What trains a family's networks."""
+    return WORKLOADS[family.workload]
