@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from engine.config import SweepConfig
-from kernels.descent import DTYPES, WIDTH, descend
+from kernels.descent import descend
+from kernels.two_layer import DTYPES, WIDTH
 
 STREAMS = ("W0", "W1", "X", "Y", "minibatch_index")
 SWEPT = ("lr", "lr.0", "lr.1", "offset", "seed")

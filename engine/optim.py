@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.stack import Span, Stack
-from kernels.adamw import AdamWScalars, adamw_, adamw_split_, split_master
+from kernels.adamw import AdamWScalars, adamw_, adamw_split_
+from kernels.split_master import split_master
 
 
 class Update(NamedTuple):

@@ -3,7 +3,7 @@
 The network is written for one replica. Its parameters live in flat [R, P] buffers, and each is a view of
 them, contiguous within a replica. With fp32 compute the weights are the master that the optimizer
 updates. With bf16 compute the fp32 master is the bf16 weight and a 16-bit remainder, exactly
-(`kernels.adamw.split_master`): 2 bytes a parameter less to keep and to move than a master beside its
+(`kernels.split_master`): 2 bytes a parameter less to keep and to move than a master beside its
 copy. Autograd runs outside vmap.
 
 Letters: R replica, B batch, T time, P flat parameters.
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from engine.network import Network
-from kernels.adamw import join_master, split_master
 from kernels.digest import digest
+from kernels.split_master import join_master, split_master
 
 ALIGNMENT = 64  # elements: parameters start on 128 bytes, which the tensor copy engine needs at least 16 of
 

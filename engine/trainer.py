@@ -29,8 +29,9 @@ from engine.network import Network
 from engine.plan import Mark, Trajectory, largest_batch, longest, seeds
 from engine.schedule import factor
 from engine.stack import Span, Stack
-from kernels.adamw import accumulate_, global_norm
+from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
+from kernels.gradient_norm import global_norm
 
 LOOK = 32  # micro-steps between two looks of the host, at most
 IDLE = 0.03  # share of a stack's slots that may wait, finished, until the next look
