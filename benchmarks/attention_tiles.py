@@ -65,9 +65,10 @@ def time_shape(name: str) -> list[dict]:
     upstream = torch.randn(R, B, T, H * K, device="cuda", dtype=torch.bfloat16)
     angle = torch.rand(T, K // 2, device="cuda").expand(R, -1, -1)
     settings = (H, G, qk_norm, 1e-6)
-    forward = partial(attention._attention, qkv, angle.cos(), angle.sin(), *settings)
+    tables = angle.cos(), angle.sin()
+    forward = partial(attention.attention_op, qkv, *tables, *settings)
     o, logsumexp = forward()
-    backward = partial(attention._attention_backward, upstream, qkv, angle.cos(), angle.sin(), o, logsumexp, *settings)
+    backward = partial(attention.attention_backward_op, upstream, qkv, *tables, o, logsumexp, *settings)
     rows = []
     for kernel, call, moved in (
         ("forward", forward, qkv.nbytes + o.nbytes),

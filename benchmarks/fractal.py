@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks.timing import append_rows
-from kernels.descent import DTYPES, descend
+from kernels.descent import descend
+from kernels.two_layer import DTYPES
 
 POINTS, STEPS = 272, 500
 WINDOWS = {"default": (-3.0, 6.0), "converging": (-3.0, -1.0)}

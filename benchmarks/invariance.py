@@ -36,7 +36,7 @@ from engine.data import IGNORED, Corpus
 from engine.network import Network, load_network
 from engine.plan import Mark, Trajectory, cell_hyper, largest_batch, replica_memory, slots_that_fit
 from engine.trainer import Trainer
-from kernels.adamw import global_norm
+from kernels.gradient_norm import global_norm
 
 NETWORKS: dict[str, dict] = {
     "d4": {"depth": 4, "vocabulary": 4096},

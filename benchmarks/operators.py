@@ -17,10 +17,14 @@ from torch import Tensor
 
 from benchmarks.timing import copy_terabytes, milliseconds, milliseconds_in_turn, run_benchmarks
 from benchmarks.tune import TOKENS, bmm, problems, rotated
-from kernels.adamw import AdamWScalars, accumulate_, adamw_, adamw_split_, global_norm, split_master
-from kernels.linear import linear_op, linear_relu2_op, stacked_matmul
+from kernels.accumulate import accumulate_
+from kernels.adamw import AdamWScalars, adamw_, adamw_split_
+from kernels.gradient_norm import global_norm
+from kernels.linear import linear_op, linear_relu2_op
 from kernels.loss import cross_entropy_
+from kernels.matmul import stacked_matmul
 from kernels.newton_schulz import newton_schulz, newton_schulz_reference
+from kernels.split_master import split_master
 
 PARAMETERS = 1 << 28  # of all replicas, for the memory-bound kernels
 

@@ -16,7 +16,7 @@ from benchmarks.operators import adamw_buffers
 from benchmarks.timing import append_rows, arguments, card, enqueued
 from benchmarks.tune import bmm, rotated
 from engine.trainer import HIGH, LOW
-from kernels.linear import stacked_matmul
+from kernels.matmul import stacked_matmul
 
 REPLICAS = 16
 PARAMETERS = 14_125_056  # a replica, 226M in all: about as long as the products

@@ -15,7 +15,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.timing import append_rows, arguments, milliseconds_in_turn
-from kernels.linear import stacked_matmul
+from kernels.matmul import stacked_matmul
 from kernels.tiles import SHAPES, TABLE, Tile, default_tile, tile_key
 
 TOKENS = 1024

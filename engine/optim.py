@@ -33,7 +33,7 @@ class Parameter(NamedTuple):
 
     def master(self) -> "Tensor":
         """The fp32 master weight [R, n]."""
-        from kernels.adamw import join_master
+        from kernels.split_master import join_master
 
         return self.weight_Rn if self.remainder_Rn is None else join_master(self.weight_Rn, self.remainder_Rn)
 
@@ -46,7 +46,7 @@ class Parameter(NamedTuple):
         """Store a new fp32 master [R, n] where the replica is active, and note where it is not finite."""
         import torch
 
-        from kernels.adamw import split_master
+        from kernels.split_master import split_master
 
         kept = torch.where(step.active_R[:, None], master_Rn, self.master())
         if self.remainder_Rn is not None:

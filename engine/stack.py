@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from engine.network import Network
-from kernels.adamw import join_master, split_master
 from kernels.digest import digest
+from kernels.split_master import join_master, split_master
 
 ALIGNMENT = 64  # elements: parameters start on 128 bytes, which the tensor copy engine needs at least 16 of
 

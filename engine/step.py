@@ -30,8 +30,9 @@ from engine.plan import Mark, Trajectory, start_names
 from engine.schedule import SCHEDULES, multiplier
 from engine.scheduler import Ready, Scheduler
 from engine.stack import Flat, Span, Stack
-from kernels.adamw import accumulate_, global_norm
+from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
+from kernels.gradient_norm import global_norm
 
 LOW, HIGH = 0, -1  # priorities of CUDA streams
 COMPUTE_BOUND = 2**24  # parameters: size above which GEMMs are compute-bound, so that updates beside them pay

@@ -27,7 +27,8 @@ from engine.config import Run
 from engine.measure import measurements_of
 from engine.plan import Launch, Plan, hyper_of
 from engine.workload import Replay
-from kernels.descent import DTYPES, WIDTH, Descent, descend
+from kernels.descent import descend
+from kernels.two_layer import DTYPES, WIDTH, Descent
 
 STREAMS = ("W0", "W1", "X", "Y", "minibatch_index")
 # what numpy and zipfile say of an archive that is damaged, encrypted, oddly compressed, or claims more than fits

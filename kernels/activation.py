@@ -1,19 +1,20 @@
 """The activations of the two MLPs: SwiGLU on a fused gate/up projection, and squared ReLU.
 
-R replica, F MLP width. Elementwise, so the kernels need not tell replicas apart.
+F MLP width. Elementwise, so the kernels need not tell replicas apart.
 """
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.stacking import custom_operator, fold_vmap
 
 BLOCK = 1024  # elements a program holds at once
 
 
-def swiglu(gate_up):
+def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of a fused projection (Shazeer 2020, arXiv:2002.05202).
 
     gate_up: [..., 2 F], the gate in the first F channels. Returns [..., F] in the same dtype;
@@ -22,36 +23,37 @@ def swiglu(gate_up):
     return swiglu_reference(gate_up) if gate_up.device.type == "cpu" else swiglu_triton(gate_up)
 
 
-def relu2(x):
+def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2 (So et al. 2021, arXiv:2109.08668). x: any shape; same shape and dtype back."""
     return relu2_reference(x) if x.device.type == "cpu" else relu2_triton(x)
 
 
-def swiglu_triton(gate_up):
+def swiglu_triton(gate_up: Tensor) -> Tensor:
     """`swiglu` on the Triton kernels whatever the device."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu got {gate_up.shape[-1]} channels, expected an even number: gate and up side by side")
-    return _swiglu(gate_up[None]).squeeze(0)
+    return swiglu_op(gate_up[None]).squeeze(0)
 
 
-def relu2_triton(x):
+def relu2_triton(x: Tensor) -> Tensor:
     """`relu2` on the Triton kernels whatever the device."""
-    return _relu2(x[None]).squeeze(0)
+    return relu2_op(x[None]).squeeze(0)
 
 
-def swiglu_reference(gate_up):
+def swiglu_reference(gate_up: Tensor) -> Tensor:
     """`swiglu` in plain differentiable torch."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def relu2_reference(x):
+def relu2_reference(x: Tensor) -> Tensor:
     """`relu2` in plain differentiable torch."""
     return F.relu(x).square()
 
 
+@fold_vmap
 @custom_operator("fractal::swiglu")
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu_op(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], width)
     grid = (triton.cdiv(y.numel(), BLOCK),)
@@ -59,8 +61,13 @@ def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return y
 
 
+@swiglu_op.register_fake
+def _(gate_up):
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
 @custom_operator("fractal::swiglu_backward")
-def _swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu_backward_op(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(dy.numel(), BLOCK),)
     _swiglu_backward_kernel[grid](
@@ -69,15 +76,37 @@ def _swiglu_backward(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     return dgate_up
 
 
+@swiglu_backward_op.register_fake
+def _(dy, gate_up):
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+
+
+def _swiglu_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_backward(ctx, dy):
+    return swiglu_backward_op(dy, *ctx.saved_tensors)
+
+
+swiglu_op.register_autograd(_swiglu_backward, setup_context=_swiglu_save)
+
+
+@fold_vmap
 @custom_operator("fractal::relu2")
-def _relu2(x: torch.Tensor) -> torch.Tensor:
+def relu2_op(x: Tensor) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _relu2_kernel[(triton.cdiv(x.numel(), BLOCK),)](x.contiguous(), y, x.numel(), BLOCK=BLOCK)
     return y
 
 
+@relu2_op.register_fake
+def _(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @custom_operator("fractal::relu2_backward")
-def _relu2_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def relu2_backward_op(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _relu2_backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
         dy.contiguous(), x.contiguous(), dx, x.numel(), BLOCK=BLOCK
@@ -85,14 +114,20 @@ def _relu2_backward(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return dx
 
 
-def _save(ctx, inputs, output):
+@relu2_backward_op.register_fake
+def _(dy, x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _relu2_save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-_swiglu.register_autograd(lambda ctx, dy: _swiglu_backward(dy, *ctx.saved_tensors), setup_context=_save)
-_relu2.register_autograd(lambda ctx, dy: _relu2_backward(dy, *ctx.saved_tensors), setup_context=_save)
-fold_vmap(_swiglu)
-fold_vmap(_relu2)
+def _relu2_backward(ctx, dy):
+    return relu2_backward_op(dy, *ctx.saved_tensors)
+
+
+relu2_op.register_autograd(_relu2_backward, setup_context=_relu2_save)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.stacking import custom_operator, dense_replicas, dot_precision, fold_vmap
 
@@ -25,7 +26,15 @@ MAX_TIME = 2048
 MAX_HEAD_DIM = 128
 
 
-def qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
+def qkv_attention(
+    qkv_BTC: Tensor,
+    cos_TK2: Tensor,
+    sin_TK2: Tensor,
+    heads: int,
+    kv_heads: int,
+    qk_norm: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
     """Causal self-attention of one replica, straight from its fused qkv projection.
 
     q and k are rotated (half-split: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin), then, if
@@ -42,13 +51,29 @@ def qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps
     return qkv_attention_triton(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
 
 
-def qkv_attention_triton(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
+def qkv_attention_triton(
+    qkv_BTC: Tensor,
+    cos_TK2: Tensor,
+    sin_TK2: Tensor,
+    heads: int,
+    kv_heads: int,
+    qk_norm: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
     """`qkv_attention` on the Triton kernels whatever the device."""
-    o_RBTD, _ = _attention(qkv_BTC[None], cos_TK2[None], sin_TK2[None], heads, kv_heads, qk_norm, eps)
+    o_RBTD, _ = attention_op(qkv_BTC[None], cos_TK2[None], sin_TK2[None], heads, kv_heads, qk_norm, eps)
     return o_RBTD.squeeze(0)
 
 
-def qkv_attention_reference(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6):
+def qkv_attention_reference(
+    qkv_BTC: Tensor,
+    cos_TK2: Tensor,
+    sin_TK2: Tensor,
+    heads: int,
+    kv_heads: int,
+    qk_norm: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
     """`qkv_attention` in plain differentiable torch, at least float32 inside."""
     B, T, C = qkv_BTC.shape
     K = C // (heads + 2 * kv_heads)
@@ -99,23 +124,24 @@ def _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads):
         )
 
 
+@fold_vmap
 @custom_operator("fractal::attention")
-def _attention(
-    qkv_RBTC: torch.Tensor,
-    cos_RTK2: torch.Tensor,
-    sin_RTK2: torch.Tensor,
+def attention_op(
+    qkv_RBTC: Tensor,
+    cos_RTK2: Tensor,
+    sin_RTK2: Tensor,
     heads: int,
     kv_heads: int,
     qk_norm: bool,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     R, B, T, C = qkv_RBTC.shape
     K = C // (heads + 2 * kv_heads)
     o_RBTD = qkv_RBTC.new_empty(R, B, T, heads * K)
     logsumexp_RBHT = qkv_RBTC.new_empty(R, B, heads, T, dtype=torch.float32)
     tiles = _forward_tiles(T, K, qkv_RBTC.dtype)
     grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
-    _forward_kernel[grid](
+    _attention_forward_kernel[grid](
         qkv_RBTC.contiguous(),
         *_tables(cos_RTK2, sin_RTK2),
         o_RBTD,
@@ -127,19 +153,26 @@ def _attention(
     return o_RBTD, logsumexp_RBHT
 
 
+@attention_op.register_fake
+def _(qkv_RBTC, cos_RTK2, sin_RTK2, heads, kv_heads, qk_norm, eps):
+    R, B, T, C = qkv_RBTC.shape
+    o_RBTD = qkv_RBTC.new_empty(R, B, T, C // (heads + 2 * kv_heads) * heads)
+    return o_RBTD, qkv_RBTC.new_empty(R, B, heads, T, dtype=torch.float32)
+
+
 @custom_operator("fractal::attention_backward")
-def _attention_backward(
-    do_RBTD: torch.Tensor,
-    qkv_RBTC: torch.Tensor,
-    cos_RTK2: torch.Tensor,
-    sin_RTK2: torch.Tensor,
-    o_RBTD: torch.Tensor,
-    logsumexp_RBHT: torch.Tensor,
+def attention_backward_op(
+    do_RBTD: Tensor,
+    qkv_RBTC: Tensor,
+    cos_RTK2: Tensor,
+    sin_RTK2: Tensor,
+    o_RBTD: Tensor,
+    logsumexp_RBHT: Tensor,
     heads: int,
     kv_heads: int,
     qk_norm: bool,
     eps: float,
-) -> torch.Tensor:
+) -> Tensor:
     R, B, T, C = qkv_RBTC.shape
     K = C // (heads + 2 * kv_heads)
     dqkv_RBTC = torch.empty_like(qkv_RBTC, memory_format=torch.contiguous_format)
@@ -149,7 +182,7 @@ def _attention_backward(
     half = _half_block(T, K, heads, kv_heads, qkv_RBTC.dtype)
     if half:
         grid, tiles = (R * B * heads,), _cut((half, half, 4, 1), T, K)
-        _backward_head_kernel[grid](
+        _attention_backward_head_kernel[grid](
             qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, dqkv_RBTC, eps, **shape, **tiles
         )
         return dqkv_RBTC
@@ -158,28 +191,32 @@ def _attention_backward(
     delta_RBHT = torch.empty_like(logsumexp_RBHT)
     if not one_block:
         grid = (R * B * heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
-        _backward_queries_kernel[grid](
+        _attention_backward_queries_kernel[grid](
             qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, delta_RBHT, dqkv_RBTC, eps, **shape, **tiles
         )
     grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_K"]),)
-    _backward_keys_kernel[grid](
+    _attention_backward_keys_kernel[grid](
         qkv_RBTC, *tables, do_RBTD, logsumexp_RBHT, delta_RBHT, dqkv_RBTC, eps, ONE_BLOCK=one_block, **shape, **tiles
     )
     return dqkv_RBTC
 
 
-def _save(ctx, inputs, output):
+@attention_backward_op.register_fake
+def _(do_RBTD, qkv_RBTC, *_):
+    return torch.empty_like(qkv_RBTC, memory_format=torch.contiguous_format)
+
+
+def _attention_save(ctx, inputs, output):
     qkv_RBTC, cos_RTK2, sin_RTK2, *ctx.settings = inputs
     ctx.save_for_backward(qkv_RBTC, cos_RTK2, sin_RTK2, *output)
     ctx.set_materialize_grads(False)  # nothing flows back into the second result: make no zeros for it
 
 
-def _differentiate(ctx, do_RBTD, _):
-    return _attention_backward(do_RBTD, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+def _attention_backward(ctx, do_RBTD, _):
+    return attention_backward_op(do_RBTD, *ctx.saved_tensors, *ctx.settings), *[None] * 6
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
-fold_vmap(_attention)
+attention_op.register_autograd(_attention_backward, setup_context=_attention_save)
 
 
 def _tables(cos_RTK2, sin_RTK2):
@@ -284,7 +321,7 @@ def _store_rows(x, x_ptr, time, T, K, ROW, FULL):
 
 
 @triton.jit
-def _forward_kernel(
+def _attention_forward_kernel(
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -355,7 +392,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_keys_kernel(
+def _attention_backward_keys_kernel(
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -470,7 +507,7 @@ def _load_upstream(o_ptr, do_ptr, logsumexp_ptr, time, T, K, ROW, FULL: tl.const
 
 
 @triton.jit
-def _backward_head_kernel(
+def _attention_backward_head_kernel(
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -551,7 +588,7 @@ def _backward_head_kernel(
 
 
 @triton.jit
-def _backward_queries_kernel(
+def _attention_backward_queries_kernel(
     qkv_ptr,
     cos_ptr,
     sin_ptr,

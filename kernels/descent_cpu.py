@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import overload
+from torch import Tensor
 
-from kernels import descent
-from kernels.descent import PARAMETERS, WIDTH
+from kernels.two_layer import PARAMETERS, SLOPE, WIDTH, Descent, digest, measure
 
 BLOCK = 16  # cells a thread takes at once
 SUMS = {"reassoc", "contract", "nsz", "arcp"}  # what a vectorised sum needs; NaN and infinity keep their meaning
-SLOPE = descent.SLOPE.value
 IDENTITY, RELU, TANH = range(3)
 NONLINEARITIES = {"identity": IDENTITY, "relu": RELU, "tanh": TANH}
 
@@ -36,6 +35,37 @@ def kept(**options):
             return njit(**options)(function)
 
     return compiled
+
+
+def descend_cpu(
+    x_QNK: Tensor,
+    y_QN: Tensor,
+    w0_QKH: Tensor,
+    w1_QH: Tensor,
+    lr0_R: Tensor,
+    lr1_R: Tensor,
+    offset_R: Tensor,
+    problem_R: Tensor,
+    steps: int,
+    nonlinearity: str,
+    minibatch_QSB: Tensor | None,
+    offset_every_step: bool,
+    keep_losses: bool,
+    keep_weights: bool,
+) -> Descent:
+    """`kernels.descent.descend` by the compiled loop; arguments and shapes as there."""
+    problem = (x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R)
+    losses_RS, weights_RP = train(*problem, minibatch_QSB, steps, nonlinearity, offset_every_step)
+    measure_R, last_loss_R, nonfinite_step_R = measure(losses_RS)
+    return Descent(
+        measure_R,
+        losses_RS[:, 0].double(),
+        last_loss_R,
+        nonfinite_step_R,
+        digest(weights_RP),
+        losses_RS.float() if keep_losses else None,
+        weights_RP if keep_weights else None,
+    )
 
 
 def train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_QSB, steps, nonlinearity, every_step):

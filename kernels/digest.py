@@ -11,8 +11,9 @@ addition is exact, so the order of the sum does not matter. All NaNs count as on
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from kernels.adamw import NAN_BITS, join_bits, join_master
+from kernels.split_master import NAN_BITS, join_bits, join_master
 from kernels.stacking import dense_replicas
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit: torch has no uint64 arithmetic
@@ -22,7 +23,7 @@ CHUNK = 2**20  # elements mixed at once on the CPU: 8 MiB a temporary
 BLOCK = 4096  # elements a program of the kernel digests
 
 
-def digest(weights_RP, remainder_RP=None, replicas_J=None):
+def digest(weights_RP: Tensor, remainder_RP: Tensor | None = None, replicas_J: Tensor | None = None) -> Tensor:
     """64-bit digest of each replica's float32 weights. [R, P] -> int64 [R], or [J] of the replicas named.
 
     weights_RP: float32, or the bf16 half of a split master whose other half is remainder_RP (int16).
@@ -43,11 +44,11 @@ def digest(weights_RP, remainder_RP=None, replicas_J=None):
     return (digest_reference if on_cpu else digest_triton)(weights_RP, remainder_RP, replicas_J)
 
 
-def digest_triton(weights_RP, remainder_RP, replicas_J):
+def digest_triton(weights_RP: Tensor, remainder_RP: Tensor | None, replicas_J: Tensor) -> Tensor:
     """`digest` on the Triton kernel whatever the device."""
     weights_RP = dense_replicas(weights_RP)
     split = remainder_RP is not None
-    remainder_RP = dense_replicas(remainder_RP) if split else weights_RP
+    remainder_RP = weights_RP if remainder_RP is None else dense_replicas(remainder_RP)
     P = weights_RP.shape[1]
     blocks = triton.cdiv(P, BLOCK)
     partial_JB = torch.empty(len(replicas_J), blocks, dtype=torch.int64, device=weights_RP.device)
@@ -58,7 +59,7 @@ def digest_triton(weights_RP, remainder_RP, replicas_J):
     return partial_JB.sum(1)
 
 
-def digest_reference(weights_RP, remainder_RP, replicas_J):
+def digest_reference(weights_RP: Tensor, remainder_RP: Tensor | None, replicas_J: Tensor) -> Tensor:
     """`digest` in plain torch, a chunk of elements at a time."""
     total_J = torch.zeros(len(replicas_J), dtype=torch.int64, device=weights_RP.device)
     chunk = max(1, CHUNK // max(1, len(replicas_J)))
@@ -70,19 +71,29 @@ def digest_reference(weights_RP, remainder_RP, replicas_J):
         bits_JP = piece_JP.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
         bits_JP = bits_JP.masked_fill(piece_JP.isnan(), NAN_BITS.value)
         index_P = torch.arange(piece_JP.shape[1], device=piece_JP.device) + start
-        total_J += _mix((index_P << 32) + bits_JP).sum(1)
+        total_J += mix((index_P << 32) + bits_JP).sum(1)
     return total_J
 
 
-def _mix(z):
+def mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser of 64-bit integers, any shape."""
     z = z + GOLDEN
     z = (z ^ _shift_right(z, 30)) * MIX1
     z = (z ^ _shift_right(z, 27)) * MIX2
     return z ^ _shift_right(z, 31)
 
 
-def _shift_right(z, bits):
+def _shift_right(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical: the sign bit is a bit like any other
+
+
+@triton.jit
+def mix_bits(z):
+    """`mix` of uint64 in a kernel."""
+    z = z + 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
 @triton.jit
@@ -99,10 +110,6 @@ def _digest_kernel(
         weight = join_bits(weight, remainder)
     bits = weight.to(tl.uint32, bitcast=True)
     bits = tl.where(weight != weight, NAN_BITS, bits).to(tl.uint64)
-    z = (index.to(tl.uint64) << 32) + bits
-    z = z + 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
+    z = mix_bits((index.to(tl.uint64) << 32) + bits)
     z = tl.where(index < P, z, 0).to(tl.int64, bitcast=True)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(z, 0))

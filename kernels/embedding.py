@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 
 MAX_WIDTH = 16384
 
 
-def embedding(tokens_BT, weight_VD):
+def embedding(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
     """Rows of `weight_VD` at `tokens_BT`.
 
     tokens_BT: int64 or int32 [B, T], each in [0, V); weight_VD: [V, D]. Returns [B, T, D]. A token
@@ -30,22 +31,23 @@ def embedding(tokens_BT, weight_VD):
     return embedding_triton(tokens_BT, weight_VD)
 
 
-def embedding_triton(tokens_BT, weight_VD):
+def embedding_triton(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
     """`embedding` on the Triton kernels whatever the device."""
     if weight_VD.shape[-1] > MAX_WIDTH:
         raise ValueError(
             f"embedding got width {weight_VD.shape[-1]}, expected at most {MAX_WIDTH}: use a narrower network"
         )
-    return _embedding(tokens_BT[None], weight_VD[None]).squeeze(0)
+    return embedding_op(tokens_BT[None], weight_VD[None]).squeeze(0)
 
 
-def embedding_reference(tokens_BT, weight_VD):
+def embedding_reference(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
     """`embedding` in plain differentiable torch."""
     return F.embedding(tokens_BT, weight_VD)
 
 
+@fold_vmap
 @custom_operator("fractal::embedding")
-def _embedding(tokens_RBT: torch.Tensor, weight_RVD: torch.Tensor) -> torch.Tensor:
+def embedding_op(tokens_RBT: Tensor, weight_RVD: Tensor) -> Tensor:
     R, V, D = weight_RVD.shape
     tokens_RBT, weight_RVD = dense_replicas(tokens_RBT), dense_replicas(weight_RVD)
     y_RBTD = weight_RVD.new_empty(*tokens_RBT.shape, D)
@@ -57,8 +59,13 @@ def _embedding(tokens_RBT: torch.Tensor, weight_RVD: torch.Tensor) -> torch.Tens
     return y_RBTD
 
 
+@embedding_op.register_fake
+def _(tokens_RBT, weight_RVD):
+    return weight_RVD.new_empty(*tokens_RBT.shape, weight_RVD.shape[-1])
+
+
 @custom_operator("fractal::embedding_backward")
-def _embedding_backward(dy_RBTD: torch.Tensor, tokens_RBT: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def embedding_backward_op(dy_RBTD: Tensor, tokens_RBT: Tensor, vocabulary: int) -> Tensor:
     R, _, _, D = dy_RBTD.shape
     tokens_RBT = dense_replicas(tokens_RBT)
     N = tokens_RBT[0].numel()
@@ -85,18 +92,22 @@ def _embedding_backward(dy_RBTD: torch.Tensor, tokens_RBT: torch.Tensor, vocabul
     return dweight_RVD
 
 
-def _save(ctx, inputs, output):
+@embedding_backward_op.register_fake
+def _(dy_RBTD, tokens_RBT, vocabulary):
+    return dy_RBTD.new_empty(dy_RBTD.shape[0], vocabulary, dy_RBTD.shape[-1])
+
+
+def _embedding_save(ctx, inputs, output):
     tokens_RBT, weight_RVD = inputs
     ctx.vocabulary = weight_RVD.shape[1]
     ctx.save_for_backward(tokens_RBT)
 
 
-def _differentiate(ctx, dy_RBTD):
-    return None, _embedding_backward(dy_RBTD, *ctx.saved_tensors, ctx.vocabulary)
+def _embedding_backward(ctx, dy_RBTD):
+    return None, embedding_backward_op(dy_RBTD, *ctx.saved_tensors, ctx.vocabulary)
 
 
-_embedding.register_autograd(_differentiate, setup_context=_save)
-fold_vmap(_embedding)
+embedding_op.register_autograd(_embedding_backward, setup_context=_embedding_save)
 
 
 def _tiles(D):
@@ -125,7 +136,7 @@ def _gather_kernel(
     known = ((token >= 0) & (token < V))[:, None] & (column < D)[None, :]
     weight_at = replica * weight_stride + token[:, None] * D + column[None, :]
     y = tl.load(weight_ptr + weight_at, mask=known, other=float("nan"))
-    y_at = replica * N * D + row[:, None] * D + column[None, :]
+    y_at = (replica * N + row)[:, None] * D + column[None, :]
     tl.store(y_ptr + y_at, y, mask=(row < N)[:, None] & (column < D)[None, :])
 
 

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.linear import gradients, stacked_matmul
+from kernels.linear import gradients
+from kernels.matmul import stacked_matmul
 from kernels.stacking import custom_operator, fold_vmap
 
 IGNORED = -100
@@ -41,6 +42,7 @@ def linear_cross_entropy(
 def linear_cross_entropy_triton(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
 ) -> Tensor:
+    """`linear_cross_entropy` on the Triton kernels whatever the device."""
     loss_1, _ = linear_cross_entropy_op(
         x_ND[None],
         weight_VD[None],
@@ -55,11 +57,12 @@ def linear_cross_entropy_triton(
 def linear_cross_entropy_reference(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
 ) -> Tensor:
+    """`linear_cross_entropy` in plain differentiable torch."""
     return token_losses_reference(x_ND, weight_VD, targets_N, softcap, label_smoothing).sum()
 
 
 def linear_cross_entropy_by_row(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
-    """The sum of the cross-entropy (nats) over each row's supervised targets, fp32 [B]; without gradient or smoothing.
+    """The sum of the cross-entropy (nats) over each row's supervised targets, fp32 [B]; no gradient, no smoothing.
 
     Otherwise as `linear_cross_entropy`: x_BTD and weight_VD bf16 or fp32, targets_BT int64 or int32.
     """
@@ -69,16 +72,17 @@ def linear_cross_entropy_by_row(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Te
 
 
 def linear_cross_entropy_by_row_triton(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, softcap: float) -> Tensor:
-    """The Triton form of `linear_cross_entropy_by_row`."""
+    """`linear_cross_entropy_by_row` on the Triton kernels whatever the device."""
     return linear_cross_entropy_by_row_op(x_BTD[None], weight_VD[None], targets_BT[None], softcap).squeeze(0)
 
 
 def linear_cross_entropy_by_row_reference(
     x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, softcap: float
 ) -> Tensor:
-    """The plain form of `linear_cross_entropy_by_row`."""
+    """`linear_cross_entropy_by_row` in plain torch."""
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-    losses_N = token_losses_reference(x_ND, weight_VD, targets_N, softcap, x_ND.new_zeros((), dtype=torch.float32))
+    unsmoothed = torch.zeros((), dtype=torch.float32, device=x_BTD.device)
+    losses_N = token_losses_reference(x_ND, weight_VD, targets_N, softcap, unsmoothed)
     return losses_N.unflatten(0, targets_BT.shape).sum(-1)
 
 
@@ -119,8 +123,8 @@ def _gradient(z, wanted, lse, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_kernel(
-    logits, targets, smoothing_R, loss_RN, tokens, vocabulary, ignored,
+def _cross_entropy_kernel(
+    logits_ptr, targets_ptr, smoothing_ptr, loss_ptr, tokens, vocabulary, ignored,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of one token's row, whole blocks of it where EVEN."""
@@ -128,35 +132,35 @@ def cross_entropy_kernel(
     # that the largest logit need not be found.
     BOUNDED: tl.constexpr = SOFTCAP > 0 and SOFTCAP <= 40
     token = tl.program_id(0).to(tl.int64)  # of all replicas
-    smoothing = tl.load(smoothing_R + token // tokens)
-    target = tl.load(targets + token).to(tl.int32)
-    row = logits + token * vocabulary
+    smoothing = tl.load(smoothing_ptr + token // tokens)
+    target = tl.load(targets_ptr + token).to(tl.int32)
+    row_ptr = logits_ptr + token * vocabulary
     v = tl.arange(0, BLOCK)
     if target == ignored:
-        tl.store(loss_RN + token, 0.0)
+        tl.store(loss_ptr + token, 0.0)
         if GRADIENT:
             for start in range(0, vocabulary, BLOCK):
-                tl.store(row + start + v, 0.0, mask=start + v < vocabulary)
+                tl.store(row_ptr + start + v, 0.0, mask=start + v < vocabulary)
     else:
-        hit = _capped(tl.load(row + target).to(tl.float32), SOFTCAP)
+        hit = _capped(tl.load(row_ptr + target).to(tl.float32), SOFTCAP)
         others = smoothing / vocabulary  # the wanted probability of any other token
         if ONE_BLOCK:  # the row stays in registers
             inside = EVEN | (v < vocabulary)
-            z = _capped(tl.load(row + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
+            z = _capped(tl.load(row_ptr + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
             mean = tl.sum(tl.where(inside, z, 0.0), axis=0) / vocabulary
             peak = SOFTCAP if BOUNDED else tl.max(tl.where(inside, z, -float("inf")), axis=0)
             lse = peak + tl.log(tl.sum(tl.where(inside, tl.exp2((z - peak) * LOG2E), 0.0), axis=0))
             if GRADIENT:
                 tl.debug_barrier()  # every thread has read the target's logit
                 gradient = _gradient(z, others, lse, SOFTCAP)
-                tl.store(row + v, gradient.to(logits.dtype.element_ty), mask=inside)
+                tl.store(row_ptr + v, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
         else:
             peak = tl.full((), SOFTCAP if BOUNDED else -float("inf"), tl.float32)
             exponentials = tl.zeros((BLOCK,), tl.float32)
             total = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, vocabulary, BLOCK):
                 inside = EVEN | (start + v < vocabulary)
-                z = _capped(tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
+                z = _capped(tl.load(row_ptr + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
                 total += tl.where(inside, z, 0.0)
                 if BOUNDED:
                     exponentials += tl.where(inside, tl.exp2((z - peak) * LOG2E), 0.0)
@@ -171,23 +175,25 @@ def cross_entropy_kernel(
                 tl.debug_barrier()  # every thread has read the target's logit
                 for start in range(0, vocabulary, BLOCK):
                     inside = EVEN | (start + v < vocabulary)
-                    z = _capped(tl.load(row + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
+                    z = _capped(tl.load(row_ptr + start + v, mask=inside, other=0.0).to(tl.float32), SOFTCAP)
                     gradient = _gradient(z, others, lse, SOFTCAP)
-                    tl.store(row + start + v, gradient.to(logits.dtype.element_ty), mask=inside)
+                    tl.store(row_ptr + start + v, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
         if GRADIENT:
             tl.debug_barrier()  # the target's own comes last
-            tl.store(row + target, _gradient(hit, others + (1 - smoothing), lse, SOFTCAP).to(logits.dtype.element_ty))
-        tl.store(loss_RN + token, lse - ((1 - smoothing) * hit + smoothing * mean))
+            tl.store(
+                row_ptr + target, _gradient(hit, others + (1 - smoothing), lse, SOFTCAP).to(logits_ptr.dtype.element_ty)
+            )
+        tl.store(loss_ptr + token, lse - ((1 - smoothing) * hit + smoothing * mean))
 
 
 @triton.jit
-def sum_kernel(values_RN, sum_R, tokens, BLOCK: tl.constexpr):
+def _sum_kernel(values_ptr, sum_ptr, tokens, BLOCK: tl.constexpr):
     replica = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, tokens, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        total += tl.load(values_RN + replica * tokens + at, mask=at < tokens, other=0.0)
-    tl.store(sum_R + replica, tl.sum(total, axis=0))
+        total += tl.load(values_ptr + replica * tokens + at, mask=at < tokens, other=0.0)
+    tl.store(sum_ptr + replica, tl.sum(total, axis=0))
 
 
 def cross_entropy_(
@@ -202,12 +208,12 @@ def cross_entropy_(
     sums = torch.empty(replicas * rows, dtype=torch.float32, device=logits_RNV.device)
     one_block = vocabulary <= IN_REGISTERS
     block = triton.next_power_of_2(vocabulary) if one_block else BLOCK
-    cross_entropy_kernel[(replicas * tokens,)](
+    _cross_entropy_kernel[(replicas * tokens,)](
         logits_RNV, targets_RN.contiguous(), smoothing_R.contiguous(), loss_RN, tokens, vocabulary,
         IGNORED, SOFTCAP=softcap, GRADIENT=gradient, BLOCK=block, ONE_BLOCK=one_block, EVEN=vocabulary % block == 0,
         num_warps=max(1, min(block // 512, 8)),
     )  # fmt: skip
-    sum_kernel[(replicas * rows,)](loss_RN, sums, tokens // rows, BLOCK=1024, num_warps=4)
+    _sum_kernel[(replicas * rows,)](loss_RN, sums, tokens // rows, BLOCK=1024, num_warps=4)
     return sums
 
 
@@ -250,13 +256,13 @@ def _(x_RND, weight_RVD, targets_RN, smoothing_R, softcap, gradient):
     return smoothing_R.new_empty(replicas), x_RND.new_empty((replicas, *sides))
 
 
-def _save(ctx, inputs, output):
+def _linear_cross_entropy_save(ctx, inputs, output):
     ctx.save_for_backward(output[1], inputs[0], inputs[1])
     ctx.set_materialize_grads(False)  # nothing flows back into the second result: make no zeros for it
 
 
-def _backward(ctx, upstream_R, _):
+def _linear_cross_entropy_backward(ctx, upstream_R, _):
     return *gradients(ctx, *ctx.saved_tensors, scale_R=upstream_R), None, None, None, None
 
 
-linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
+linear_cross_entropy_op.register_autograd(_linear_cross_entropy_backward, setup_context=_linear_cross_entropy_save)

@@ -5,8 +5,8 @@ Dimensions: R every leading dimension flattened (replicas, layers), M rows, N co
 
 from torch import Tensor
 
-from kernels.adamw import launch_global_norm
-from kernels.linear import stacked_matmul
+from kernels.gradient_norm import global_norm_triton
+from kernels.matmul import stacked_matmul
 
 A, B, C = 3.4445, -4.7750, 2.0315
 
@@ -38,7 +38,7 @@ def newton_schulz_triton(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> T
     """Three stacked products a step, on the shorter side's Gram matrix, without transposes."""
     matrix_RMN = matrix.reshape(-1, *matrix.shape[-2:])
     rows, columns = matrix_RMN.shape[1:]
-    norm_R = launch_global_norm([matrix_RMN.flatten(1)])
+    norm_R = global_norm_triton([matrix_RMN.flatten(1)])
     x_RMN = (matrix_RMN / (norm_R + eps)[:, None, None]).to(matrix_RMN.dtype)
     for _ in range(steps):
         gram = stacked_matmul(x_RMN, x_RMN, "tn" if rows > columns else "nt")

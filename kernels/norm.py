@@ -10,6 +10,7 @@ program adds its own row block, a second kernel adds the blocks.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 
@@ -19,7 +20,7 @@ BLOCK_ROWS = 32  # rows whose weight gradients one program adds
 COLUMNS = 128  # channels whose blocks one program adds
 
 
-def rms_norm(x, weight=None, eps=1e-6):
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times `weight` where given.
 
     Zhang and Sennrich 2019, arXiv:1910.07467. x: [..., D]; weight: [D] or None. Returns [..., D]
@@ -30,7 +31,7 @@ def rms_norm(x, weight=None, eps=1e-6):
     return rms_norm_triton(x, weight, eps)
 
 
-def add_rms_norm(x, residual, weight=None, eps=1e-6):
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual): the residual stream is updated and read in one pass.
 
     x, residual: [..., D]; weight: [D] or None. The sum is rounded to the dtype of x before it is
@@ -41,20 +42,22 @@ def add_rms_norm(x, residual, weight=None, eps=1e-6):
     return add_rms_norm_triton(x, residual, weight, eps)
 
 
-def rms_norm_triton(x, weight=None, eps=1e-6):
+def rms_norm_triton(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """`rms_norm` on the Triton kernels whatever the device."""
     check_norm(x, weight)
     return rms_norm_op(x[None], None if weight is None else weight[None], eps).squeeze(0)
 
 
-def add_rms_norm_triton(x, residual, weight=None, eps=1e-6):
+def add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` on the Triton kernels whatever the device."""
     check_norm(x, weight)
-    normed, total = _add_rms_norm(x[None], residual[None], None if weight is None else weight[None], eps)
+    normed, total = add_rms_norm_op(x[None], residual[None], None if weight is None else weight[None], eps)
     return normed.squeeze(0), total.squeeze(0)
 
 
-def rms_norm_reference(x, weight=None, eps=1e-6):
+def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """`rms_norm` in plain differentiable torch."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -63,48 +66,63 @@ def rms_norm_reference(x, weight=None, eps=1e-6):
     return normed.to(x.dtype)
 
 
-def add_rms_norm_reference(x, residual, weight=None, eps=1e-6):
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in plain differentiable torch."""
     total = x + residual
     return rms_norm_reference(total, weight, eps), total
 
 
-def check_norm(x, weight):
-    """Raise ValueError for a width or weight that the kernels do not take."""
+def check_norm(x: Tensor, weight: Tensor | None) -> None:
+    """Raise ValueError for a width or weight that the kernels do not take: x [..., D], weight [D] or None."""
     if x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"rms_norm got width {x.shape[-1]}, expected at most {MAX_WIDTH}: use a narrower network")
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm got a weight {tuple(weight.shape)}, expected ({x.shape[-1]},): one value a channel")
 
 
+@fold_vmap
 @custom_operator("fractal::rms_norm")
-def rms_norm_op(x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float) -> torch.Tensor:
+def rms_norm_op(x: Tensor, weight_RD: Tensor | None, eps: float) -> Tensor:
+    """`rms_norm` of R replicas, x [R, ..., D]."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     _forward(x, None, weight_RD, normed, None, eps)
     return normed
 
 
+@rms_norm_op.register_fake
+def _(x, weight_RD, eps):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@fold_vmap
 @custom_operator("fractal::add_rms_norm")
-def _add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight_RD: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm_op(x: Tensor, residual: Tensor, weight_RD: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of R replicas, x and residual [R, ..., D]."""
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(normed)
     _forward(x, residual, weight_RD, normed, total, eps)
     return normed, total
 
 
+@add_rms_norm_op.register_fake
+def _(x, residual, weight_RD, eps):
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(total), total
+
+
 @custom_operator("fractal::rms_norm_backward")
 def rms_norm_backward_op(
-    dnormed: torch.Tensor, dtotal: torch.Tensor | None, x: torch.Tensor, weight_RD: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx, dweight); `dtotal`, the gradient that reaches x past the norm, is added to dx."""
+    dnormed: Tensor, dtotal: Tensor | None, x: Tensor, weight_RD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(dx [R, ..., D], dweight [R, D], or [R, 0] without one); `dtotal`, the gradient of x itself, is added to dx."""
     R, D = x.shape[0], x.shape[-1]
     N = x[0].numel() // D
     J = triton.cdiv(N, BLOCK_ROWS)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     partial_RJD = None if weight_RD is None else x.new_empty(R, J, D, dtype=torch.float32)
-    _backward_kernel[(R * J,)](
+    _norm_backward_kernel[(R * J,)](
         dnormed.contiguous(),
         None if dtotal is None else dtotal.contiguous(),
         x.contiguous(),
@@ -125,47 +143,56 @@ def rms_norm_backward_op(
     return dx, dweight_RD
 
 
-def _save_norm(ctx, inputs, output):
+@rms_norm_backward_op.register_fake
+def _(dnormed, dtotal, x, weight_RD, eps):
+    dweight_RD = x.new_empty(x.shape[0], 0) if weight_RD is None else torch.empty_like(weight_RD)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), dweight_RD
+
+
+def _rms_norm_save(ctx, inputs, output):
     x, weight_RD, ctx.eps = inputs
     ctx.save_for_backward(x, weight_RD)
 
 
-def _differentiate_norm(ctx, dnormed):
+def _rms_norm_backward(ctx, dnormed):
     x, weight_RD = ctx.saved_tensors
     dx, dweight_RD = rms_norm_backward_op(dnormed, None, x, weight_RD, ctx.eps)
     return dx, None if weight_RD is None else dweight_RD, None
 
 
-def _save_add_norm(ctx, inputs, output):
+def _add_rms_norm_save(ctx, inputs, output):
     _, _, weight_RD, ctx.eps = inputs
     ctx.save_for_backward(output[1], weight_RD)
     ctx.set_materialize_grads(False)  # the last norm's total goes nowhere: no zeros to read for it
 
 
-def sum_and_norm_backward(dnormed, dtotal, total, weight_RD, eps):
-    """The gradients of a sum and of the norm's weight, from those of the sum's norm and of the sum (None: unused)."""
+def sum_and_norm_backward(
+    dnormed: Tensor | None, dtotal: Tensor | None, total: Tensor, weight_RD: Tensor | None, eps: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a sum [R, ..., D] and of its norm's weight [R, D].
+
+    From those of the norm and of the sum, both [R, ..., D]; None: that result was not used.
+    """
     if dnormed is None:
         return dtotal, None
     dsum, dweight_RD = rms_norm_backward_op(dnormed, dtotal, total, weight_RD, eps)
     return dsum, None if weight_RD is None else dweight_RD
 
 
-def _differentiate_add_norm(ctx, dnormed, dtotal):
+def _add_rms_norm_backward(ctx, dnormed, dtotal):
     dx, dweight_RD = sum_and_norm_backward(dnormed, dtotal, *ctx.saved_tensors, ctx.eps)
     return dx, dx, dweight_RD, None
 
 
-rms_norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)
-_add_rms_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)
-fold_vmap(rms_norm_op)
-fold_vmap(_add_rms_norm)
+rms_norm_op.register_autograd(_rms_norm_backward, setup_context=_rms_norm_save)
+add_rms_norm_op.register_autograd(_add_rms_norm_backward, setup_context=_add_rms_norm_save)
 
 
 def _forward(x, residual, weight_RD, normed, total, eps):
     R, D = x.shape[0], x.shape[-1]
     N = x[0].numel() // D
     tiles = _tiles(D)
-    _forward_kernel[(R * triton.cdiv(N, tiles["ROWS"]),)](
+    _norm_forward_kernel[(R * triton.cdiv(N, tiles["ROWS"]),)](
         x.contiguous(),
         None if residual is None else residual.contiguous(),
         *_weight(weight_RD),
@@ -191,7 +218,7 @@ def _tiles(D):
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_forward_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -209,7 +236,7 @@ def _forward_kernel(
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < N)[:, None] & (column < D)[None, :]
-    at = replica * N * D + row[:, None] * D + column[None, :]
+    at = (replica * N + row)[:, None] * D + column[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -224,7 +251,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     dnormed_ptr,
     dtotal_ptr,
     x_ptr,
@@ -249,7 +276,7 @@ def _backward_kernel(
     for start in range(0, BLOCK_ROWS, ROWS):
         row = block * BLOCK_ROWS + start + tl.arange(0, ROWS)
         inside = (row < N)[:, None] & (column < D)[None, :]
-        at = replica * N * D + row[:, None] * D + column[None, :]
+        at = (replica * N + row)[:, None] * D + column[None, :]
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dnormed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         inverse_rms = (1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps))[:, None]

@@ -1,8 +1,8 @@
 """The tile of every stacked matrix product: a function of one replica's shape and dtype alone.
 
 `benchmarks/tune.py` measures the candidates and writes kernels/tuned_tiles.json; shapes that are
-not in it follow a rule. Nothing here sees the number of replicas, so a replica's bits do not depend
-on its company.
+not in it follow a rule. Nothing here sees the number of replicas, so products are
+batch-invariant.
 
 A form names how the operands are stored: a first, b second, `n` as the product reads it
 (a [M, K], b [K, N]) and `t` transposed (a [K, M], b [N, K]).

@@ -1,4 +1,4 @@
-"""The claims every stacked operator makes, for the kernel tests: close to float64, blind to company."""
+"""The claims every stacked operator makes, for the kernel tests: close to float64, batch-invariant, well registered."""
 
 import warnings
 from contextlib import contextmanager
@@ -48,20 +48,29 @@ def assert_close_to_float64(operator, reference, inputs, tolerance):
         assert error <= tolerance, f"relative error {error:.2e} of a tensor {tuple(got.shape)}"
 
 
-def assert_blind_to_company(operator, inputs):
+def assert_well_registered(operator, *arguments):
+    """Schema, autograd and fake tensors of a stacked operator."""
+    arguments = [
+        x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments
+    ]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator.call, tuple(arguments), test_utils=checks)
+
+
+def assert_batch_invariant(operator, inputs):
     """Replica r's bits are those of a lone call, in R = 1, 2 and 5, in any slot, beside NaN and infinity.
 
     `inputs` lead with 5 replicas; outputs and gradients are compared bit for bit.
     """
     stacked = torch.func.vmap(operator)
     outputs, gradients, upstream = differentiate(stacked, inputs)
-    company = outputs + gradients
+    five = outputs + gradients
     for replica in (0, 3):
         y, g, _ = differentiate(operator, [x[replica] for x in inputs], [u[replica] for u in upstream])
-        assert all(torch.equal(alone, all_five[replica]) for alone, all_five in zip(y + g, company, strict=True))
+        assert all(torch.equal(alone, all_five[replica]) for alone, all_five in zip(y + g, five, strict=True))
     pair = [4, 1]
     y, g, _ = differentiate(stacked, [x[pair] for x in inputs], [u[pair] for u in upstream])
-    assert all(torch.equal(two, all_five[pair]) for two, all_five in zip(y + g, company, strict=True))
+    assert all(torch.equal(two, all_five[pair]) for two, all_five in zip(y + g, five, strict=True))
     broken = [x.clone() for x in inputs]
     for x in broken:
         if x.is_floating_point():
@@ -70,4 +79,4 @@ def assert_blind_to_company(operator, inputs):
         warnings.simplefilter("ignore", RuntimeWarning)  # the interpreter's numpy warns of NaN
         y, g, _ = differentiate(stacked, broken, upstream)
     healthy = [1, 3, 4]
-    assert all(torch.equal(beside[healthy], all_five[healthy]) for beside, all_five in zip(y + g, company, strict=True))
+    assert all(torch.equal(beside[healthy], all_five[healthy]) for beside, all_five in zip(y + g, five, strict=True))

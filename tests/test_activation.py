@@ -1,10 +1,19 @@
-"""SwiGLU and squared ReLU: against float64, NaN kept, and in any company."""
+"""SwiGLU and squared ReLU: against float64, NaN kept, batch-invariant."""
 
 import pytest
 import torch
-from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, normal
+from stacked import DEVICE, assert_batch_invariant, assert_close_to_float64, assert_well_registered, normal
 
-from kernels.activation import relu2_reference, relu2_triton, swiglu_reference, swiglu_triton
+from kernels.activation import (
+    relu2_backward_op,
+    relu2_op,
+    relu2_reference,
+    relu2_triton,
+    swiglu_backward_op,
+    swiglu_op,
+    swiglu_reference,
+    swiglu_triton,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -18,8 +27,8 @@ def test_matches_float64(form, shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_blind_to_company(form):
-    assert_blind_to_company(FORMS[form][0], [normal(1, 5, 2, 9, 12)])
+def test_batch_invariant(form):
+    assert_batch_invariant(FORMS[form][0], [normal(1, 5, 2, 9, 12)])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -28,6 +37,14 @@ def test_keeps_nan(form):
     x[1, 2] = float("nan")
     operator, reference = FORMS[form]
     assert torch.equal(operator(x).isnan(), reference(x).isnan())
+
+
+def test_operators_are_well_registered():
+    wide, narrow = normal(3, 2, 3, 8), normal(4, 2, 3, 4)
+    assert_well_registered(swiglu_op, wide)
+    assert_well_registered(swiglu_backward_op, narrow, wide)
+    assert_well_registered(relu2_op, wide)
+    assert_well_registered(relu2_backward_op, wide, wide.clone())
 
 
 def test_swiglu_refuses_an_odd_width():

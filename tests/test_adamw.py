@@ -4,21 +4,10 @@ import pytest
 import torch
 from stacked import DEVICE, normal
 
-from kernels.adamw import (
-    NORM_BLOCK,
-    AdamWScalars,
-    accumulate_reference_,
-    adamw_,
-    adamw_reference_,
-    adamw_split_,
-    global_norm_reference,
-    join_master,
-    launch_accumulate_,
-    launch_adamw_,
-    launch_global_norm,
-    round_to_weight,
-    split_master,
-)
+from kernels.accumulate import accumulate_reference_, accumulate_triton_
+from kernels.adamw import AdamWScalars, adamw_, adamw_reference_, adamw_split_, adamw_triton_
+from kernels.gradient_norm import BLOCK, global_norm_reference, global_norm_triton
+from kernels.split_master import join_master, round_to_weight, split_master
 
 pytestmark = pytest.mark.kernel
 
@@ -92,7 +81,7 @@ class State:
 def test_kernel_has_the_references_bits(R, n, weight, gradient_dtype):
     scale_R = torch.linspace(0.1, 1, R, device=DEVICE)
     wanted = State(R, n, gradient_dtype=gradient_dtype).run(adamw_reference_, weight, scale_R=scale_R)
-    got = State(R, n, gradient_dtype=gradient_dtype).run(launch_adamw_, weight, scale_R=scale_R)
+    got = State(R, n, gradient_dtype=gradient_dtype).run(adamw_triton_, weight, scale_R=scale_R)
     assert all(map(same, got.tensors(), wanted.tensors()))
 
 
@@ -114,13 +103,13 @@ def test_reference_is_adamw():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
-@pytest.mark.parametrize("step", [launch_adamw_, adamw_split_], ids=["kernel", "dispatch"])
+@pytest.mark.parametrize("step", [adamw_triton_, adamw_split_], ids=["kernel", "dispatch"])
 def test_split_master_has_the_plain_forms_bits(step):
     plain, split = State(3, 700), State(3, 700)
     for state in (plain, split):
         state.gradient[1, 5] = float("inf")
         state.gradient[2, 6] = float("nan")
-    plain.run(launch_adamw_)
+    plain.run(adamw_triton_)
     split.run(step, split=True)
     assert same(join_master(split.weight, split.remainder), plain.master)
     assert all(map(same, split.tensors()[1:], plain.tensors()[1:]))
@@ -130,7 +119,7 @@ def test_split_master_has_the_plain_forms_bits(step):
 def test_without_eps_what_lies_behind_a_parameter_does_not_break_it():
     state = State(2, 63)
     state.scalars = (*state.scalars[:-1], 0.0)
-    assert state.run(launch_adamw_).nonfinite.tolist() == [0, 0]
+    assert state.run(adamw_triton_).nonfinite.tolist() == [0, 0]
     assert state.master.isfinite().all()
 
 
@@ -140,17 +129,17 @@ def test_inactive_replicas_are_not_touched(split):
     before, after = State(3, 300), State(3, 300)
     after.active[1] = False
     after.gradient[1] = float("nan")
-    after.run(launch_adamw_, split=split)
+    after.run(adamw_triton_, split=split)
     kept = zip(before.tensors() + [before.remainder], after.tensors() + [after.remainder], strict=True)
     assert all(same(old[1], new[1]) for old, new in kept)
     assert after.nonfinite.tolist() == [0, 0, 0]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
-def test_a_replicas_bits_do_not_depend_on_company():
-    everyone, beside_nan = State(5, 300).run(launch_adamw_), State(5, 300)
+def test_batch_invariant():
+    everyone, beside_nan = State(5, 300).run(adamw_triton_), State(5, 300)
     beside_nan.gradient[0], beside_nan.master[2] = float("nan"), float("inf")
-    beside_nan.run(launch_adamw_)
+    beside_nan.run(adamw_triton_)
     for replica in (1, 3, 4):
         pairs = zip(everyone.tensors(), beside_nan.tensors(), strict=True)
         assert all(same(a[replica], b[replica]) for a, b in pairs)
@@ -158,19 +147,34 @@ def test_a_replicas_bits_do_not_depend_on_company():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
 def test_global_norm():
-    gradients = [normal(i, 5, n) for i, n in enumerate((1, 63, NORM_BLOCK + 5, 3 * NORM_BLOCK))]
+    gradients = [normal(i, 5, n) for i, n in enumerate((1, 63, BLOCK + 5, 3 * BLOCK))]
     gradients[1] = gradients[1].bfloat16()
-    norm_R = launch_global_norm(gradients)
+    norm_R = global_norm_triton(gradients)
     true = torch.cat([g.double() for g in gradients], dim=1).norm(dim=1)
     torch.testing.assert_close(norm_R.double(), true, rtol=1e-6, atol=0)
     torch.testing.assert_close(norm_R, global_norm_reference(gradients), rtol=1e-6, atol=0)
     for lone in (0, 3):
-        assert torch.equal(launch_global_norm([g[lone : lone + 1] for g in gradients]), norm_R[lone : lone + 1])
+        assert torch.equal(global_norm_triton([g[lone : lone + 1] for g in gradients]), norm_R[lone : lone + 1])
     gradients[2][0, 7], gradients[2][1, 7] = float("nan"), float("inf")
-    beside = launch_global_norm(gradients)
+    beside = global_norm_triton(gradients)
     assert torch.equal(beside[2:], norm_R[2:])
-    assert beside[0].isnan()
-    assert beside[1].isinf()
+    assert beside[:2].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of overflow
+@pytest.mark.parametrize("form", [global_norm_triton, global_norm_reference])
+def test_a_norm_whose_squares_overflow(form):
+    """By one square, by the sum within a block, by the sum over blocks; a norm beyond fp32 is no number."""
+    gradients = [normal(0, 4, 3 * BLOCK), normal(1, 4, 63)]
+    gradients[0][0, 7] = 3e25
+    gradients[0][1] *= 3e17
+    gradients[0][2, ::BLOCK] = 1.5e19
+    gradients[0][3, :2] = 3e38
+    norm_R = form(gradients)
+    true = torch.cat([g.double() for g in gradients], dim=1).norm(dim=1)
+    assert (true[:3] > 1.8e19).all()
+    torch.testing.assert_close(norm_R[:3].double(), true[:3], rtol=1e-6, atol=0)
+    assert norm_R[3].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -182,7 +186,7 @@ def test_accumulation(dtype):
     wanted[0] = float("nan")  # a fresh accumulator's past does not count
     got = wanted.clone()
     accumulate_reference_(wanted, gradient, fresh, active)
-    launch_accumulate_(got, gradient, fresh, active)
+    accumulate_triton_(got, gradient, fresh, active)
     assert same(got, wanted)
     assert same(got[0], gradient[0].float())
 
@@ -193,7 +197,7 @@ def test_accumulation(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 1000, 1024 * 1024 + 3])
 def test_gpu_bits_equal_the_references_on_both_devices(n):
-    kernel, reference = State(4, n).run(launch_adamw_), State(4, n).run(adamw_reference_)
+    kernel, reference = State(4, n).run(adamw_triton_), State(4, n).run(adamw_reference_)
     assert all(map(same, kernel.tensors(), reference.tensors()))
     host = State(4, n)
     moved = [t.cpu() for t in (host.master, host.gradient, host.weight, host.first, host.second)]
@@ -213,7 +217,7 @@ def test_addresses_beyond_two_to_the_31():
     gradient[-1, -5:] = 1
     ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 10.0, 10**0.5)]
     flags = (torch.ones(R, dtype=torch.bool, device=DEVICE), torch.zeros(R, dtype=torch.int32, device=DEVICE))
-    launch_adamw_(master, gradient, None, first, second, AdamWScalars(*ones, EPS, None, *flags))
+    adamw_triton_(master, gradient, None, first, second, AdamWScalars(*ones, EPS, None, *flags))
     assert torch.equal(master.count_nonzero(dim=1).cpu(), torch.tensor([0, 0, 5]))
     assert (master[-1, -5:] < -0.09).all()
-    torch.testing.assert_close(launch_global_norm([gradient]).cpu(), torch.tensor([0.0, 0.0, 5**0.5]))
+    torch.testing.assert_close(global_norm_triton([gradient]).cpu(), torch.tensor([0.0, 0.0, 5**0.5]))

@@ -4,13 +4,13 @@ import pretend_gpu
 import torch
 import triton
 
-from kernels.activation import _relu2
+from kernels.activation import relu2_op
 from kernels.ahead import compile_ahead
 from kernels.digest import digest_triton
 
 
 def small_step():
-    _relu2(torch.ones(1, 40))
+    relu2_op(torch.ones(1, 40))
     for width in (16, 48):  # the same compiled kernel, and whichever widths and types need their own
         digest_triton(torch.ones(2, width), None, torch.arange(2))
     digest_triton(torch.ones(2, 48).bfloat16(), torch.ones(2, 48).short(), torch.arange(2))

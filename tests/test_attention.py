@@ -1,12 +1,25 @@
-"""Attention: against float64, at odd contexts, with shared kv heads, and in any company."""
+"""Attention: against float64, at odd contexts, with shared kv heads, batch-invariant."""
 
 from functools import partial
 
 import pytest
 import torch
-from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
+from stacked import (
+    DEVICE,
+    assert_batch_invariant,
+    assert_close_to_float64,
+    assert_well_registered,
+    differentiate,
+    normal,
+)
 
-from kernels.attention import qkv_attention, qkv_attention_reference, qkv_attention_triton
+from kernels.attention import (
+    attention_backward_op,
+    attention_op,
+    qkv_attention,
+    qkv_attention_reference,
+    qkv_attention_triton,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -65,9 +78,9 @@ def test_plain_torch_attention_agrees():
 
 
 @pytest.mark.parametrize(("T", "H"), [(9, 2), (40, 1), (70, 1)])  # 40: pairs of half blocks; 70: a longer context
-def test_blind_to_company(T, H):
+def test_batch_invariant(T, H):
     qkv = normal(2, 5, 1, T, (H + 2) * 16)
-    assert_blind_to_company(bind(qkv_attention_triton, T, 16, H, 1, True), [qkv])
+    assert_batch_invariant(bind(qkv_attention_triton, T, 16, H, 1, True), [qkv])
 
 
 def test_each_replica_may_have_its_own_rotary_tables():
@@ -85,6 +98,15 @@ def test_a_strided_projection_and_another_mapped_dimension():
     operator = bind(qkv_attention_triton, T, K, H, H, False)
     stacked = torch.func.vmap(operator, in_dims=1)(qkv)
     assert torch.equal(stacked, torch.func.vmap(operator)(qkv.movedim(1, 0).contiguous()))
+
+
+def test_operators_are_well_registered():
+    qkv, settings = normal(9, 2, 1, 8, 64), (2, 1, True, 1e-6)
+    cos, sin = (table.expand(2, -1, -1).contiguous() for table in rotary_tables(8, 16))
+    checked = [qkv, cos, sin]  # the tables take no gradient
+    o, logsumexp = attention_op(*checked, *settings)
+    assert_well_registered(attention_op, *checked, *settings)
+    assert_well_registered(attention_backward_op, normal(10, *o.shape), *checked, o, logsumexp, *settings)
 
 
 def test_refuses_channels_and_tables_that_do_not_fit():
@@ -135,10 +157,10 @@ def test_float32_matches_float64(T, H, G, K, precision, tolerance):
 @pytest.mark.parametrize(
     ("T", "H", "G", "qk_norm"), [(128, 4, 4, True), (128, 12, 12, True), (128, 9, 3, False), (1000, 9, 3, True)]
 )
-def test_blind_to_company_at_real_shapes(T, H, G, qk_norm):
+def test_batch_invariant_at_real_shapes(T, H, G, qk_norm):
     qkv = normal(6, 5, 8, T, (H + 2 * G) * 64, dtype=torch.bfloat16)
     operator = bind(qkv_attention_triton, T, 64, H, G, qk_norm)
-    assert_blind_to_company(operator, [qkv])
+    assert_batch_invariant(operator, [qkv])
     many = qkv.repeat(13, 1, 1, 1)[:64]
     y, g, _ = differentiate(torch.func.vmap(operator), [many])
     y5, g5, _ = differentiate(torch.func.vmap(operator), [qkv], [normal(7, *y[0].shape, dtype=torch.bfloat16)[:5]])

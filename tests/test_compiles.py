@@ -18,15 +18,19 @@ from engine import optim, trainer
 from engine.models import llama
 from engine.network import describe, load_network
 from engine.tokenizer import ByteTokenizer
-from kernels import adamw
+from kernels.accumulate import accumulate_triton_
+from kernels.adamw import adamw_triton_
 from kernels.ahead import compile_ahead
-from kernels.linear import stacked_matmul
+from kernels.gradient_norm import global_norm_triton
+from kernels.matmul import stacked_matmul
+from kernels.split_master import NAN_BITS
 
-EVERY = {"_forward_kernel", "_backward_kernel", "_digest_kernel", "_gather_kernel", "_order_kernel", "_add_rows_kernel"}
-EVERY |= {"adamw_kernel", "cross_entropy_kernel", "stacked_matmul_kernel", "sum_kernel"}
+EVERY = {"_attention_forward_kernel", "_norm_forward_kernel", "_norm_backward_kernel", "_digest_kernel"}
+EVERY |= {"_gather_kernel", "_order_kernel", "_add_rows_kernel"}
+EVERY |= {"_adamw_kernel", "_cross_entropy_kernel", "_stacked_matmul_kernel", "_sum_kernel"}
 KINDS = {
-    "gpt": {"_backward_head_kernel"},
-    "gpt in fp32, clipped, accumulated": {"squares_kernel", "root_of_sum_kernel", "accumulate_kernel"},
+    "gpt": {"_attention_backward_head_kernel"},
+    "gpt in fp32, clipped, accumulated": {"_squares_kernel", "_root_of_sum_kernel", "_accumulate_kernel"},
     "llama": {"_swiglu_kernel"},
 }
 
@@ -37,8 +41,8 @@ def use_kernels():
         module = import_module(f"kernels.{name}")
         for operator in [name.removesuffix("_triton") for name in vars(module) if name.endswith("_triton")]:
             setattr(module, f"{operator}_reference", getattr(module, f"{operator}_triton"))
-    optim.adamw_ = optim.adamw_split_ = adamw.launch_adamw_
-    trainer.global_norm, trainer.accumulate_ = adamw.launch_global_norm, adamw.launch_accumulate_
+    optim.adamw_ = optim.adamw_split_ = adamw_triton_
+    trainer.global_norm, trainer.accumulate_ = global_norm_triton, accumulate_triton_
 
 
 def compile_step(kind):
@@ -75,8 +79,8 @@ def check_compiled(*steps):
     assert compile_ahead(*steps) == len(pretend_gpu.loaded)
     for kernel in pretend_gpu.loaded:
         assert kernel.metadata.shared <= pretend_gpu.SHARED_MEMORY, kernel.name
-        if kernel.name == "adamw_kernel":  # a choice between a NaN and the canonical one may be compiled away
-            assert str(adamw.NAN_BITS.value) in kernel.asm["ptx"]
+        if kernel.name == "_adamw_kernel":  # a choice between a NaN and the canonical one may be compiled away
+            assert str(NAN_BITS.value) in kernel.asm["ptx"]
     print(*sorted({kernel.name for kernel in pretend_gpu.loaded}), sep="\n")
 
 
@@ -86,4 +90,4 @@ def test_every_kernel_of_a_step_compiles_for_an_h100(tmp_path, kind):
 
 
 def test_every_tuned_product_compiles_for_an_h100(tmp_path):
-    assert pretend_gpu.run("test_compiles", "compile_products", tmp_path) == "stacked_matmul_kernel\n"
+    assert pretend_gpu.run("test_compiles", "compile_products", tmp_path) == "_stacked_matmul_kernel\n"

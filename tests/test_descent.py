@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad_and_value, vmap
 
-import kernels.descent as kernel
 from engine.config import SweepConfig, resolve
 from engine.descent import make_problem, train_rows
 from engine.models.mlp import MLP
 from kernels import descent_cpu
-from kernels.descent import CAP, DTYPES, descend, descend_triton, digest, measure
+from kernels.descent import descend
+from kernels.descent_triton import descend_triton
+from kernels.two_layer import CAP, DTYPES, digest, measure
 
 # diverging cells overflow; numpy and the interpreter, which computes with numpy, warn of it
 pytestmark = [pytest.mark.kernel, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -205,9 +206,9 @@ def test_a_settled_cell_ends_as_the_full_loop_ends(form, path, monkeypatch):
         options = (5, nonlinearity, None if draws is None else draws.cpu(), False, True, True)
         # as Python runs it: compiled, it cannot be kept from stopping
         monkeypatch.setattr(descent_cpu, "train_cells", descent_cpu.train_cells.py_func)
-        early = kernel.descend_cpu(*alone, *options)
+        early = descent_cpu.descend_cpu(*alone, *options)
         monkeypatch.setattr(descent_cpu, "settled", lambda old, new, draws: False)
-        full = kernel.descend_cpu(*alone, *options)
+        full = descent_cpu.descend_cpu(*alone, *options)
     step = int(early.nonfinite_step_R[0])
     assert 0 <= step < 4
     assert not early.losses_RS[0, step:].isfinite().any()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from stacked import DEVICE, normal
 
-from kernels.adamw import split_master
 from kernels.digest import digest, digest_reference, digest_triton
+from kernels.split_master import split_master
 
 pytestmark = pytest.mark.kernel
 

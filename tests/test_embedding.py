@@ -1,10 +1,17 @@
-"""Embedding: gradients added in token order, rows nobody asked for zero, and in any company."""
+"""Embedding: gradients added in token order, rows nobody asked for zero, batch-invariant."""
 
 import pytest
 import torch
-from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
+from stacked import (
+    DEVICE,
+    assert_batch_invariant,
+    assert_close_to_float64,
+    assert_well_registered,
+    differentiate,
+    normal,
+)
 
-from kernels.embedding import embedding_reference, embedding_triton
+from kernels.embedding import embedding_backward_op, embedding_op, embedding_reference, embedding_triton
 
 pytestmark = pytest.mark.kernel
 
@@ -34,8 +41,8 @@ def test_gradients_add_up_in_token_order():
     assert dweight.flatten().tolist() == [1e8, 1e8 + 8]
 
 
-def test_blind_to_company():
-    assert_blind_to_company(embedding_triton, [random_tokens(4, 9, 5, 2, 20), normal(5, 5, 9, 16)])
+def test_batch_invariant():
+    assert_batch_invariant(embedding_triton, [random_tokens(4, 9, 5, 2, 20), normal(5, 5, 9, 16)])
 
 
 def test_tokens_may_be_shared_and_weights_views_of_one_buffer():
@@ -43,6 +50,12 @@ def test_tokens_may_be_shared_and_weights_views_of_one_buffer():
     weight_RVD = flat_RP[:, 20:68].unflatten(1, (6, 8))
     stacked = torch.func.vmap(embedding_triton, in_dims=(None, 0))(tokens, weight_RVD)
     assert torch.equal(stacked, weight_RVD[:, tokens])
+
+
+def test_operators_are_well_registered():
+    tokens = random_tokens(13, 6, 2, 1, 5)
+    assert_well_registered(embedding_op, tokens, normal(14, 2, 6, 8))
+    assert_well_registered(embedding_backward_op, normal(15, 2, 1, 5, 8), tokens, 6)
 
 
 def test_an_unknown_token_is_nan_and_moves_nothing():
@@ -55,10 +68,10 @@ def test_an_unknown_token_is_nan_and_moves_nothing():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("V", "D"), [(4096, 256), (49152, 576), (32768, 768), (301, 1280)])
-def test_bf16_matches_float64_and_is_blind_to_company(V, D):
+def test_bf16_matches_float64_and_is_batch_invariant(V, D):
     inputs = [random_tokens(9, V, 5, 8, 128), normal(10, 5, V, D, dtype=torch.bfloat16)]
     assert_close_to_float64(embedding_triton, embedding_reference, inputs, 3e-3)  # one rounding to bf16
-    assert_blind_to_company(embedding_triton, inputs)
+    assert_batch_invariant(embedding_triton, inputs)
 
 
 @pytest.mark.gpu

@@ -1,21 +1,31 @@
-"""Stacked matrix products and their operators: against float64, in any company, at any address."""
+"""Stacked matrix products and their operators: against float64, batch-invariant, at any address."""
 
 import pytest
 import torch
-from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
+from stacked import (
+    DEVICE,
+    assert_batch_invariant,
+    assert_close_to_float64,
+    assert_well_registered,
+    differentiate,
+    normal,
+)
 
 from kernels.linear import (
+    linear_add_norm_op,
     linear_add_norm_reference,
     linear_add_norm_triton,
     linear_op,
     linear_reference,
+    linear_relu2_op,
     linear_relu2_reference,
     linear_relu2_triton,
     linear_triton,
+    relu2_mlp_norm_op,
     relu2_mlp_norm_reference,
     relu2_mlp_norm_triton,
-    stacked_matmul,
 )
+from kernels.matmul import stacked_matmul
 from kernels.norm import rms_norm_triton
 from kernels.tiles import TUNED, Tile, tile_for
 
@@ -56,9 +66,9 @@ def test_matches_float64(name, shape):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_blind_to_company(name):
+def test_batch_invariant(name):
     operator, _, make = OPERATORS[name]
-    assert_blind_to_company(operator, make(5, 40, 24, 16))
+    assert_batch_invariant(operator, make(5, 40, 24, 16))
 
 
 @pytest.mark.parametrize("form", ["nt", "nn", "tn"])
@@ -131,11 +141,11 @@ def test_a_shared_weight_gathers_every_replicas_gradient():
     torch.testing.assert_close(gradient, torch.einsum("rno,rni->oi", upstream, x))
 
 
-def test_operator_is_well_registered():
-    x, weight = plain_inputs(2, 5, 16, 8)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (x.requires_grad_(), weight.requires_grad_())
-    torch.library.opcheck(linear_op.call, arguments, test_utils=checks)
+def test_operators_are_well_registered():
+    assert_well_registered(linear_op, *plain_inputs(2, 5, 16, 8))
+    assert_well_registered(linear_relu2_op, *plain_inputs(2, 5, 16, 8))
+    assert_well_registered(linear_add_norm_op, *add_inputs(2, 5, 16, 8), 1e-6)
+    assert_well_registered(relu2_mlp_norm_op, *mlp_inputs(2, 5, 16, 8), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +197,7 @@ def test_fp32_precisions(name, precision):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_bits_at_networks_shapes(name, dtype):
     operator, _, make = OPERATORS[name]
-    assert_blind_to_company(operator, make(5, 1024, 1024, 256, dtype=dtype))
+    assert_batch_invariant(operator, make(5, 1024, 1024, 256, dtype=dtype))
 
 
 @pytest.mark.gpu

@@ -1,17 +1,18 @@
-"""Linear cross-entropy: against float64, ignored targets, in any company."""
+"""Linear cross-entropy: against float64, ignored targets, batch-invariant."""
 
 import pytest
 import torch
-from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, normal
+from stacked import DEVICE, assert_batch_invariant, assert_close_to_float64, assert_well_registered, normal
 
 from kernels import loss
-from kernels.linear import stacked_matmul
 from kernels.loss import (
     IGNORED,
     cross_entropy_,
+    linear_cross_entropy_op,
     linear_cross_entropy_reference,
     linear_cross_entropy_triton,
 )
+from kernels.matmul import stacked_matmul
 
 pytestmark = pytest.mark.kernel
 
@@ -55,8 +56,8 @@ def test_matches_float64(row_in_blocks, softcap, shape):
     )
 
 
-def test_blind_to_company(row_in_blocks):
-    assert_blind_to_company(per_replica(linear_cross_entropy_triton, 15.0), inputs_of(5, 9, 16, 77))
+def test_batch_invariant(row_in_blocks):
+    assert_batch_invariant(per_replica(linear_cross_entropy_triton, 15.0), inputs_of(5, 9, 16, 77))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of overflow and NaN
@@ -83,6 +84,12 @@ def test_no_supervised_target_is_zero_and_so_is_its_gradient(function):
     assert not any(g.any() for g in torch.autograd.grad(total, (x, weight)))
 
 
+def test_operator_is_well_registered():
+    x, weight, targets, smoothing = make_inputs(2, 5, 8, 40)
+    for gradient in (True, False):
+        assert_well_registered(linear_cross_entropy_op, x, weight, targets, smoothing, 15.0, gradient)
+
+
 def test_without_gradients_the_loss_has_the_same_bits():
     x, weight, targets, smoothing = inputs_of(2, 5, 8, 40)
     stacked = torch.func.vmap(per_replica(linear_cross_entropy_triton, 0.0))
@@ -107,7 +114,7 @@ def test_bf16_matches_float64(softcap, shape):
 @pytest.mark.gpu
 def test_bits_at_networks_shapes():
     inputs = inputs_of(5, 1024, 256, 4096, dtype=torch.bfloat16)
-    assert_blind_to_company(per_replica(linear_cross_entropy_triton, 15.0), inputs)
+    assert_batch_invariant(per_replica(linear_cross_entropy_triton, 15.0), inputs)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Newton-Schulz: singular values, the reference, any batch."""
+"""Newton-Schulz: singular values, the reference, batch-invariant."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_singular_values_come_near_one():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of NaN
-def test_blind_to_batch():
+def test_batch_invariant():
     matrix = normal(0, 5, 24, 40)
     stacked = newton_schulz_triton(matrix)
     assert torch.equal(newton_schulz_triton(matrix[3:4])[0], stacked[3])

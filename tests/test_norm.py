@@ -1,12 +1,22 @@
-"""RMS norm with and without residual and weight: against float64, and in any company."""
+"""RMS norm with and without residual and weight: against float64, batch-invariant."""
 
 import pytest
 import torch
-from stacked import DEVICE, assert_blind_to_company, assert_close_to_float64, differentiate, normal
+from stacked import (
+    DEVICE,
+    assert_batch_invariant,
+    assert_close_to_float64,
+    assert_well_registered,
+    differentiate,
+    normal,
+)
 
 from kernels.norm import (
+    add_rms_norm_op,
     add_rms_norm_reference,
     add_rms_norm_triton,
+    rms_norm_backward_op,
+    rms_norm_op,
     rms_norm_reference,
     rms_norm_triton,
 )
@@ -34,9 +44,9 @@ def test_matches_float64(form, shape):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_blind_to_company(form):
+def test_batch_invariant(form):
     operator, _, tensors, weighted = FORMS[form]
-    assert_blind_to_company(operator, make_inputs(tensors, weighted, (5, 1, 40, 24)))
+    assert_batch_invariant(operator, make_inputs(tensors, weighted, (5, 1, 40, 24)))
 
 
 def test_a_total_that_goes_nowhere_has_no_gradient_to_add():
@@ -65,6 +75,14 @@ def test_a_shared_weight_gathers_every_replicas_gradient():
     torch.testing.assert_close(used, expected)
 
 
+def test_operators_are_well_registered():
+    x, weight = normal(0, 2, 3, 8), normal(1, 2, 8)
+    for scale in (weight, None):
+        assert_well_registered(rms_norm_op, x, scale, 1e-6)
+        assert_well_registered(add_rms_norm_op, x, normal(2, 2, 3, 8), scale, 1e-6)
+        assert_well_registered(rms_norm_backward_op, x, None, normal(2, 2, 3, 8), scale, 1e-6)
+
+
 def test_refuses_a_weight_of_another_width():
     with pytest.raises(ValueError, match=r"a weight \(3,\), expected \(4,\)"):
         rms_norm_triton(normal(0, 2, 4), normal(0, 3))
@@ -75,11 +93,11 @@ def test_refuses_a_weight_of_another_width():
 @pytest.mark.parametrize(
     "shape", [(3, 8, 128, 256), (2, 8, 127, 576), (2, 8, 128, 768), (2, 1, 1000, 1280), (1, 1, 63, 8192)]
 )
-def test_bf16_matches_float64_and_is_blind_to_company(form, shape):
+def test_bf16_matches_float64_and_is_batch_invariant(form, shape):
     operator, reference, tensors, weighted = FORMS[form]
     # bf16: the output, the sum and the gradients are each rounded once or twice, 2^-9 relative.
     assert_close_to_float64(operator, reference, make_inputs(tensors, weighted, shape, torch.bfloat16), 6e-3)
-    assert_blind_to_company(operator, make_inputs(tensors, weighted, (5, *shape[1:]), torch.bfloat16))
+    assert_batch_invariant(operator, make_inputs(tensors, weighted, (5, *shape[1:]), torch.bfloat16))
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V voc
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ class Llama(nn.Module):
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
         x_BTD = embedding(tokens_BT, self.embedding.weight)
         # the residual stream is normed where it is updated, with the weight of whoever reads it next
-        norms = [layer.attention.norm for layer in self.layers] + [self.final_norm]
+        norms: list[Any] = [layer.attention.norm for layer in self.layers] + [self.final_norm]
         normed_BTD = rms_norm(x_BTD, norms[0], self.config.norm_eps)
         for layer, next_norm_D in zip(self.layers, norms[1:], strict=True):
             normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos_TK2, sin_TK2)
