@@ -79,7 +79,7 @@ def test_the_store_says_where_its_numbers_come_from(tmp_path):
     assert made["configuration_hash"] == store.config.hash
     assert made["slots"] == 3 and made["exact"] == "in the same launch"
     assert made["data_digest"] == setup(tiny(tmp_path)).corpus.digest
-    assert {"date", "command", "commit", "device", "threads", "python", "packages"} == made["provenance"].keys()
+    assert {"date", "command", "commit", "device", "cpu", "threads", "python", "packages"} == made["provenance"].keys()
 
 
 def test_a_finished_sweep_is_not_trained_again(tmp_path, monkeypatch):
