@@ -286,8 +286,10 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank, w
         else:
             check_same_data(stored, data_digest)
             check_same_arithmetic(stored, setup.device)
+    # the other ranks write under the lock of the first, so not before it has it
+    writer = Writer(path) if rank.index == 0 else None
     rank.barrier()
-    return Writer(path, lock=rank.index == 0)
+    return writer or Writer(path, lock=False)
 
 
 def check_same_arithmetic(stored: Store, device: torch.device) -> None:

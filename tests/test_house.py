@@ -99,3 +99,11 @@ def test_text_files_are_utf_8_whatever_the_locale():
                 said = "b" in open_modes(call, name) or "encoding" in [keyword.arg for keyword in call.keywords]
                 said = said or "utf-8" in [getattr(argument, "value", None) for argument in call.args]
                 assert said, f"{file.relative_to(ROOT)} line {call.lineno}: {name} without an encoding"
+
+
+def test_consoles_print_text_as_it_is():
+    # a console of rich's own would take brackets in a path for markup
+    for folder in FOLDERS[:-1]:
+        for file in (ROOT / folder).rglob("*.py"):
+            made = "Console(" in file.read_text("utf-8") or "rich import print" in file.read_text("utf-8")
+            assert not made or file.name == "command.py", f"{file.relative_to(ROOT)}: use engine.command.screen"
