@@ -9,13 +9,23 @@ input once and each output once. The fastest tiles were written into `_forward_t
 R replica, B batch, T time, H query heads, G key/value heads, K head dim.
 """
 
+from benchmarks.arguments import asked
+
+TITLE = "Times the candidate tiles of the attention kernels."
+
+
+if __name__ == "__main__":
+    asked(TITLE)  # before what takes seconds to import
+
+
 from functools import partial
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 import kernels.attention as attention
-from benchmarks.timing import append_rows, arguments, milliseconds
+from benchmarks.timing import append_rows, milliseconds, ready
+from engine.command import user_errors
 
 # name: R, B, T, H, G, K, qk_norm
 SHAPES = {
@@ -87,6 +97,12 @@ def time_shape(name: str) -> list[dict]:
     return rows
 
 
-if __name__ == "__main__":
-    arguments("Times the candidate tiles of the attention kernels.")
+def main() -> None:
+    """The command."""
+    with user_errors():
+        ready()
     print(f"rows appended to {append_rows('attention_tiles.csv', [r for name in SHAPES for r in time_shape(name)])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,22 @@
 
     python benchmarks/elementwise.py [name ...]
 
-Names are the keys of BENCHMARKS below; without any, all run. Same table, columns and file as
+Names are NAMES below; without any, all run. Same table, columns and file as
 benchmarks/operators.py. Bytes are the fewest that must move: each input read and each output written once.
 
 R replica, B batch, T time, D width, H query heads, G key/value heads, K head dim, F MLP width,
 V vocabulary.
 """
+
+from benchmarks.arguments import asked
+
+TITLE = "Attention, norm, activation, embedding and digest kernels against torch and the copy bandwidth."
+NAMES = ("attention", "elementwise")
+
+
+if __name__ == "__main__":
+    asked(TITLE, NAMES)  # before what takes seconds to import
+
 
 from collections.abc import Callable
 from functools import partial
@@ -139,13 +149,10 @@ def measure_elementwise() -> list[dict]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
-    "attention": measure_attention,
-    "elementwise": measure_elementwise,
-}
+BENCHMARKS: dict[str, Callable[[], list[dict]]] = dict(
+    zip(NAMES, (measure_attention, measure_elementwise), strict=True)
+)
 
 
 if __name__ == "__main__":
-    run_benchmarks(
-        "Attention, norm, activation, embedding and digest kernels against torch and the copy bandwidth.", BENCHMARKS
-    )
+    run_benchmarks(BENCHMARKS, asked(TITLE, NAMES))

@@ -14,10 +14,43 @@ import importlib.util
 import os
 import time
 
+from benchmarks.arguments import Reader
+
+PRECISIONS = ("fp32", "tf32x3", "fp64")
+BATCH = 2**16  # cells that JAX trains at once
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, as argparse reads it."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
+def jax_size(text: str) -> int:
+    """A map's size that is 0 or whose cells fill JAX's batches."""
+    if not text.isdecimal() or int(text) ** 2 % min(BATCH, max(int(text) ** 2, 1)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0, at most 256, or a multiple of 256")
+    return int(text)
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    reader = Reader(description=__doc__.split("\n\n")[0])
+    reader.add_argument("--ours", type=positive, nargs="+", default=[512, 1024], help="sizes of our maps")
+    reader.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="ours")
+    reader.add_argument("--jax", type=jax_size, default=512, help="size of JAX's maps (0: none)")
+    return reader.parse_args()
+
+
+if __name__ == "__main__":
+    options()  # before what takes seconds to import
+
 import numpy as np
 import torch
 
-from benchmarks.timing import append_rows
+from benchmarks.timing import append_rows, ready
+from engine.command import user_errors
 from kernels.descent import descend
 from kernels.two_layer import DTYPES
 
@@ -76,7 +109,7 @@ def time_jax(size: int, window: str, precision: str) -> tuple[float, np.ndarray]
         return jnp.where(v[-20:].mean() < 1, -v.sum(), (1 / v).sum())
 
     many = jax.jit(jax.vmap(train))
-    lr0, lr1 = (jnp.asarray(rate, dtype).reshape(-1, min(2**16, size * size)) for rate in rates(size, window))
+    lr0, lr1 = (jnp.asarray(rate, dtype).reshape(-1, min(BATCH, size * size)) for rate in rates(size, window))
     many(lr0[0], lr1[0]).block_until_ready()
     start = time.perf_counter()
     measures = [many(a, b) for a, b in zip(lr0, lr1, strict=True)]
@@ -102,21 +135,19 @@ def row(program: str, precision: str, size: int, window: str, seconds: float, me
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--ours", type=int, nargs="+", default=[512, 1024], help="sizes of our maps")
-    parser.add_argument("--precisions", choices=tuple(DTYPES), nargs="+", default=list(DTYPES), help="ours")
-    parser.add_argument("--jax", type=int, default=512, help="size of JAX's maps (0: none)")
-    options = parser.parse_args()
+    asked = options()
+    with user_errors():
+        ready()
     rows = []
-    for precision in options.precisions:
-        for size in options.ours:
+    for precision in asked.precisions:
+        for size in asked.ours:
             rows.append(row("ours", precision, size, "default", *time_ours(size, "default", precision)))
         rows.append(row("ours", precision, 512, "converging", *time_ours(512, "converging", precision)))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if options.jax and importlib.util.find_spec("jax"):
+    if asked.jax and importlib.util.find_spec("jax"):
         torch.cuda.empty_cache()
         for precision in ("fp32", "fp64"):
-            rows.append(row("jax", precision, options.jax, "default", *time_jax(options.jax, "default", precision)))
+            rows.append(row("jax", precision, asked.jax, "default", *time_jax(asked.jax, "default", precision)))
     print(append_rows("fractal.csv", rows))
 
 

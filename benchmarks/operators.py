@@ -2,10 +2,20 @@
 
     python benchmarks/operators.py [name ...]
 
-Names are the keys of BENCHMARKS below; without any, all run. Prints a table and appends its rows to
+Names are NAMES below; without any, all run. Prints a table and appends its rows to
 benchmarks/results/operators.csv. `rate` is TFLOP/s for matrix products, else TB/s of
 the bytes that must move; `ratio` is the peer's time over the kernel's.
 """
+
+from benchmarks.arguments import asked
+
+TITLE = "Matrix, loss, optimizer and Newton-Schulz kernels against cuBLAS, torch and the copy bandwidth."
+NAMES = ("linear", "fused_linear", "loss", "adamw", "newton_schulz")
+
+
+if __name__ == "__main__":
+    asked(TITLE, NAMES)  # before what takes seconds to import
+
 
 import statistics
 from collections.abc import Callable
@@ -191,16 +201,10 @@ def measure_newton_schulz() -> list[dict]:
     return rows
 
 
-BENCHMARKS: dict[str, Callable[[], list[dict]]] = {
-    "linear": measure_linear,
-    "fused_linear": measure_fused_linear,
-    "loss": measure_loss,
-    "adamw": measure_adamw,
-    "newton_schulz": measure_newton_schulz,
-}
+BENCHMARKS: dict[str, Callable[[], list[dict]]] = dict(
+    zip(NAMES, (measure_linear, measure_fused_linear, measure_loss, measure_adamw, measure_newton_schulz), strict=True)
+)
 
 
 if __name__ == "__main__":
-    run_benchmarks(
-        "Matrix, loss, optimizer and Newton-Schulz kernels against cuBLAS, torch and the copy bandwidth.", BENCHMARKS
-    )
+    run_benchmarks(BENCHMARKS, asked(TITLE, NAMES))

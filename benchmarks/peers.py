@@ -24,26 +24,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as functional
-from torch import Tensor
-
-from benchmarks.random_runs import filled_trainer, gpt_config, random_corpus, rates
-from benchmarks.timing import copy_terabytes, milliseconds
 from engine.command import parse, user_errors
-from engine.data import batch_order
-from engine.models import rotary_tables
-from engine.models.gpt import NORM_EPS, ROTARY_BASE, GPTConfig, initial_weights
-from engine.trainer import capture, matmul_precision
-
-NAMES = ("ceilings", "eager", "sequential", "vmap", "jax", "jax_cudnn", "ours")
-BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
-STEPS = 1 << 15  # steps that a peer's batches and loss history are laid out for
-SCANNED = 8  # steps JAX runs in one call
-BLOCKS = 5  # timed blocks; the median counts
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,30 @@ class Options:
     precision: str = "bf16"  # bf16 or fp32
     seconds: float = 2.0  # time to spend on timed steps
     device: str = "cuda"  # cuda or cpu
+
+
+if __name__ == "__main__":
+    parse(Options, __doc__.split("\n\n")[0])  # before what takes seconds to import
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from engine.trainer import capture, matmul_precision
+from torch import Tensor
+
+from benchmarks.arguments import check_positive
+from benchmarks.random_runs import filled_trainer, gpt_config, random_corpus, rates
+from benchmarks.timing import copy_terabytes, milliseconds
+from engine.data import batch_order
+from engine.models import rotary_tables
+from engine.models.gpt import NORM_EPS, ROTARY_BASE, GPTConfig, initial_weights
+from engine.sweep import choose_device
+
+NAMES = ("ceilings", "eager", "sequential", "vmap", "jax", "jax_cudnn", "ours")
+BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
+STEPS = 1 << 15  # steps that a peer's batches and loss history are laid out for
+SCANNED = 8  # steps JAX runs in one call
+BLOCKS = 5  # timed blocks; the median counts
 
 
 class Problem(NamedTuple):
@@ -433,6 +441,12 @@ def main() -> None:
     with user_errors():
         if options.peer not in NAMES:
             raise ValueError(f"peer is {options.peer!r}, expected one of {', '.join(NAMES)}")
+        if options.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision is {options.precision!r}, expected bf16 or fp32")
+        check_positive(options, "depth", "vocabulary", "replicas", "context", "batch", "seconds")
+        choose_device("cuda" if options.peer == "ceilings" else options.device)
+        if options.peer.startswith("jax") and not (find_spec("jax") and find_spec("optax")):
+            raise ValueError(f"peer is {options.peer!r}, but jax or optax is not installed; install them")
     result = ceilings() if options.peer == "ceilings" else measure(options)
     print(json.dumps(asdict(options) | result))
 

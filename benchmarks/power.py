@@ -4,6 +4,12 @@ Each case is timed twice: for some 25 ms after a second of rest, and for two and
 `nvidia-smi` is asked four times for clock and power. The products are those of a 768 wide network with 16 replicas.
 """
 
+from benchmarks.arguments import asked
+
+if __name__ == "__main__":
+    asked(__doc__)  # before what takes seconds to import
+
+
 import statistics
 import time
 from collections.abc import Callable
@@ -11,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
+from engine.trainer import HIGH, LOW
 
 from benchmarks.operators import adamw_buffers
-from benchmarks.timing import append_rows, arguments, card, enqueued
+from benchmarks.timing import append_rows, card, enqueued, ready
 from benchmarks.tune import bmm, rotated
-from engine.trainer import HIGH, LOW
+from engine.command import user_errors
 from kernels.matmul import stacked_matmul
 
 REPLICAS = 16
@@ -85,7 +92,8 @@ def measure(case: str, first: list[Call], second: list[Call]) -> dict[str, objec
 
 def main() -> None:
     """The command."""
-    arguments(__doc__)
+    with user_errors():
+        ready("nvidia-smi")
     step = adamw_buffers(REPLICAS, PARAMETERS).split
     rows = [measure("AdamW", [], [step])]
     for form, m, n, k in SHAPES:

@@ -7,12 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
-from benchmarks.random_runs import filled_trainer, gpt_config
-from benchmarks.timing import append_rows, card, enqueued
 from engine.command import parse, user_errors
-from engine.sweep import choose_device
 
 
 @dataclass(frozen=True)
@@ -28,10 +23,23 @@ class Options:
     rows: int = 25  # kernels listed
 
 
+if __name__ == "__main__":
+    parse(Options, __doc__.split("\n\n")[0])  # before what takes seconds to import
+
+import torch
+
+from benchmarks.arguments import check_positive
+from benchmarks.random_runs import filled_trainer, gpt_config
+from benchmarks.timing import append_rows, card, enqueued, ready
+from engine.sweep import choose_device
+
+
 def main() -> None:
     """The command."""
     options = parse(Options, __doc__.split("\n\n")[0])
     with user_errors():
+        check_positive(options, "depth", "vocabulary", "replicas", "context", "batch", "rows")
+        ready("nvidia-smi")
         device = choose_device("cuda")
         config = gpt_config(options.depth, options.vocabulary, options.precision, options.context, options.batch)
     trainer = filled_trainer(config, options.replicas, device)

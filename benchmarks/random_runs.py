@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
+from engine.trainer import Trainer
 
 from engine.config import SweepConfig, resolve
 from engine.data import Corpus
 from engine.network import load_network
 from engine.plan import Mark, Trajectory, cell_hyper
-from engine.trainer import Trainer
 
 LOWEST, HIGHEST = 1e-5, 1e-2  # learning rates of a filled stack
 

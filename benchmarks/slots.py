@@ -11,17 +11,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from benchmarks.random_runs import random_corpus
-from benchmarks.timing import append_rows
 from engine.command import parse, user_errors
-from engine.config import SweepConfig, resolve
-from engine.network import load_network
-from engine.plan import replica_memory, trajectories
-from engine.progress import LABELLED, Progress
-from engine.sweep import LanguageSetup, Rank, choose_device, open_or_create, train_launch
-from engine.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -37,6 +27,22 @@ class Options:
     span: int = 1000  # longest over shortest token budget
     batch: int = 8  # sequences a step, of 128 tokens
     device: str = "cuda"  # cuda, or cpu to try the benchmark itself
+
+
+if __name__ == "__main__":
+    parse(Options, __doc__.split("\n\n")[0])  # before what takes seconds to import
+
+import torch
+from engine.trainer import Trainer
+
+from benchmarks.arguments import check_positive
+from benchmarks.random_runs import random_corpus
+from benchmarks.timing import append_rows, ready
+from engine.config import SweepConfig, resolve
+from engine.network import load_network
+from engine.plan import replica_memory, trajectories
+from engine.progress import LABELLED, Progress
+from engine.sweep import LanguageSetup, Rank, choose_device, open_or_create, train_launch
 
 
 class TimedTrainer(Trainer):
@@ -90,7 +96,10 @@ def prepared(options: Options) -> LanguageSetup:
     Raises:
         ValueError: the device is not there, or the grid cannot be trained.
     """
+    check_positive(options, "depth", "vocabulary", "slots", "rows", "cols", "steps", "span", "batch")
     device = choose_device(options.device)
+    if device.type == "cuda":
+        ready()
     tokens = options.steps * options.batch * 128
     config = SweepConfig(
         y=f"lr:log:1e-5:1e-2:{options.rows}",

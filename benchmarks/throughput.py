@@ -19,12 +19,30 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.command import parse, screen, user_errors
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    networks: str = "d4,d8,d12,d20"  # of d4, d8, d12, d20
+    peers: str = "all"  # all (without jax_cudnn), none, or names: eager, sequential, vmap, jax, jax_cudnn
+    replicas: str = ""  # numbers of replicas of our stack (default: the network's own)
+    seconds: float = 1.5  # time spent on timed steps, each
+    timeout: float = 180.0  # seconds after which a peer has failed
+    plot: str = "results/throughput.png"  # where the plot goes
+
+
+if __name__ == "__main__":
+    parse(Options, __doc__.split("\n\n")[0])  # before what takes seconds to import
+
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks.timing import append_rows
-from engine.command import parse, screen, user_errors
+from benchmarks.arguments import check_positive
+from benchmarks.timing import append_rows, ready
 from engine.models import parameter_shapes
 from engine.models.gpt import GPT, GPTConfig, flops_per_token
 
@@ -53,18 +71,6 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to measure."""
-
-    networks: str = "d4,d8,d12,d20"  # of d4, d8, d12, d20
-    peers: str = "all"  # all (without jax_cudnn), none, or names: eager, sequential, vmap, jax, jax_cudnn
-    replicas: str = ""  # numbers of replicas of our stack (default: the network's own)
-    seconds: float = 1.5  # time spent on timed steps, each
-    timeout: float = 180.0  # seconds after which a peer has failed
-    plot: str = "results/throughput.png"  # where the plot goes
-
-
 def names(text: str, known: tuple[str, ...], option: str) -> list[str]:
     """A comma-separated option, checked.
 
@@ -87,12 +93,13 @@ def plan(options: Options) -> dict[str, list[tuple[str, int]]]:
     peers = names(options.peers, OTHERS, "peers") if options.peers not in ("all", "none") else []
     if options.peers == "all":
         peers = ["eager", "sequential", "vmap"] + (["jax"] if find_spec("jax") and find_spec("optax") else [])
-    if options.replicas and not all(text.strip().isdecimal() for text in options.replicas.split(",")):
-        raise ValueError(f"--replicas is {options.replicas!r}, expected whole numbers with commas between")
+    counts = options.replicas.split(",") if options.replicas else []
+    if not all(text.strip().isdecimal() and int(text) for text in counts):
+        raise ValueError(f"--replicas is {options.replicas!r}, expected whole numbers above 0 with commas between")
     work = {}
     for network in names(options.networks, tuple(CASES), "networks"):
         case = CASES[network]
-        ours = [int(text) for text in options.replicas.split(",")] if options.replicas else case.ours
+        ours = [int(text) for text in counts] or case.ours
         lone = [(peer, 1) for peer in peers if peer in SEQUENTIAL]
         stacked = [(peer, count) for peer in peers if peer not in SEQUENTIAL for count in case.stacked]
         work[network] = lone + stacked + [("ours", count) for count in ours]
@@ -105,7 +112,7 @@ def run_peer(peer: str, timeout: float, **arguments: float) -> dict:
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout:g} s"}
     if done.returncode:
@@ -243,8 +250,8 @@ def main() -> None:
     console = screen(soft_wrap=True, width=180)
     with user_errors():
         work = plan(options)
-        if not torch.cuda.is_available():
-            raise ValueError("no CUDA GPU is visible, expected one: run this on a machine that has it")
+        check_positive(options, "seconds", "timeout")
+        ready()
     ceilings = run_peer("ceilings", options.timeout)
     if "error" in ceilings:
         sys.exit(f"the ceilings could not be measured: {ceilings['error']}")

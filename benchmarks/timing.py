@@ -1,8 +1,8 @@
 """Timing on a GPU by CUDA-graph replays, and benchmark rows that say where they come from."""
 
-import argparse
 import csv
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 import triton
+
+from engine import provenance
+from engine.command import user_errors
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -89,11 +92,20 @@ def card() -> dict[str, object]:
 
 
 def commit() -> str:
-    """The commit being measured, from $COMMIT where the tree travels without its history."""
-    if "COMMIT" in os.environ:
-        return os.environ["COMMIT"]
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit being measured, from $COMMIT where the tree travels without its history; '' where nothing says."""
+    # rows appended before are no change of what is measured
+    return os.environ.get("COMMIT", provenance.commit().rstrip("+"))
+
+
+def ready(*programs: str) -> None:
+    """Raise ValueError, before anything is measured, where it would fail: no GPU, no program, no room for rows."""
+    if not torch.cuda.is_available():
+        raise ValueError("this benchmark measures on a CUDA GPU, and torch finds none; run it where there is one")
+    for program in programs:
+        if shutil.which(program) is None:
+            raise ValueError(f"this benchmark asks {program}, which is not installed; install it")
+    if not os.access(RESULTS if RESULTS.exists() else RESULTS.parent, os.W_OK):
+        raise ValueError(f"rows are appended in {RESULTS}, which cannot be written; run a copy of this project")
 
 
 def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
@@ -117,24 +129,12 @@ def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def arguments(description: str | None, names: Sequence[str] = ()) -> Sequence[str]:
-    """The names a kernel benchmark was asked for (all of them by default); ends with one line without a GPU."""
-    reader = argparse.ArgumentParser(description=description)
-    if names:
-        reader.add_argument("names", nargs="*", help=f"which to run, of {', '.join(names)} (default: all)")
-    asked: list[str] = getattr(reader.parse_args(), "names", [])
-    if unknown := [name for name in asked if name not in names]:
-        reader.error(f"got {unknown[0]!r}, expected names among {', '.join(names)}")
-    if not torch.cuda.is_available():
-        print("error: this benchmark times kernels on a CUDA GPU, and torch finds none", file=sys.stderr)
-        sys.exit(2)
-    return asked or names
-
-
-def run_benchmarks(description: str | None, benchmarks: dict[str, Callable[[], list[dict]]]) -> None:
+def run_benchmarks(benchmarks: dict[str, Callable[[], list[dict]]], names: Sequence[str]) -> None:
     """The command of a file of kernel benchmarks: run the named ones, print their rows and append them."""
+    with user_errors():
+        ready()
     rows = []
-    for name in arguments(description, list(benchmarks)):
+    for name in names:
         rows += benchmarks[name]()
         torch.cuda.empty_cache()
     for r in rows:

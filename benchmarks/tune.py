@@ -5,6 +5,15 @@
 Run on the GPU the table is for. A tile is kept only if its result agrees with torch.bmm.
 """
 
+from benchmarks.arguments import asked
+
+TITLE = "Times every candidate tile of the stacked product and writes kernels/tuned_tiles.json."
+
+
+if __name__ == "__main__":
+    asked(TITLE)  # before what takes seconds to import
+
+
 import json
 import math
 import multiprocessing
@@ -14,7 +23,8 @@ from functools import partial
 import torch
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.timing import append_rows, arguments, milliseconds_in_turn
+from benchmarks.timing import append_rows, milliseconds_in_turn, ready
+from engine.command import user_errors
 from kernels.matmul import stacked_matmul
 from kernels.tiles import SHAPES, TABLE, Tile, default_tile, tile_key
 
@@ -108,7 +118,8 @@ def check(form: str, sets, tile: Tile) -> None:
 
 
 def main() -> None:
-    arguments("Times every candidate tile of the stacked product and writes kernels/tuned_tiles.json.")
+    with user_errors():
+        ready()
     jobs = [(form, tile) for form in ("nt", "nn", "tn") for tile in CANDIDATES]
     with multiprocessing.get_context("spawn").Pool(12) as pool:
         failures = pool.map(compile_one, jobs, chunksize=1)

@@ -1,10 +1,27 @@
 """The benchmarks compare like with like: every peer trains the same network; rows and ratios are right."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
+from test_command import fails
 
-from benchmarks import invariance, peers, slots, throughput
+from benchmarks import (
+    attention_tiles,
+    elementwise,
+    fractal,
+    invariance,
+    operators,
+    peers,
+    power,
+    profile_step,
+    slots,
+    throughput,
+    timing,
+    tune,
+)
+from engine import provenance
 from engine.config import SweepConfig, resolve
 from engine.models.gpt import GPTConfig
 from engine.network import load_network
@@ -118,3 +135,65 @@ def test_slots_are_counted_and_their_time_adds_up():
     assert 0.9 < row["busy"] <= 1
     parts = row["steps_s"] + row["held_out_s"] + row["rest_s"]
     assert parts == pytest.approx(row["total_s"], abs=0.01) and row["held_out_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "benchmark",
+    [fractal, invariance, peers, power, profile_step, slots, throughput, tune],
+    ids=lambda module: module.__name__.split(".")[1],
+)
+def test_without_a_gpu_a_benchmark_is_one_line(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "GPU" in fails(capsys, benchmark.main, "benchmark.py", [])
+
+
+@pytest.mark.parametrize("module", [operators, elementwise, attention_tiles], ids=["operators", "elementwise", "tiles"])
+def test_without_a_gpu_kernels_are_not_timed(module, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = (lambda: timing.run_benchmarks(module.BENCHMARKS, module.NAMES)) if hasattr(module, "NAMES") else module.main
+    assert "GPU" in fails(capsys, run, "benchmark.py", [])
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "words", "says"),
+    [
+        (slots, ["--slots", "0", "--device", "cpu"], "slots is 0, expected more than 0; change --slots"),
+        (slots, ["--rows", "-1", "--device", "cpu"], "rows is -1"),
+        (slots, ["--device", "tpu"], "device is 'tpu', expected auto, cpu or cuda"),
+        (peers, ["--replicas", "0", "--device", "cpu"], "replicas is 0"),
+        (peers, ["--precision", "fp16", "--device", "cpu"], "precision is 'fp16', expected bf16 or fp32"),
+        (peers, ["--peer", "flax"], "peer is 'flax'"),
+        (profile_step, ["--replicas", "0"], "replicas is 0"),
+        (invariance, ["--steps", "0"], "steps is 0"),
+        (throughput, ["--replicas", "4,0"], "--replicas is '4,0', expected whole numbers above 0"),
+        (throughput, ["--seconds", "0"], "seconds is 0"),
+        (fractal, ["--ours", "0"], "argument --ours: got '0', expected a whole number above 0"),
+        (fractal, ["--jax", "500"], "argument --jax: got '500', expected 0, at most 256, or a multiple of 256"),
+        (fractal, ["--precisions", "fp8"], "argument --precisions: invalid choice: 'fp8'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(benchmark, words, says, capsys):
+    assert says in fails(capsys, benchmark.main, "benchmark.py", words)
+
+
+def test_rows_measured_outside_a_checkout_are_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMMIT", raising=False)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "engine" / "provenance.py"))
+    (tmp_path / "engine").mkdir()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    path = timing.append_rows("rows.csv", [{"ms": 1}])
+    timing.append_rows("rows.csv", [{"ms": 2}])
+    rows = list(csv.DictReader(path.read_text("utf-8").splitlines()))
+    assert [(row["gpu"], row["commit"], row["ms"]) for row in rows] == [("a GPU", "", "1"), ("a GPU", "", "2")]
+
+
+def test_where_rows_cannot_be_written_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "none" / "results")
+    with pytest.raises(ValueError, match="which cannot be written; run a copy of this project"):
+        timing.ready()
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    timing.ready()
+    with pytest.raises(ValueError, match="asks no-such-program, which is not installed"):
+        timing.ready("no-such-program")

@@ -8,6 +8,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tiny import sweep, tiny, write_chat
@@ -92,6 +93,33 @@ def test_a_bad_sweep_is_one_line_before_anything_is_made(tmp_path, capsys, words
 def test_a_problem_that_is_no_npz_is_refused(tmp_path, capsys):
     config = SweepConfig(network="mlp", x="lr.1:log:1:2:2", y="lr.0:log:1:2:2", problem=tiny(tmp_path).data)
     assert "is not an .npz" in main_fails(capsys, config, tmp_path / "s")
+
+
+def flip(data: bytes) -> bytes:
+    """One byte of an array changed, so that its checksum is another."""
+    return data[:900] + bytes([data[900] ^ 0xFF]) + data[901:]
+
+
+@pytest.mark.parametrize(
+    ("save", "harm", "says"),
+    [
+        (np.savez, flip, "Bad CRC-32 for file 'X.npy'"),
+        (np.savez_compressed, flip, "cannot be read ("),
+        (np.savez, lambda data: data.replace(b"(20, 16)", b"(9E9,16)"), "cannot be read ("),
+        (np.savez, lambda data: data[: len(data) // 2], "is not an .npz"),
+    ],
+    ids=["checksum", "stream", "header", "cut"],
+)
+def test_a_damaged_problem_is_one_line(tmp_path, capsys, save, harm, says):
+    random = np.random.default_rng(0)
+    shapes = {"X": (20, 16), "Y": (20, 1), "W0": (16, 16), "W1": (16, 1)}
+    save(tmp_path / "p.npz", **{name: random.standard_normal(shape) for name, shape in shapes.items()})
+    (tmp_path / "p.npz").write_bytes(harm((tmp_path / "p.npz").read_bytes()))
+    problem = str(tmp_path / "p.npz")
+    config = SweepConfig(network="mlp", x="lr.1:log:1:2:2", y="lr.0:log:1:2:2", steps=2, problem=problem)
+    said = main_fails(capsys, config, tmp_path / "s")
+    assert f"problem file {problem!r}" in said and says in said
+    assert [file.name for file in tmp_path.iterdir()] == ["p.npz"]
 
 
 def test_an_empty_file_is_said_to_be_empty(tmp_path, capsys):

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engine.descent import make_problem, train_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad_and_value, vmap
 
 from engine.config import SweepConfig, resolve
-from engine.descent import make_problem, train_rows
 from engine.models.mlp import MLP
 from kernels import descent_cpu
 from kernels.descent import descend

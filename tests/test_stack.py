@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engine.trainer import Trainer
 from tiny import setup, tiny
 from torch.func import functional_call
 
@@ -15,7 +16,6 @@ from engine import plan
 from engine.models import gpt, llama, normal_weights, parameter_shapes
 from engine.schedule import factor
 from engine.stack import ALIGNMENT, Stack
-from engine.trainer import Trainer
 
 CPU = torch.device("cpu")
 # a stacked product sums in another order than a lone one: a few fp32 ulps (6e-8 each) a step, which Adam's

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine.trainer import Trainer
 from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 
 from engine import plan
@@ -18,7 +19,6 @@ from engine.outcome import DONE, NOT_COMPUTED
 from engine.progress import Progress
 from engine.store import Writer, open_store
 from engine.sweep import Rank, RunOptions, missing_launches, pending, run_sweep
-from engine.trainer import Trainer
 
 PAIRS = (
     ("lr:log:1e-3:1e-1:2", "tokens:linear:16:64:2"),
@@ -79,7 +79,7 @@ def test_the_store_says_where_its_numbers_come_from(tmp_path):
     assert made["configuration_hash"] == store.config.hash
     assert made["slots"] == 3 and made["exact"] == "in the same launch"
     assert made["data_digest"] == setup(tiny(tmp_path)).corpus.digest
-    assert {"date", "command", "commit", "device", "threads", "python", "packages"} == made["provenance"].keys()
+    assert {"date", "command", "commit", "device", "cpu", "threads", "python", "packages"} == made["provenance"].keys()
 
 
 def test_a_finished_sweep_is_not_trained_again(tmp_path, monkeypatch):

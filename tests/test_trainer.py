@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engine.trainer import LAST, Harvest, Trainer
 from tiny import setup, tiny
 
 from engine import plan
 from engine.data import batch_order
-from engine.trainer import LAST, Harvest, Trainer
 
 CPU = torch.device("cpu")
 # another number of slots sums stacked products in another order: fp32 ulps, raised by Adam's division in the
