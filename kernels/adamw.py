@@ -83,7 +83,8 @@ def adamw_(
     """One AdamW step of one parameter of every replica, in place, decoupled weight decay.
 
     master, first_moment, second_moment: fp32 [R, n]. gradient: [R, n], bf16 or fp32. weight: bf16 [R, n], or None
-    where the network computes with the master itself. Master and weight have one replica stride, the moments one. Moves 28 bytes
+    where the network computes with the master itself. Master and weight share a replica stride, and
+    so do the moments. Moves 28 bytes
     a parameter with a bf16 gradient.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
