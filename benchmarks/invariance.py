@@ -1,4 +1,4 @@
-"""Does a cell's trajectory depend on its company? `uv run benchmarks/invariance.py` trains it in many and compares.
+"""Are cells batch-invariant? `uv run benchmarks/invariance.py` trains one in many stacks and compares.
 
 One trajectory, the subject, trains alone (R = 1). Then it trains again in stacks of R = 1, 2, 3, 5, 16 and as
 many as fit: in the first, a middle and the last slot, beside neighbours at other learning rates, some of which
@@ -40,19 +40,20 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from engine.trainer import Trainer
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from benchmarks.arguments import check_positive
-from benchmarks.random_runs import random_corpus
+from benchmarks.random_runs import network_of, random_corpus, trajectory
 from benchmarks.throughput import names
 from benchmarks.timing import append_rows, ready
-from engine.config import SweepConfig, resolve
+from engine.config import Run, make_config, resolve
 from engine.data import IGNORED, Corpus
-from engine.network import Network, load_network
-from engine.plan import Mark, Trajectory, cell_hyper, largest_batch, replica_memory, slots_that_fit
+from engine.language import memory_of
+from engine.network import Network
+from engine.plan import Trajectory, plan_runs, slots_that_fit
+from engine.step import Trainer
 from kernels.gradient_norm import global_norm
 
 NETWORKS: dict[str, dict] = {
@@ -67,15 +68,14 @@ FORMS: dict[str, dict] = {
     "accumulate": {"y": "batch:linear:4:12:3", "micro_batch": 4},
 }
 WIDTHS = (1, 2, 3, 5, 16)
-SUBJECT = (0, 0)  # the cell that marks the subject
-ELSEWHERE = (0, 1)  # the neighbours' cell
+SUBJECT, ELSEWHERE = 0, 1  # cells: the subject's, and the neighbours'
 SUBJECT_RATE, SUBJECT_BATCH = 2e-3, 8
 EARLY = 6  # steps of the neighbours that leave their slot to the subject
 SHARE = 0.8  # of the free memory, for the widest stack
 
 
 class Measured(NamedTuple):
-    """What must not depend on company. losses, norms: fp32 [S]; norms is empty without clipping."""
+    """What must not depend on the other replicas. losses, norms: fp32 [S]; norms is empty without clipping."""
 
     slot: int
     losses: np.ndarray
@@ -87,10 +87,10 @@ class Measured(NamedTuple):
 class NormTrainer(Trainer):
     """A trainer that keeps every gradient norm where gradients are clipped."""
 
-    def __init__(self, config: SweepConfig, network: Network, corpus: Corpus, slots: int, device: torch.device, steps):
+    def __init__(self, run: Run, network: Network, corpus: Corpus, slots: int, device: torch.device, steps: int):
         # before the step is captured
         self.norms_RS = torch.full((slots, steps), torch.nan, device=device)
-        super().__init__(config, network, corpus, slots, device, steps)
+        super().__init__(run, network, corpus, slots, device, steps, [0])
 
     def clip_scale(self, gradients: list[Tensor]) -> Tensor:
         place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]
@@ -100,36 +100,36 @@ class NormTrainer(Trainer):
         return super().clip_scale(gradients)
 
 
-def configuration(network: str, precision: str, form: str, device: str = "cuda") -> SweepConfig:
+def run_of(network: str, precision: str, form: str, device: str = "cuda") -> Run:
     """One network in one form, 1,024 tokens a step of the subject."""
-    shape = NETWORKS[network] | FORMS[form] | {"context": 128, "batch": SUBJECT_BATCH, "precision": precision}
-    return resolve(SweepConfig(**({"x": "tokens:log:2048:1e9:2"} | shape)), device)
+    shape = NETWORKS[network] | FORMS[form] | {"context": 128, "precision": precision}
+    if "y" not in shape:
+        shape["batch"] = SUBJECT_BATCH
+    return resolve(make_config(**({"x": "tokens:log:4096:49152:2"} | shape)), device)
 
 
-def masked_corpus(config: SweepConfig, vocabulary: int) -> Corpus:
+def masked_corpus(run: Run, vocabulary: int) -> Corpus:
     """Random tokens of which a quarter is no target."""
-    corpus = random_corpus(config, vocabulary)
+    corpus = random_corpus(run.config.training.context, vocabulary)
     ignored = np.random.default_rng(1).random(corpus.targets.shape) < 0.25
     ignored[:, 0] = False
     targets = np.where(ignored, IGNORED, corpus.targets).astype(np.int32)
     return replace(corpus, targets=targets, supervised=(targets != IGNORED).sum(1).astype(np.int32))
 
 
-def subject(config: SweepConfig, steps: int) -> Trajectory:
+def subject(run: Run, steps: int) -> Trajectory:
     """The trajectory that is trained again and again."""
-    hyper = cell_hyper(config, 0, 0) | {"lr": SUBJECT_RATE, "batch": SUBJECT_BATCH}
-    return Trajectory(hyper, steps, (Mark(steps, (SUBJECT,)),))
+    return trajectory(run, steps, SUBJECT, lr=SUBJECT_RATE, batch=SUBJECT_BATCH)
 
 
-def neighbour(config: SweepConfig, index: int, steps: int) -> Trajectory:
+def neighbour(run: Run, index: int, steps: int) -> Trajectory:
     """One of the others: healthy, at once not finite, or with infinite logits soon, in turn."""
     rate = (1e-3, 1e30, 3e-2, 1e4)[index % 4]
-    batch = (4, 12, 8)[index % 3] if largest_batch(config) > SUBJECT_BATCH else SUBJECT_BATCH
-    hyper = cell_hyper(config, 0, 0) | {"lr": rate, "batch": batch}
-    return Trajectory(hyper, steps, (Mark(steps, (ELSEWHERE,)),))
+    batch = (4, 12, 8)[index % 3] if run.values("batch").max() > SUBJECT_BATCH else SUBJECT_BATCH
+    return trajectory(run, steps, ELSEWHERE, lr=rate, batch=batch)
 
 
-def company(config: SweepConfig, width: int, steps: int) -> list[Trajectory]:
+def neighbours(run: Run, width: int, steps: int) -> list[Trajectory]:
     """What a stack of `width` slots trains: the first `width` fill it, the last waits for a slot to be left.
 
     The subject is in the first, the middle and the last slot, but not in slot 1, whose neighbour is soon not
@@ -138,23 +138,24 @@ def company(config: SweepConfig, width: int, steps: int) -> list[Trajectory]:
     """
     own = {0, width // 2, width - 1} - {1}
     first = [
-        subject(config, steps) if slot in own else neighbour(config, slot, EARLY if slot % 2 else steps)
+        subject(run, steps) if slot in own else neighbour(run, slot, EARLY if slot % 2 else steps)
         for slot in range(width)
     ]
-    return first + [subject(config, steps)]
+    return first + [subject(run, steps)]
 
 
 def train(
-    config: SweepConfig, network: Network, corpus: Corpus, width: int, work: list[Trajectory], device: torch.device
+    run: Run, network: Network, corpus: Corpus, width: int, work: list[Trajectory], device: torch.device
 ) -> Iterator[Measured]:
     """Train some work in a stack; what every subject in it measured, in the order they end."""
-    trainer = NormTrainer(config, network, corpus, width, device, max(run.steps for run in work))
-    for harvests in trainer.train(work):
-        for harvest in harvests:
-            if SUBJECT in harvest.mark.cells:
-                norms = trainer.norms_RS[harvest.slot, : harvest.steps].cpu().numpy()
+    trainer = NormTrainer(run, network, corpus, width, device, max(each.steps for each in work))
+    for measured in trainer.train(work):
+        for each in measured:
+            if SUBJECT in each.mark.cells:
+                values = each.values
+                norms = trainer.norms_RS[each.slot, : values["steps"]].cpu().numpy()
                 norms = norms if trainer.clips else norms[:0]
-                yield Measured(harvest.slot, harvest.losses, norms, harvest.val_loss, harvest.weights_digest)
+                yield Measured(each.slot, each.losses, norms, values["val_loss"], values["weights_digest"])
 
 
 def difference(reference: Measured, other: Measured) -> str:
@@ -174,31 +175,30 @@ def difference(reference: Measured, other: Measured) -> str:
     return ""
 
 
-def widest_stack(config: SweepConfig, network: Network) -> int:
+def widest_stack(run: Run, network: Network, corpus: Corpus) -> int:
     """R that fits in the free memory of the GPU."""
-    activations = network.activation_bytes(config.micro_batch * config.context, 2 if config.precision == "bf16" else 4)
-    free = torch.cuda.mem_get_info()[0]
-    return slots_that_fit(replica_memory(config, network.parameters, activations), int(SHARE * free))
+    memory = memory_of(plan_runs(run), network, corpus, torch.device("cuda"))
+    return slots_that_fit(memory, int(SHARE * torch.cuda.mem_get_info()[0]))
 
 
 def compare(
     name: str, precision: str, form: str, options: Options, network: Network, device: torch.device
 ) -> Iterator[dict]:
     """A row for every stack: how many subjects it held, and what differed first."""
-    config = configuration(name, precision, form, device.type)
-    corpus = masked_corpus(config, network.vocabulary)
-    (alone,) = train(config, network, corpus, 1, [subject(config, options.steps)], device)
+    run = run_of(name, precision, form, device.type)
+    corpus = masked_corpus(run, network.vocabulary)
+    (alone,) = train(run, network, corpus, 1, [subject(run, options.steps)], device)
     assert np.isfinite(alone.losses).all()
     widths = list(WIDTHS)
     if form == "plain":
         free_memory()
-        widths.append(options.widest or widest_stack(config, network))
+        widths.append(options.widest or widest_stack(run, network, corpus))
     for width in widths:
         free_memory()
-        work = company(config, width, options.steps)
-        expected = sum(SUBJECT in run.marks[-1].cells for run in work)
-        found = list(train(config, network, corpus, width, work, device))
-        assert len(found) == expected, "a subject was not read off"
+        work = neighbours(run, width, options.steps)
+        expected = sum(SUBJECT in each.marks[-1].cells for each in work)
+        found = list(train(run, network, corpus, width, work, device))
+        assert len(found) == expected, "a subject was not measured"
         differences = [f"slot {other.slot}: {text}" for other in found if (text := difference(alone, other))]
         yield {
             "network": name,
@@ -225,7 +225,7 @@ def free_memory() -> None:
 def table_of(rows: list[dict]) -> Table:
     """A row a network, precision and form, a column a width."""
     groups = dict.fromkeys((row["network"], row["precision"], row["form"]) for row in rows)
-    table = Table(title="trajectories with the bits of the lone one / trained in company", title_justify="left")
+    table = Table(title="trajectories with the bits of the lone one / trained in a stack", title_justify="left")
     for title in ("network", "precision", "form", *(f"R = {width}" for width in WIDTHS), "widest"):
         table.add_column(title)
     for group in groups:
@@ -256,7 +256,7 @@ def main() -> None:
         networks.remove("smollm2")
     device, rows = torch.device("cuda"), []
     for name in networks:
-        network = load_network(configuration(name, "bf16", "plain"), device)
+        network = network_of(run_of(name, "bf16", "plain"), device)
         network = network._replace(initial=cache(network.initial))
         for precision in precisions:
             for form in forms:

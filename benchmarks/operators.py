@@ -153,12 +153,12 @@ def adamw_buffers(replicas: int, n: int) -> Buffers:
     gradient = torch.randn(replicas, n, device="cuda").bfloat16()
     master, first, second = (torch.rand(replicas, n, device="cuda") for _ in range(3))
     weight, remainder = split_master(master)
-    rate, decay, beta1, beta2, correction1, correction2 = (
-        torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 2.0, 1.4)
+    rate, decay, beta1, beta2, correction1, correction2, eps = (
+        torch.full((replicas,), value, device="cuda") for value in (1e-3, 0.1, 0.9, 0.95, 2.0, 1.4, 1e-8)
     )
     active = torch.ones(replicas, dtype=torch.bool, device="cuda")
     nonfinite = torch.zeros(replicas, dtype=torch.int32, device="cuda")
-    scalars = AdamWScalars(rate, decay, beta1, beta2, correction1, correction2, 1e-8, None, active, nonfinite)
+    scalars = AdamWScalars(rate, decay, beta1, beta2, correction1, correction2, eps, None, active, nonfinite)
     return Buffers(master, remainder, gradient, weight, first, second, scalars)
 
 

@@ -12,7 +12,7 @@ replica. Only how it is executed differs:
     vmap         a stack by torch.func.vmap, torch.compile, the whole step one CUDA graph
     jax          a stack by jax.vmap under jit, steps in a lax.scan, buffers donated
     jax_cudnn    the same with cuDNN's attention
-    ours         engine.trainer.Trainer
+    ours         engine.step.Trainer
 
 Letters: R replica, B batch, T time, D width, H heads, K head dim, V vocabulary, S step.
 """
@@ -51,16 +51,16 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from engine.trainer import capture, matmul_precision
 from torch import Tensor
 
 from benchmarks.arguments import check_positive
-from benchmarks.random_runs import filled_trainer, gpt_config, random_corpus, rates
+from benchmarks.random_runs import filled_trainer, gpt_run, random_corpus, rates
 from benchmarks.timing import copy_terabytes, milliseconds
 from engine.data import batch_order
 from engine.models import rotary_tables
 from engine.models.gpt import NORM_EPS, ROTARY_BASE, GPTConfig, initial_weights
-from engine.sweep import choose_device
+from engine.ranks import choose_device
+from engine.step import capture, matmul_precision
 
 NAMES = ("ceilings", "eager", "sequential", "vmap", "jax", "jax_cudnn", "ours")
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
@@ -96,13 +96,11 @@ class Run(NamedTuple):
 
 def make_problem(options: Options) -> Problem:
     """The problem that `ours` trains too, as numpy arrays and CPU tensors."""
-    config = gpt_config(
-        options.depth, options.vocabulary, options.precision, options.context, options.batch, options.device
-    )
-    shape = GPTConfig(config.depth, config.width, config.heads, config.kv_heads, config.context, options.vocabulary)
-    corpus = random_corpus(config, options.vocabulary)
-    rows_SB = batch_order(config.seed, len(corpus.tokens), STEPS * config.batch).reshape(STEPS, config.batch)
-    weights = initial_weights(shape, config.seed)
+    width, heads = 64 * options.depth, options.depth
+    shape = GPTConfig(options.depth, width, heads, heads, options.context, options.vocabulary)
+    corpus = random_corpus(options.context, options.vocabulary)
+    rows_SB = batch_order(0, len(corpus.tokens), STEPS * options.batch).reshape(STEPS, options.batch)
+    weights = initial_weights(shape, 0)
     return Problem(shape, weights, corpus.tokens, corpus.targets, rows_SB, rates(options.replicas))
 
 
@@ -257,10 +255,8 @@ def torch_run(advance: Callable[[int], None], losses: Callable[[int], np.ndarray
 
 def ours(options: Options, device: torch.device) -> Run:
     """The project's own stack, as a sweep trains it."""
-    config = gpt_config(
-        options.depth, options.vocabulary, options.precision, options.context, options.batch, device.type
-    )
-    trainer = filled_trainer(config, options.replicas, device, STEPS)
+    shape = options.depth, options.vocabulary, options.precision, options.context, options.batch
+    trainer = filled_trainer(gpt_run(*shape, device.type), options.replicas, device, STEPS)
 
     def losses(count: int) -> np.ndarray:
         # every slot took every step: none had stopped, so none was cheaper than it should be

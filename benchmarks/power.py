@@ -17,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
-from engine.trainer import HIGH, LOW
 
 from benchmarks.operators import adamw_buffers
 from benchmarks.timing import append_rows, card, enqueued, ready
 from benchmarks.tune import bmm, rotated
 from engine.command import user_errors
+from engine.step import HIGH, LOW
 from kernels.matmul import stacked_matmul
 
 REPLICAS = 16

@@ -29,9 +29,9 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks.arguments import check_positive
-from benchmarks.random_runs import filled_trainer, gpt_config
+from benchmarks.random_runs import filled_trainer, gpt_run
 from benchmarks.timing import append_rows, card, enqueued, ready
-from engine.sweep import choose_device
+from engine.ranks import choose_device
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
         check_positive(options, "depth", "vocabulary", "replicas", "context", "batch", "rows")
         ready("nvidia-smi")
         device = choose_device("cuda")
-        config = gpt_config(options.depth, options.vocabulary, options.precision, options.context, options.batch)
-    trainer = filled_trainer(config, options.replicas, device)
+        shape = gpt_run(options.depth, options.vocabulary, options.precision, options.context, options.batch)
+    trainer = filled_trainer(shape, options.replicas, device)
     trainer.run(5)
     torch.cuda.synchronize()
     one_step = partial(trainer.run, 1)

@@ -1,8 +1,8 @@
 """What slots cost: how busy they are, and the time a launch takes beyond its steps: `uv run benchmarks/slots.py`.
 
 Every cell of the grid is a run of its own (its schedule depends on its end), and their token budgets span a factor of
-1,000, so slots are read off and refilled all the time. The launch is trained and stored as a sweep does it. Its time
-is split into steps, held-out losses, and the rest: looking, reading off, refilling and storing.
+1,000, so slots are measured and refilled all the time. The launch is trained and stored as a sweep does it. Its time
+is split into steps, held-out losses, and the rest: polling, refilling and storing.
 """
 
 import tempfile
@@ -33,16 +33,17 @@ if __name__ == "__main__":
     parse(Options, __doc__.split("\n\n")[0])  # before what takes seconds to import
 
 import torch
-from engine.trainer import Trainer
 
 from benchmarks.arguments import check_positive
-from benchmarks.random_runs import random_corpus
+from benchmarks.random_runs import PROBE_ROWS, network_of, random_corpus
 from benchmarks.timing import append_rows, ready
-from engine.config import SweepConfig, resolve
-from engine.network import load_network
-from engine.plan import replica_memory, trajectories
-from engine.progress import LABELLED, Progress
-from engine.sweep import LanguageSetup, Rank, choose_device, open_or_create, train_launch
+from engine import plan
+from engine.api import open_or_create
+from engine.config import make_config, resolve
+from engine.language import LanguageSetup, memory_of
+from engine.launch import LaunchBuffer
+from engine.ranks import Rank, choose_device
+from engine.step import Trainer
 
 
 class TimedTrainer(Trainer):
@@ -75,13 +76,13 @@ class TimedTrainer(Trainer):
             return sum(end - start for start, end in self.stepping)
         return sum(start.elapsed_time(end) for start, end in self.stepping) / 1000
 
-    def evaluate(self, slots: torch.Tensor) -> torch.Tensor:
+    def measure(self, ready: list) -> list:
         wait(self.device)
         start = time.perf_counter()
-        means = super().evaluate(slots)
+        measured = super().measure(ready)
         wait(self.device)
         self.evaluating += time.perf_counter() - start
-        return means
+        return measured
 
 
 def wait(device: torch.device) -> None:
@@ -101,7 +102,7 @@ def prepared(options: Options) -> LanguageSetup:
     if device.type == "cuda":
         ready()
     tokens = options.steps * options.batch * 128
-    config = SweepConfig(
+    config = make_config(
         y=f"lr:log:1e-5:1e-2:{options.rows}",
         x=f"tokens:log:{tokens / options.span}:{tokens}:{options.cols}",
         schedule="cosine",
@@ -109,39 +110,44 @@ def prepared(options: Options) -> LanguageSetup:
         vocabulary=options.vocabulary,
         context=128,
         batch=options.batch,
-        rows_per_launch=str(options.rows),
+        validation_rows=PROBE_ROWS,
     )
-    config = resolve(config, device.type)
-    network = load_network(config, device)
-    memory = replica_memory(config, network.parameters, network.activation_bytes(options.batch * 128, 2))
-    widest = len(trajectories(config, range(options.rows)))
-    corpus = random_corpus(config, network.vocabulary)
-    return LanguageSetup(config, device, options.rows, options.slots, widest, network, corpus, memory)
+    run = resolve(config, device.type)
+    network, corpus = network_of(run, device), random_corpus(128, options.vocabulary)
+    made = plan.plan_runs(run)
+    launches = plan.launches(made, options.rows, options.rows, together=True)
+    widest = len(made.work_in(made.cells_in(launches[0])).runs)
+    memory = memory_of(made, network, corpus, device)
+    return LanguageSetup(run, made, device, network, corpus, memory, options.rows, launches, options.slots, widest)
 
 
 def measure(options: Options) -> dict[str, object]:
     """A row of results/slots.csv."""
     with user_errors():
         setup = prepared(options)
-    trainer = TimedTrainer(setup.config, setup.network, setup.corpus, setup.slots, setup.device)
-    rows = range(options.rows)
+    longest = int(setup.plan.steps.max())
+    setup.trainer = trainer = TimedTrainer(
+        setup.run, setup.network, setup.corpus, setup.slots, setup.device, longest, [0]
+    )
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "store")
         writer = stack.enter_context(closing(open_or_create(setup, path, None, Rank(0, 1))))
-        stored = {name: writer.read(name) for name in LABELLED}
-        watch = stack.enter_context(Progress(setup.config, stored, [rows], quiet=True))
         wait(setup.device)
         start = time.perf_counter()
-        train_launch(setup, trainer, writer, rows, watch)
+        buffer = LaunchBuffer(setup, setup.launches[0], writer)
+        for results in setup.train(setup.launches[0], writer.status, lambda trained, saved: None):
+            for cells, values in results:
+                buffer.put(cells, values)
+        buffer.flush()
         total = time.perf_counter() - start
-    steps = trainer.step_seconds()
+    steps, scheduler = trainer.step_seconds(), trainer.scheduler
     return {
         "depth": options.depth,
         "slots": options.slots,
         "runs": setup.widest,
         "span": options.span,
-        "busy": round(trainer.trained / trainer.spent, 4),
-        "micro_steps": trainer.spent // trainer.slots,
+        "busy": round(scheduler.trained / scheduler.spent, 4),
+        "micro_steps": scheduler.spent // trainer.slots,
         "total_s": round(total, 3),
         "steps_s": round(steps, 3),
         "held_out_s": round(trainer.evaluating, 3),

@@ -92,7 +92,7 @@ class Trainer:
         """
         self.run_of, self.config, self.network = run, run.config, network
         self.device, self.slots, self.longest = device, slots, longest
-        torch.set_float32_matmul_precision(matmul_precision(self.config))
+        torch.set_float32_matmul_precision(matmul_precision(self.config.swept.precision))
         keep_freed_memory(device)
         training, family = self.config.training, self.config.family
         self.stack = make_stack(run, network, slots, device)
@@ -387,9 +387,9 @@ def hyper_rows(run: Run, stack: Stack, optimizers: dict[str, str]) -> tuple[list
     return rates, [*rates, *dict.fromkeys(others)]
 
 
-def matmul_precision(config: SweepConfig) -> str:
+def matmul_precision(precision: str) -> str:
     """torch's name for how fp32 matrix products are made."""
-    return "high" if config.swept.precision == "tf32" else "highest"
+    return "high" if precision == "tf32" else "highest"
 
 
 def keep_freed_memory(device: torch.device) -> None:
