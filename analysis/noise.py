@@ -4,7 +4,7 @@ Whole lines of the grid (columns where the y axis alone is a learning rate, so t
 the boundary; else rows) are trained again, each as a sweep of its own with exactly the parent's
 coordinates, stored inside it as `noise/<variant>-row-<i>` or `-column-<i>`. Variants:
 
-- repeat: nothing changed but the company a cell trains in; no label should change on a GPU.
+- repeat: nothing changed but the stack a cell trains in; on a GPU cells are batch-invariant and no label changes.
 - precision: the network's finest precision, or its coarsest where the map has the finest, if that one
   tells neighbouring cells apart at all; it then says how deep the coarsest goes, and the map's own deeper.
 - order: other seed, thus other initial weights and data order (language models).

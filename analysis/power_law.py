@@ -47,7 +47,7 @@ def power_law(found: Critical) -> PowerLaw:
 
     Each bootstrap draw takes the lines with replacement and a place, log-uniform, within each one's
     bracket, so the interval holds both the scatter of the lines and the spacing of the grid. It is of one
-    seed, and of lines that may be read off the same runs: another seed's law often lies outside.
+    seed, and of lines that may be measured on the same runs: another seed's law often lies outside.
 
     Raises:
         ValueError: too few bracketed lines.

@@ -87,7 +87,7 @@ class Rules:
     safe_measured: Safety
     safe_predicted: Safety
     best: np.ndarray  # [line]
-    shared: bool  # whether columns are read off the same runs
+    shared: bool  # whether columns are measured on the same runs
     early: tuple[EarlyWarning, ...]  # over the whole map, and over cells near the boundary; empty without traces
 
 
@@ -138,7 +138,7 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
         ),
         (
             "all of this",
-            f"holds for one seed{' and for columns read off the same runs' * r.shared}; sweep the seed, or run "
+            f"holds for one seed{' and for columns measured on the same runs' * r.shared}; sweep the seed, or run "
             "analysis/noise.py, to see others",
         ),
     ]

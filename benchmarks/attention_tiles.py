@@ -63,10 +63,10 @@ def use(tiles: tuple[int, ...]) -> None:
 
     def chosen(T, K, dtype):
         cap = {"maxnreg": tiles[4]} if tiles[4] else {}
-        return attention._cut(tiles[:4], T, K) | cap
+        return attention.cut_tiles(tiles[:4], T, K) | cap
 
-    attention._forward_tiles = attention._backward_tiles = chosen
-    attention._half_block = lambda *_: 0
+    attention.forward_tiles = attention.backward_tiles = chosen
+    attention.half_block = lambda *_: 0
 
 
 def time_shape(name: str) -> list[dict]:

@@ -1,6 +1,6 @@
 """The activations of the two MLPs: SwiGLU on a fused gate/up projection, and squared ReLU.
 
-F MLP width. Elementwise, so the kernels need not tell replicas apart.
+R replica, F MLP width. Elementwise, so the kernels need not tell replicas apart.
 """
 
 import torch
@@ -54,6 +54,7 @@ def relu2_reference(x: Tensor) -> Tensor:
 @fold_vmap
 @custom_operator("fractal::swiglu")
 def swiglu_op(gate_up: Tensor) -> Tensor:
+    """`swiglu` of R replicas, [R, ..., 2 F] -> [R, ..., F]."""
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], width)
     grid = (triton.cdiv(y.numel(), BLOCK),)
@@ -68,6 +69,7 @@ def _(gate_up):
 
 @custom_operator("fractal::swiglu_backward")
 def swiglu_backward_op(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate_up [R, ..., 2 F] from dy [R, ..., F]."""
     dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grid = (triton.cdiv(dy.numel(), BLOCK),)
     _swiglu_backward_kernel[grid](
@@ -95,6 +97,7 @@ swiglu_op.register_autograd(_swiglu_backward, setup_context=_swiglu_save)
 @fold_vmap
 @custom_operator("fractal::relu2")
 def relu2_op(x: Tensor) -> Tensor:
+    """`relu2` of R replicas, [R, ...] -> [R, ...]."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _relu2_kernel[(triton.cdiv(x.numel(), BLOCK),)](x.contiguous(), y, x.numel(), BLOCK=BLOCK)
     return y
@@ -107,6 +110,7 @@ def _(x):
 
 @custom_operator("fractal::relu2_backward")
 def relu2_backward_op(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from dy, both [R, ...]."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _relu2_backward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
         dy.contiguous(), x.contiguous(), dx, x.numel(), BLOCK=BLOCK

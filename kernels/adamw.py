@@ -17,13 +17,13 @@ from torch import Tensor
 
 from kernels.split_master import NAN_BITS, join_bits, join_master, round_to_weight, split_master
 
-BLOCK = 1024  # elements a program; it needs no more than 16 bytes of shared memory, so it fits beside a product
+BLOCK = 1024  # elements a program; it needs no more than 16 bytes of shared memory, so it overlaps with a GEMM
 TOGETHER = tl.constexpr(4)  # neighbours a thread holds, of any type: avoids a layout conversion from bf16 to fp32
-ONCE = tl.constexpr("evict_first")  # each byte is touched once a step: leave the cache to the products
+ONCE = tl.constexpr("evict_first")  # each byte is touched once a step: leave the cache to the GEMMs
 
 
 class AdamWScalars(NamedTuple):
-    """What one step needs beside the buffers; tensors are [R].
+    """What one step needs besides the buffers; tensors are [R].
 
     correction1_R is 1 / (1 - beta1^t), correction2_R 1 / sqrt(1 - beta2^t). scale_R multiplies the gradient
     (clipping). Where active_R (bool) is False nothing of that replica is written. nonfinite_R (int32) becomes 1
@@ -91,7 +91,7 @@ def adamw_(
     p = p (1 - lr wd) - (lr c1) m / (c2 sqrt(v) + eps)  with c1 = 1 / (1 - b1^t), c2 = 1 / sqrt(1 - b2^t)
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019). Written with one division an
-    element: beside a product the energy of these instructions counts.
+    element: while it overlaps with a GEMM, the energy of these instructions counts.
     """
     step = adamw_reference_ if master.device.type == "cpu" else adamw_triton_
     step(master, gradient, weight, first_moment, second_moment, scalars)

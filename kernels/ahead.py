@@ -35,12 +35,12 @@ def compile_ahead(*steps: Callable[[], object]) -> int:
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
         with AsyncCompileMode(pool):
             compiling = [function.preload(specialization) for function, specialization in wanted.values()]
-        kernels = list(pool.map(build_launcher, compiling))
+        kernels = list(pool.map(_build_launcher, compiling))
     loaded = [kernel.run for kernel in kernels]  # the property loads the launcher and the code
     return len(loaded)
 
 
-def build_launcher(compiling):
+def _build_launcher(compiling):
     """The kernel once compiled, its launcher's library on disk.
 
     The launcher made here is not kept. Triton 3.6 loads every launcher as a Python module of one name, so a thread

@@ -135,11 +135,12 @@ def attention_op(
     qk_norm: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """`qkv_attention` of R replicas, o [R, B, T, H K], and its logsumexp [R, B, H, T] to base 2."""
     R, B, T, C = qkv_RBTC.shape
     K = C // (heads + 2 * kv_heads)
     o_RBTD = qkv_RBTC.new_empty(R, B, T, heads * K)
     logsumexp_RBHT = qkv_RBTC.new_empty(R, B, heads, T, dtype=torch.float32)
-    tiles = _forward_tiles(T, K, qkv_RBTC.dtype)
+    tiles = forward_tiles(T, K, qkv_RBTC.dtype)
     grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
     _attention_forward_kernel[grid](
         qkv_RBTC.contiguous(),
@@ -173,20 +174,21 @@ def attention_backward_op(
     qk_norm: bool,
     eps: float,
 ) -> Tensor:
+    """The gradient of qkv [R, B, T, C]."""
     R, B, T, C = qkv_RBTC.shape
     K = C // (heads + 2 * kv_heads)
     dqkv_RBTC = torch.empty_like(qkv_RBTC, memory_format=torch.contiguous_format)
     qkv_RBTC, do_RBTD = qkv_RBTC.contiguous(), do_RBTD.contiguous()
     tables = _tables(cos_RTK2, sin_RTK2)
     shape = _shape(B, T, K, heads, kv_heads, qk_norm)
-    half = _half_block(T, K, heads, kv_heads, qkv_RBTC.dtype)
+    half = half_block(T, K, heads, kv_heads, qkv_RBTC.dtype)
     if half:
-        grid, tiles = (R * B * heads,), _cut((half, half, 4, 1), T, K)
+        grid, tiles = (R * B * heads,), cut_tiles((half, half, 4, 1), T, K)
         _attention_backward_head_kernel[grid](
             qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, dqkv_RBTC, eps, **shape, **tiles
         )
         return dqkv_RBTC
-    tiles = _backward_tiles(T, K, qkv_RBTC.dtype)
+    tiles = backward_tiles(T, K, qkv_RBTC.dtype)
     one_block = tiles["BLOCK_K"] >= T
     delta_RBHT = torch.empty_like(logsumexp_RBHT)
     if not one_block:
@@ -228,31 +230,32 @@ def _shape(B, T, K, heads, kv_heads, qk_norm):
     return {"B": B, "T": T, "K": K, "H": heads, "G": kv_heads, "QK_NORM": qk_norm, "SCALE": 1 / math.sqrt(K)}
 
 
-def _forward_tiles(T, K, dtype):
+def forward_tiles(T, K, dtype):
     """Tile sizes from one replica's shape and dtype alone; BLOCK_K >= T means one block of keys."""
     if dtype == torch.bfloat16:
         tiles = (64 if K <= 64 else 128, 128, 4, 1) if T <= 128 else (128, 64, 8, 2)
     else:
         tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
-    return _cut(tiles, T, K)
+    return cut_tiles(tiles, T, K)
 
 
-def _backward_tiles(T, K, dtype):
-    """As `_forward_tiles`; smaller query blocks, since five products share the registers."""
+def backward_tiles(T, K, dtype):
+    """As `forward_tiles`; smaller query blocks, since five products share the registers."""
     if dtype == torch.bfloat16:
         tiles = (128 if K <= 64 else 32, 128, 8, 1) if T <= 128 else (64, 64, 4 if K <= 64 else 8, 2)
     else:
         tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
-    return _cut(tiles, T, K)
+    return cut_tiles(tiles, T, K)
 
 
-def _half_block(T, K, heads, kv_heads, dtype):
+def half_block(T, K, heads, kv_heads, dtype):
     """Times in a half block where the backward goes by pairs of them, else 0."""
     half = 64 if dtype == torch.bfloat16 else 32
     return half if heads == kv_heads and half < T <= 2 * half and K <= 64 else 0
 
 
-def _cut(tiles, T, K):
+def cut_tiles(tiles, T, K):
+    """(BLOCK_Q, BLOCK_K, warps, stages) as a kernel takes them, cut to the context and the head dim."""
     block_q, block_k, num_warps, num_stages = tiles
     time = max(16, triton.next_power_of_2(T))
     return {

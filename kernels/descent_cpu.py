@@ -25,7 +25,7 @@ IDENTITY, RELU, TANH = range(3)
 NONLINEARITIES = {"identity": IDENTITY, "relu": RELU, "tanh": TANH}
 
 
-def kept(**options):
+def _kept(**options):
     """Numba's `njit`, with the machine code kept on disk for the next process, where a folder for it can be written."""
 
     def compiled(function):
@@ -55,7 +55,7 @@ def descend_cpu(
 ) -> Descent:
     """`kernels.descent.descend` by the compiled loop; arguments and shapes as there."""
     problem = (x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R)
-    losses_RS, weights_RP = train(*problem, minibatch_QSB, steps, nonlinearity, offset_every_step)
+    losses_RS, weights_RP = _train(*problem, minibatch_QSB, steps, nonlinearity, offset_every_step)
     measure_R, last_loss_R, nonfinite_step_R = measure(losses_RS)
     return Descent(
         measure_R,
@@ -68,7 +68,7 @@ def descend_cpu(
     )
 
 
-def train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_QSB, steps, nonlinearity, every_step):
+def _train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_QSB, steps, nonlinearity, every_step):
     """Losses [R, S] and final weights [R, P] of every cell, trained on as many threads as torch has.
 
     Arguments as in `kernels.descent.descend`; drawn_QSB is None for the full batch.
@@ -82,18 +82,19 @@ def train(x_QNK, y_QN, w0_QKH, w1_QH, lr0_R, lr1_R, offset_R, problem_R, drawn_Q
 
     def train_block(start):
         block = (array[start : start + BLOCK] for array in cellwise)
-        train_cells(x_QKN, y_QN, w0_QHK, w1_QH, drawn_QSB, *block, NONLINEARITIES[nonlinearity], every_step)
+        _train_cells(x_QKN, y_QN, w0_QHK, w1_QH, drawn_QSB, *block, NONLINEARITIES[nonlinearity], every_step)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(train_block, range(0, len(lr0_R), BLOCK)))
     return torch.from_numpy(losses_RS), torch.from_numpy(weights_RP)
 
 
-@kept(nogil=True, fastmath=SUMS, error_model="numpy")
-def train_cells(
+@_kept(nogil=True, fastmath=SUMS, error_model="numpy")
+def _train_cells(
     x_QKN, y_QN, w0_QHK, w1_QH, drawn_QSB,
     lr0_R, lr1_R, offset_R, problem_R, losses_RS, weights_RP, nonlinearity, every_step,
 ):  # fmt: skip
+    """Fill losses [R, S] and weights [R, P] of some cells."""
     points, steps, real = y_QN.shape[1], losses_RS.shape[1], y_QN.dtype
     a_HN, r_N, u_2N = np.empty((WIDTH, points), real), np.empty(points, real), np.empty((2, points), real)
     if drawn_QSB is not None:
@@ -105,25 +106,25 @@ def train_cells(
         x_KN, y_N, w0_HK, w1_H = x_QKN[q], y_QN[q], w0_QHK[q].copy(), w1_QH[q].copy()
         lr0, lr1, offset = lr0_R[cell], lr1_R[cell], offset_R[cell]
         if not every_step:
-            shift(w0_HK, offset)
+            _shift(w0_HK, offset)
         for s in range(steps):
             old0_HK, old1_H = w0_HK.copy(), w1_H.copy()
             if every_step:
-                shift(w0_HK, offset)
-            forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity)
-            losses_RS[cell, s] = squares(r_N) / y_N.dtype.type(points)
+                _shift(w0_HK, offset)
+            _forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity)
+            losses_RS[cell, s] = _squares(r_N) / y_N.dtype.type(points)
             if drawn_QSB is None:
-                update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity)
+                _update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity)
             else:
                 for b in range(drawn):
                     point = drawn_QSB[q, s, b]
                     y_B[b] = y_N[point]
                     for k in range(WIDTH):
                         x_KB[k, b] = x_KN[k, point]
-                forward(x_KB, y_B, w0_HK, w1_H, a_HB, r_B, nonlinearity)
-                update(x_KB, w0_HK, w1_H, a_HB, r_B, u_2B, lr0, lr1, nonlinearity)
+                _forward(x_KB, y_B, w0_HK, w1_H, a_HB, r_B, nonlinearity)
+                _update(x_KB, w0_HK, w1_H, a_HB, r_B, u_2B, lr0, lr1, nonlinearity)
             draws = drawn_QSB is not None
-            if settled(old0_HK.ravel(), w0_HK.ravel(), draws) and settled(old1_H, w1_H, draws):
+            if _settled(old0_HK.ravel(), w0_HK.ravel(), draws) and _settled(old1_H, w1_H, draws):
                 losses_RS[cell, s + 1 :] = losses_RS[cell, s]
                 break
         for h in range(WIDTH):
@@ -132,11 +133,11 @@ def train_cells(
             weights_RP[cell, WIDTH * WIDTH + h] = w1_H[h]
 
 
-# Numba puts these into `train_cells`, where it sees that their arrays do not overlap, and can use vectors
+# Numba puts these into `_train_cells`, where it sees that their arrays do not overlap, and can use vectors
 
 
 @njit(inline="always")
-def forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity):
+def _forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity):
     """Fill the activations [H, N] and the residuals [N]."""
     points, real = len(y_N), y_N.dtype.type
     inner = real(0.25 if nonlinearity == IDENTITY else SLOPE)
@@ -155,7 +156,7 @@ def forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity):
                     c[n] = real(0) if c[n] <= real(0) else c[n]  # NaN stays NaN
             elif nonlinearity == TANH:
                 for n in range(points):
-                    c[n] = tanh(c[n])
+                    c[n] = _tanh(c[n])
         for n in range(points):
             r_N[n] += w1_H[h] * a[n] + w1_H[h + 1] * b[n]
     for n in range(points):
@@ -163,7 +164,7 @@ def forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity):
 
 
 @njit(inline="always")
-def squares(r_N):
+def _squares(r_N):
     """The sum of squares."""
     total = r_N.dtype.type(0)
     for n in range(len(r_N)):
@@ -172,7 +173,7 @@ def squares(r_N):
 
 
 @njit(inline="always")
-def update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
+def _update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
     """One step of gradient descent of both layers; u_2N is room for the gradients of two hidden units."""
     points, real = len(r_N), r_N.dtype.type
     zero, factor = real(0), real(2 / WIDTH) / real(points)
@@ -212,16 +213,16 @@ def update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
                 w0_HK[h + 1, k + i] -= lr0 * t
 
 
-@kept()
-def shift(w0_HK, offset):
+@_kept()
+def _shift(w0_HK, offset):
     """Add a constant to every weight. Array operations like `w0_HK += offset` compile for seconds each."""
     for h in range(WIDTH):
         for k in range(WIDTH):
             w0_HK[h, k] += offset
 
 
-@kept()
-def settled(old, new, draws):
+@_kept()
+def _settled(old, new, draws):
     """Whether no later step can change these weights (see the head of `kernels.descent`)."""
     for i in range(len(new)):
         nan = new[i] != new[i]
@@ -234,18 +235,18 @@ def settled(old, new, draws):
     return True
 
 
-def tanh(u):
-    """tanh of a number; compiled, by its type. Sums in `train_cells` may be reordered, these not."""
+def _tanh(u):
+    """tanh of a number; compiled, by its type. Sums in `_train_cells` may be reordered, these not."""
     return np.tanh(u)
 
 
-@overload(tanh)
-def compiled_tanh(u):
+@overload(_tanh)
+def _compiled_tanh(u):
     single = u == types.float32
     return (lambda u: tanh_32(u)) if single else (lambda u: tanh_64(u))
 
 
-@kept(fastmath={"contract"}, error_model="numpy")
+@_kept(fastmath={"contract"}, error_model="numpy")
 def tanh_32(u):
     """1 - 2 / (e^2u + 1), and below |u| = 0.4, where that cancels, an odd polynomial of degree 7."""
     one, two, whole = np.float32(1), np.float32(2), np.float32(12582912)  # 1.5 * 2^23
@@ -270,7 +271,7 @@ def tanh_32(u):
     return u * q if x < np.float32(0.16) else large
 
 
-@kept(fastmath={"contract"}, error_model="numpy")
+@_kept(fastmath={"contract"}, error_model="numpy")
 def tanh_64(u):
     """m / (m + 2), m = e^t - 1, t = 2 |u| = k ln 2 + f; expm1(f) is a polynomial of degree 11 (as on a GPU)."""
     whole = 6755399441055744.0  # 1.5 * 2^52

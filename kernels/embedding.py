@@ -48,6 +48,7 @@ def embedding_reference(tokens_BT: Tensor, weight_VD: Tensor) -> Tensor:
 @fold_vmap
 @custom_operator("fractal::embedding")
 def embedding_op(tokens_RBT: Tensor, weight_RVD: Tensor) -> Tensor:
+    """`embedding` of R replicas, y [R, B, T, D]."""
     R, V, D = weight_RVD.shape
     tokens_RBT, weight_RVD = dense_replicas(tokens_RBT), dense_replicas(weight_RVD)
     y_RBTD = weight_RVD.new_empty(*tokens_RBT.shape, D)
@@ -66,6 +67,7 @@ def _(tokens_RBT, weight_RVD):
 
 @custom_operator("fractal::embedding_backward")
 def embedding_backward_op(dy_RBTD: Tensor, tokens_RBT: Tensor, vocabulary: int) -> Tensor:
+    """The gradient of the weight [R, V, D]."""
     R, _, _, D = dy_RBTD.shape
     tokens_RBT = dense_replicas(tokens_RBT)
     N = tokens_RBT[0].numel()

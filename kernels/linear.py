@@ -119,7 +119,7 @@ def relu2_mlp_norm_reference(
 
 
 @custom_operator("fractal::matmul")
-def matmul_op(
+def _matmul_op(
     a: Tensor,
     b: Tensor,
     form: str,
@@ -127,10 +127,11 @@ def matmul_op(
     extra: Tensor | None = None,
     scale_R: Tensor | None = None,
 ) -> Tensor:
+    """`stacked_matmul` as an operator, for the backward passes; shapes as there."""
     return stacked_matmul(a, b, form, epilogue, extra, scale_R)
 
 
-@matmul_op.register_fake
+@_matmul_op.register_fake
 def _(a, b, form, epilogue="none", extra=None, scale_R=None):
     m = a.shape[2] if form == "tn" else a.shape[1]
     n = b.shape[1] if form == "nt" else b.shape[2]
@@ -139,14 +140,15 @@ def _(a, b, form, epilogue="none", extra=None, scale_R=None):
 
 def gradients(ctx, dy_RNO: Tensor, x_RNI: Tensor, weight_ROI: Tensor, scale_R=None):
     """dX and dW of y = x W^T, where they are asked for; scale_R multiplies both."""
-    dx = matmul_op(dy_RNO, weight_ROI, "nn", scale_R=scale_R) if ctx.needs_input_grad[0] else None
-    dw = matmul_op(dy_RNO, x_RNI, "tn", scale_R=scale_R) if ctx.needs_input_grad[1] else None
+    dx = _matmul_op(dy_RNO, weight_ROI, "nn", scale_R=scale_R) if ctx.needs_input_grad[0] else None
+    dw = _matmul_op(dy_RNO, x_RNI, "tn", scale_R=scale_R) if ctx.needs_input_grad[1] else None
     return dx, dw
 
 
 @fold_vmap
 @custom_operator("fractal::linear")
 def linear_op(x_RNI: Tensor, weight_ROI: Tensor) -> Tensor:
+    """`linear` of R replicas, y [R, N, O]."""
     return stacked_matmul(x_RNI, weight_ROI, "nt")
 
 
@@ -171,6 +173,7 @@ linear_op.register_autograd(_linear_backward, setup_context=_save_operands)
 def linear_add_norm_op(
     x_RNI: Tensor, weight_ROI: Tensor, residual_RNO: Tensor, norm_RO: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """`linear_add_norm` of R replicas, both results [R, N, O]."""
     y_RNO = stacked_matmul(x_RNI, weight_ROI, "nt", "add", residual_RNO)
     return rms_norm_op(y_RNO, norm_RO, eps), y_RNO
 
@@ -199,6 +202,7 @@ linear_add_norm_op.register_autograd(_linear_add_norm_backward, setup_context=_l
 @fold_vmap
 @custom_operator("fractal::linear_relu2")
 def linear_relu2_op(x_RNI: Tensor, weight_ROI: Tensor) -> Tensor:
+    """`linear_relu2` of R replicas, y [R, N, O]."""
     return stacked_matmul(x_RNI, weight_ROI, "nt", "relu2")
 
 
@@ -224,7 +228,7 @@ linear_relu2_op.register_autograd(_linear_relu2_backward, setup_context=_linear_
 def relu2_mlp_norm_op(
     x_RND: Tensor, up_RFD: Tensor, down_RDF: Tensor, residual_RND: Tensor, norm_RD: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rms_norm(y), y, the hidden units after ReLU squared, which the backward reads)."""
+    """`relu2_mlp_norm` of R replicas, [R, N, D] twice, and the hidden units [R, N, F], which the backward reads."""
     hidden_RNF = stacked_matmul(x_RND, up_RFD, "nt", "relu2")
     y_RND = stacked_matmul(hidden_RNF, down_RDF, "nt", "add", residual_RND)
     return rms_norm_op(y_RND, norm_RD, eps), y_RND, hidden_RNF
@@ -245,10 +249,10 @@ def _relu2_mlp_norm_save(ctx, inputs, output):
 def _relu2_mlp_norm_backward(ctx, dnormed_RND, dy_RND, _):
     x_RND, up_RFD, down_RDF, norm_RD, y_RND, hidden_RNF = ctx.saved_tensors
     dy_RND, dnorm_RD = sum_and_norm_backward(dnormed_RND, dy_RND, y_RND, norm_RD, ctx.eps)
-    dh_RNF = matmul_op(dy_RND, down_RDF, "nn", "relu2_backward", hidden_RNF)
-    dx_RND = matmul_op(dh_RNF, up_RFD, "nn")
-    dup_RFD = matmul_op(dh_RNF, x_RND, "tn")
-    ddown_RDF = matmul_op(dy_RND, hidden_RNF, "tn")
+    dh_RNF = _matmul_op(dy_RND, down_RDF, "nn", "relu2_backward", hidden_RNF)
+    dx_RND = _matmul_op(dh_RNF, up_RFD, "nn")
+    dup_RFD = _matmul_op(dh_RNF, x_RND, "tn")
+    ddown_RDF = _matmul_op(dy_RND, hidden_RNF, "tn")
     return dx_RND, dup_RFD, ddown_RDF, dy_RND, dnorm_RD, None
 
 

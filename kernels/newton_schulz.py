@@ -23,6 +23,7 @@ def newton_schulz(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
 
 
 def newton_schulz_reference(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """`newton_schulz` in plain differentiable torch."""
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     norm = x.float().square().sum((-2, -1), keepdim=True).sqrt()

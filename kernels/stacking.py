@@ -72,14 +72,14 @@ def _fold(tensor, in_dim, batch_size):
     return tensor.flatten(0, 1)
 
 
-def dense_replicas(tensor):
-    """The tensor itself if each replica is contiguous (any replica stride), else a contiguous copy.
+def dense_replicas(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor [R, ...] itself if each replica is contiguous (any replica stride), else a contiguous copy.
 
     A view of one [R, P] parameter buffer passes as it is; kernels take its replica stride.
     """
     return tensor if tensor[0].is_contiguous() else tensor.contiguous()
 
 
-def dot_precision():
+def dot_precision() -> str:
     """Triton's float32 dot precision for torch's: "highest" -> "ieee", "high" or "medium" -> "tf32"."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -41,6 +41,7 @@ TUNED = {key: Tile(*values) for key, values in json.loads(TABLE.read_text("utf-8
 
 
 def tile_key(form: str, m: int, n: int, k: int, dtype: torch.dtype) -> str:
+    """The table's key of one replica's product a [m, k] times b [k, n]."""
     return f"{form} {m}x{n}x{k} {str(dtype).removeprefix('torch.')}"
 
 

@@ -177,6 +177,17 @@ def test_a_norm_whose_squares_overflow(form):
     assert norm_R[3].isnan()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of overflow
+@pytest.mark.parametrize("size", [1e25, 3e38])
+def test_clipping_a_gradient_whose_squares_overflow_does_not_freeze_the_run(size):
+    """It moves every weight, or, where its norm is no fp32 number, breaks the run, which is recorded."""
+    clipped, frozen = (State(1, 63, gradient_dtype=torch.float32) for _ in range(2))
+    clipped.gradient[:], frozen.gradient[:] = size, 0
+    clipped.run(adamw_triton_, scale_R=1 / global_norm_triton([clipped.gradient]))
+    assert (clipped.master != frozen.run(adamw_triton_).master).all()
+    assert clipped.nonfinite.tolist() == [int(size > 1e30)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_accumulation(dtype):
     fresh = torch.tensor([True, False, False, True], device=DEVICE)

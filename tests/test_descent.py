@@ -205,9 +205,9 @@ def test_a_settled_cell_ends_as_the_full_loop_ends(form, path, monkeypatch):
         tensors, alone = [t.cpu() for t in tensors], [t.cpu() for t in alone]
         options = (5, nonlinearity, None if draws is None else draws.cpu(), False, True, True)
         # as Python runs it: compiled, it cannot be kept from stopping
-        monkeypatch.setattr(descent_cpu, "train_cells", descent_cpu.train_cells.py_func)
+        monkeypatch.setattr(descent_cpu, "_train_cells", descent_cpu._train_cells.py_func)
         early = descent_cpu.descend_cpu(*alone, *options)
-        monkeypatch.setattr(descent_cpu, "settled", lambda old, new, draws: False)
+        monkeypatch.setattr(descent_cpu, "_settled", lambda old, new, draws: False)
         full = descent_cpu.descend_cpu(*alone, *options)
     step = int(early.nonfinite_step_R[0])
     assert 0 <= step < 4

@@ -11,7 +11,7 @@ from stacked import (
     normal,
 )
 
-from kernels.embedding import embedding_backward_op, embedding_op, embedding_reference, embedding_triton
+from kernels.embedding import _gather_kernel, embedding_backward_op, embedding_op, embedding_reference, embedding_triton
 
 pytestmark = pytest.mark.kernel
 
@@ -64,6 +64,15 @@ def test_an_unknown_token_is_nan_and_moves_nothing():
     assert y.isnan().all(-1).tolist() == [[False, True, True, False]]
     assert torch.equal(dweight[[0, 2]], upstream[0][0, [0, 3]])
     assert dweight[[1, 3, 4, 5, 6]].eq(0).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the masked are NaN, cast by the interpreter's numpy
+def test_rows_of_one_replica_beyond_2_to_the_31_elements():
+    """5 rows 2^29 elements apart, of which the kernel writes the first 16; the rest of the 2 GiB stays untouched."""
+    D, tokens = 2**29, torch.zeros(1, 5, dtype=torch.int64, device=DEVICE)
+    weight, y = torch.arange(16, device=DEVICE).bfloat16(), torch.empty(4 * D + 16, dtype=torch.int8, device=DEVICE)
+    _gather_kernel[(1,)](tokens, weight, y, 5, 16, N=5, V=1, D=D, ROWS=8, WIDTH=16)
+    assert torch.equal(y[4 * D :].bfloat16(), weight)
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ def make_inputs(R, N, D, V, dtype=torch.float32):
 
 
 def per_replica(function, softcap):
-    """Of (x, weight, targets): smoothing rides with the targets so that it has no gradient."""
+    """Of (x, weight, targets): smoothing is passed as whole thousandths, so that it has no gradient."""
     return lambda x, weight, targets, smoothing_thousandths: function(
         x, weight, targets, softcap, smoothing_thousandths.to(torch.float32) / 1000
     )

@@ -12,6 +12,8 @@ from stacked import (
 )
 
 from kernels.norm import (
+    _norm_backward_kernel,
+    _norm_forward_kernel,
     add_rms_norm_op,
     add_rms_norm_reference,
     add_rms_norm_triton,
@@ -86,6 +88,19 @@ def test_operators_are_well_registered():
 def test_refuses_a_weight_of_another_width():
     with pytest.raises(ValueError, match=r"a weight \(3,\), expected \(4,\)"):
         rms_norm_triton(normal(0, 2, 4), normal(0, 3))
+
+
+def test_rows_of_one_replica_beyond_2_to_the_31_elements():
+    """5 rows 2^29 elements apart, of which the kernels get the first 16; the rest of the 2 GiB stays untouched."""
+    D, row = 2**29, torch.arange(16, device=DEVICE)
+    x = torch.empty(4 * D + 16, dtype=torch.int8, device=DEVICE)
+    x[4 * D :] = row
+    shape = {"N": 5, "D": D, "ROWS": 8, "WIDTH": 16}
+    _norm_forward_kernel[(1,)](x, None, None, 0, x, None, 0.25, **shape)
+    # over sqrt(0.25), the mean over D being next to nothing; the cast to int8 may cut up to 1
+    assert (x[4 * D :] - 2 * row).abs().max() <= 1
+    _norm_backward_kernel[(1,)](x, None, x, None, 0, x, None, 0.25, BLOCK_ROWS=8, **shape)
+    assert (x[4 * D :] - 4 * row).abs().max() <= 3
 
 
 @pytest.mark.gpu
