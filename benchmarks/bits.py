@@ -48,9 +48,9 @@ def trained(checkout: Path, flags: str, device: str, folder: Path) -> dict[str, 
     command += ["--store", str(store), "--device", device, "--nofigures", "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(checkout)})
     group = zarr.open_group(store, mode="r")
-    dims = group["status"].ndim
-    return {name: np.asarray(group[name]).squeeze(0) if dims == 3 else np.asarray(group[name])
-            for name in ARRAYS if name in group}  # fmt: skip
+    arrays = {name: np.asarray(group[name]) for name in ARRAYS if name in group}
+    # stores of the second format have a replicate dimension
+    return {name: array.squeeze(0) if "replicate" in group else array for name, array in arrays.items()}
 
 
 def difference(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> str:
