@@ -46,7 +46,8 @@ def trained(checkout: Path, flags: str, device: str, folder: Path) -> dict[str, 
     store = folder / checkout.name / "store"
     command = [sys.executable, str(checkout / "engine" / "sweep.py"), *flags.split()]
     command += ["--store", str(store), "--device", device, "--nofigures", "--quiet"]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(checkout)})
+    paths = str(checkout), os.environ.get("PYTHONPATH", "")
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))})
     group = zarr.open_group(store, mode="r")
     arrays = {name: np.asarray(group[name]) for name in ARRAYS if name in group}
     # stores of the second format have a replicate dimension
