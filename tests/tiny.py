@@ -1,16 +1,18 @@
 """The smallest sweeps that still exercise everything: one layer, 16 wide, 8 tokens, a few steps, on the CPU."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine.config import SweepConfig
+from engine.api import prepare, run_sweep
+from engine.config import SweepConfig, cells_of, make_config
+from engine.options import RunOptions
 from engine.outcome import NOT_COMPUTED
+from engine.ranks import Rank
 from engine.store import Store, Writer, open_store
-from engine.sweep import Rank, RunOptions, Setup, prepare, run_sweep
+from engine.workload import Setup
 
 # tensors of a few hundred elements: a second thread only waits
 torch.set_num_threads(1)
@@ -30,31 +32,31 @@ def write_chat(path: Path, dialogues: int = 60) -> Path:
     return path
 
 
-def tiny(folder: Path, y: str = "lr:log:1e-3:1e1:3", x: str = "tokens:linear:16:96:4", **changes) -> SweepConfig:
-    """A sweep of 3 x 4 cells of at most 6 steps over a chat file in `folder`."""
+def tiny(folder: Path, y: str = "lr:log:1e-3:1e1:3", x: str = "tokens:linear:32:96:4", **changes) -> SweepConfig:
+    """A sweep of 3 x 4 cells of 2 to 6 steps over a chat file in `folder`."""
     data = folder / "chat.jsonl"
     if not data.exists():
         write_chat(data)
-    fixed = {"batch": 2, "tokens": 64}
-    swept = {axis.split(":")[0] for axis in (changes.get("y", y), changes.get("x", x))}
-    config = SweepConfig(y, x, width=16, heads=1, context=8, data=str(data), data_rows=24, validation_rows=4)
-    return replace(config, **{name: value for name, value in fixed.items() if name not in swept} | changes)
+    fixed = {"batch": 2, "tokens": 64, "width": 16, "heads": 1, "context": 8, "data_rows": 24, "validation_rows": 4}
+    swept = {axis.split(":")[0] for axis in (y, x)}
+    own = {name: value for name, value in fixed.items() if name not in swept}
+    return make_config(**(own | {"y": y, "x": x, "data": str(data)} | changes))
 
 
 def sweep(config: SweepConfig, path: Path, **options) -> Store:
     """The finished store of a sweep."""
-    run_sweep(config, RunOptions(store=str(path), figures=False, quiet=True, device="cpu", **options))
+    run_sweep(config, RunOptions(store=str(path), quiet=True, device="cpu", **options))
     return open_store(path)
 
 
 def setup(config: SweepConfig, **options) -> Setup:
     """What a sweep of this configuration would train with on the CPU."""
-    return prepare(config, RunOptions(device="cpu", **options), Rank(0, 1), None)
+    return prepare(config, cells_of(config), RunOptions(device="cpu", **options), Rank(0, 1), None)
 
 
 def arrays(store: Store) -> dict[str, np.ndarray]:
-    """Every array of a store."""
-    return {name: store.read(name) for name in store.group.array_keys() if name not in ("y", "x")}
+    """Every array of a store's cells."""
+    return {name: store.read(name) for name in store.specs}
 
 
 def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -67,5 +69,5 @@ def assert_equal_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) 
 def forget(path: Path, row: int) -> None:
     """Mark a launch's row as not computed, as a kill before its last write leaves it."""
     writer = Writer(path)
-    writer.group["status"][row : row + 1] = NOT_COMPUTED
+    writer.group["status"][:, row : row + 1] = NOT_COMPUTED
     writer.close()
