@@ -415,7 +415,7 @@ def check_same_inputs(store: Store, inputs: Mapping[str, str], cells: Any) -> No
         changed += [] if same else ["points"]
     for name in changed:
         raise ValueError(
-            f"the {name} have changed since {store.path} was made ({name}={store.config.flat().get(name)!r}); restore "
+            f"{name}={store.config.flat().get(name)!r} holds other values than when {store.path} was made; restore "
             "them, or sweep into another --store"
         )
 

@@ -5,7 +5,7 @@ They are labelled by their old rule, under its own name, and cannot be resumed.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -13,8 +13,11 @@ import zarr
 from engine.config import Run, SweepConfig, cells_of, hyper_names, make_config
 from engine.family import ALIASES
 from engine.measure import measurements_of
-from engine.outcome import measure_label, window_label
+from engine.outcome import LABELS, Thresholds, measure_label, window_label
 from engine.store import STATUS, Store, store_attributes
+
+if TYPE_CHECKING:
+    import xarray
 
 FOLLOWING = ("lr_matrix", "lr_attention", "lr_mlp", "lr_embedding", "lr_unembedding", "lr_0", "lr_1")
 RULES = {"language": window_label, "two_layer": measure_label}
@@ -37,6 +40,11 @@ class StoreV1(Store):
         held = {"status": STATUS} | measurements_of(self.run)
         self.specs = {name: spec for name, spec in held.items() if self.has_metadata(name)}
         self.chunk_rows = self.array("status").chunks[0]
+        # what a replay needs, under its present names
+        self.attributes |= {
+            "rows_per_launch": self.chunk_rows,
+            "inputs": {"data": self.attributes.get("data_digest", "")},
+        }
 
     def read(self, name: str, replicate: int | slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
         """An array [1, row, col(, step)], or its only replicate."""
@@ -47,6 +55,20 @@ class StoreV1(Store):
         """`status`, then what the old rules are made of."""
         names = ("status", "first_loss", "last_loss", "nonfinite_step", "measure")
         return {name: self.read(name, replicate) for name in names if name in self}
+
+    def to_xarray(self, thresholds: Thresholds | None = None) -> "xarray.Dataset":
+        """Every measurement and `label`, with named, valued dimensions, in memory."""
+        import xarray
+
+        dims = ("replicate", *self.run.cells.dims)
+        arrays = {}
+        for name, spec in self.specs.items():
+            own = (*dims, "step") if spec.by_step else dims
+            arrays[name] = (own, self.read(name), {"long_name": spec.long_name, "units": spec.units})
+        names = np.array(LABELS)[self.labels(thresholds or Thresholds())]
+        arrays["label"] = (dims, names, {"long_name": "what became of the run, by the old rule"})
+        coordinates = {name: (dim, values, own) for name, (dim, values, own) in self.run.cells.coordinates().items()}
+        return xarray.Dataset(arrays, coordinates, self.attributes)
 
 
 def config_v1(stored: Mapping[str, Any]) -> SweepConfig:
