@@ -22,8 +22,8 @@ from engine import sweep as train
 from engine.family import FAMILIES
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import MEASUREMENTS
-from engine.options import read_arguments
 from engine.optim import OPTIMIZERS
+from engine.options import read_arguments
 from engine.outcome import DONE, Thresholds, measured
 from engine.replay import compare, replay_cell
 from engine.store import open_store
@@ -49,15 +49,27 @@ def toys(monkeypatch):
 @pytest.fixture
 def flags(tmp_path) -> dict:
     data = write_chat(tmp_path / "chat.jsonl")
-    return {"data": str(data), "context": 8, "batch": 2, "data_rows": 24, "validation_rows": 4, "device": "cpu"}
+    return {
+        "data": str(data),
+        "context": 8,
+        "batch": 2,
+        "data_rows": 24,
+        "validation_rows": 4,
+        "device": "cpu",
+        "tokens": 96,
+    }
 
 
 SWEEPS = {
-    "all four": {"network": "lstm", "optimizer": "lion", "y": "lr:log:1e-3:1e-1:3", "x": "leak:linear:0:0.9:3", "tokens": 96},
-    "a group's axis": {"network": "lstm", "y": "lr.recurrent:log:1e-3:1e1:2", "x": "tokens:linear:32:96:3"},
-    "another network": {"network": "gpt", "width": 16, "heads": 1, "optimizer": "lion,embedding=sgd", "y": "lr:log:1e-3:1e1:2",
-                        "x": "beta1:linear:0:0.9:3", "tokens": 96},
-}  # fmt: skip
+    "all four": {"network": "lstm", "optimizer": "lion", "y": "lr:log:1e-3:1e-1:3", "x": "leak:linear:0:0.9:3"},
+    "a group's axis": {"network": "lstm", "y": "lr.recurrent:log:1e-3:1e1:2", "x": "weight_decay:linear:0:1:3"},
+    "another network": {
+        "width": 16,
+        "optimizer": "lion,embedding=sgd",
+        "y": "lr:log:1e-3:1e1:2",
+        "x": "beta1:lin:0:0.9:3",
+    },
+}
 
 
 @pytest.mark.parametrize("kind", SWEEPS)
@@ -93,7 +105,7 @@ def test_an_added_piece_is_swept_resumed_replayed_labelled_drawn_and_reported(tm
 def test_digests_of_an_added_optimizer_are_its_own(tmp_path, flags):
     digests = {}
     for name in OPTIMIZERS:
-        swept = {"network": "lstm", "optimizer": name, "y": "lr:log:1e-3:1e-2:2", "x": "tokens:linear:32:64:2"}
+        swept = {"network": "lstm", "optimizer": name, "y": "lr:log:1e-3:1e-2:2", "x": "eps:log:1e-8:1e-2:2"}
         digests[name] = train(store=str(tmp_path / name), **swept, **flags)["weights_digest"].values.ravel()
     assert len(np.unique(np.concatenate(list(digests.values())))) == 4 * len(OPTIMIZERS)
 
