@@ -62,7 +62,7 @@ def flags(tmp_path) -> dict:
 
 SWEEPS = {
     "all four": {"network": "lstm", "optimizer": "lion", "y": "lr:log:1e-3:1e-1:3", "x": "leak:linear:0:0.9:3"},
-    "a group's axis": {"network": "lstm", "y": "lr.recurrent:log:1e-3:1e1:2", "x": "weight_decay:linear:0:1:3"},
+    "a group's axis": {"network": "lstm", "y": "lr.recurrent:log:1e-3:1:2", "x": "weight_decay:lin:0:1:3"},
     "another network": {
         "width": 16,
         "optimizer": "lion,embedding=sgd",
@@ -105,7 +105,7 @@ def test_an_added_piece_is_swept_resumed_replayed_labelled_drawn_and_reported(tm
 def test_digests_of_an_added_optimizer_are_its_own(tmp_path, flags):
     digests = {}
     for name in OPTIMIZERS:
-        swept = {"network": "lstm", "optimizer": name, "y": "lr:log:1e-3:1e-2:2", "x": "eps:log:1e-8:1e-2:2"}
+        swept = {"network": "lstm", "optimizer": name, "y": "lr:log:1e-3:1e-2:2", "x": "weight_decay:lin:0:1:2"}
         digests[name] = train(store=str(tmp_path / name), **swept, **flags)["weights_digest"].values.ravel()
     assert len(np.unique(np.concatenate(list(digests.values())))) == 4 * len(OPTIMIZERS)
 
