@@ -137,21 +137,16 @@ def page_data(found: Map) -> dict:
         "value": found.value.astype(np.float32),
     }
     values = [["convergence value", "value"]]
-    for name, words in (
-        ("first_loss", "first loss"),
-        ("last_loss", "last loss"),
-        ("val_loss", "held-out loss"),
-        ("steps", "steps"),
-        ("nonfinite_step", "first non-finite step"),
-    ):
-        if name in store:
+    for name, spec in store.store.specs.items():
+        if name != "status" and not spec.by_step and spec.dtype != "u8":  # digests are no numbers to look at
             arrays[name] = store.read(name)
-            values.append([words, name])
+            values.append([spec.long_name, name])
     thinned = {name: array[::stride, ::stride] for name, array in arrays.items()}
     return {
         "shape": thinned["codes"].shape,
         "stride": stride,
         "store": shlex.quote(str(store.path)),
+        "replicate": f" --replicate {store.index}" if store.index else "",
         "labels": LABELS,
         "y": axis_json(store.grid.y, store.grid.y.values[::stride]),
         "x": axis_json(store.grid.x, store.grid.x.values[::stride]),

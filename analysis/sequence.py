@@ -17,11 +17,11 @@ from analysis.axes import extent
 from analysis.boundary import map_edges
 from analysis.classify import Labelling, classify, convergence_value
 from analysis.tile import Tile, followed_tile, tile_around
-from engine.config import Run, SweepConfig
+from engine.config import Run, SweepConfig, cells_of
 from engine.grid import Axis, Grid
 from engine.hyper import kernel_type, rule_of
 from engine.options import RunOptions
-from engine.outcome import DONE
+from engine.outcome import DONE, Thresholds
 from engine.store import Replicate, open_map
 
 LEAST = 4  # a sequence stops before neighbouring cells lie closer than this many number spacings
@@ -31,22 +31,19 @@ def child_config(store: Replicate, tile: Tile, density: tuple[int, int], precisi
     """The parent's configuration over a tile, `density` = (rows, columns) of the child for one of the parent's.
 
     Raises:
-        ValueError: the child's values cannot be told apart, or neighbouring cells would train the same run.
+        ValueError: the child's values cannot be told apart.
     """
     grid = store.grid
     y, x = grid.y.tile(tile.top, tile.bottom, density[0]), grid.x.tile(tile.left, tile.right, density[1])
     changes = {"y": str(y), "x": str(x), "replicates": 1, "precision": precision or store.config.swept.precision}
     if "seed" not in store.run.names:
         changes["seed"] = store.config.seed + store.index
-    config = store.config.change(**changes)
-    same = same_neighbours(Run(config, Grid(y, x)))
-    if same:
-        raise ValueError(f"neighbouring {same} of the zoom would train the same steps; zoom less, or widen the tile")
-    return config
+    return store.config.change(**changes)
 
 
-def same_neighbours(run: Run) -> str:
-    """'rows' or 'columns' where two neighbours are the same runs in every cell, else ''."""
+def same_neighbours(config: SweepConfig) -> str:
+    """'rows' or 'columns' where two neighbours are the same runs in every cell, as close token budgets are, else ''."""
+    run = Run(config, cells_of(config))
     plan = run.config.workload.plan(run)
     cells = np.stack([np.broadcast_to(each, run.shape)[0] for each in (plan.key, plan.steps)])
     for name, axis in (("rows", 1), ("columns", 2)):
@@ -95,7 +92,10 @@ def zoom_once(store: Replicate, tile: Tile, factor: int, device: str) -> Replica
     """Train the child grid of one tile, `factor` times as dense."""
     seed = f"replicate-{store.index}-" if store.index else ""
     name = f"{seed}rows-{tile.top}-{tile.bottom}-cols-{tile.left}-{tile.right}-x{factor}"
-    return train(child_config(store, tile, (factor, factor)), store.path / "zoom" / name, device, quiet=False)
+    config = child_config(store, tile, (factor, factor))
+    if same := same_neighbours(config):
+        raise ValueError(f"neighbouring {same} of the zoom would train the same steps; zoom less, or into fewer {same}")
+    return train(config, store.path / "zoom" / name, device, quiet=False)
 
 
 class Level(NamedTuple):
@@ -128,8 +128,10 @@ def sequence(
     where = f"-follow-{follow:g}" if follow < 1 else ""
     if target is not None:
         where = f"-at-{target[0]:g},{target[1]:g}"
-    if labelling != Labelling():
-        where += f"-replicate-{labelling.replicate}-converged-{labelling.converged:g}-moved-{labelling.moved:g}"
+    if labelling.thresholds != Thresholds():
+        where += f"-converged-{labelling.converged:g}-moved-{labelling.moved:g}"
+    if store.index:
+        where += f"-replicate-{store.index}"
     current = store
     for level in range(levels + 1):
         codes = classify(current, labelling.thresholds)
@@ -150,17 +152,21 @@ def sequence(
             stop = f"stopped: at level {level + 1} neighbouring cells would lie under {LEAST} number spacings apart"
         elif target is None and not blocks.any():
             stop = f"stopped: level {level} shows no boundary to follow"
+        if not stop:
+            if target is not None:
+                tile = tile_around(current.grid, target, height, breadth)
+            else:
+                tile = followed_tile(blocks, height, breadth, follow)
+            child = child_config(current, tile, density, precision)
+            if same := same_neighbours(child):
+                stop = f"stopped: at level {level + 1} neighbouring {same} would train the same steps"
         if stop:
             yield Level(current, codes, value, None)
             console.print(stop, soft_wrap=True)
             return
-        if target is not None:
-            tile = tile_around(current.grid, target, height, breadth)
-        else:
-            tile = followed_tile(blocks, height, breadth, follow)
         yield Level(current, codes, value, tile)
         name = f"x{factor}-size-{size or rows}{where}-level-{level + 1:02d}"
-        current = train(child_config(current, tile, density, precision), base / name, device, quiet=True)
+        current = train(child, base / name, device, quiet=True)
         widths = (f"{axis.name} {spread(axis)}" for axis in (current.grid.y, current.grid.x))
         console.print(f"level {level + 1}: {', '.join(widths)}", soft_wrap=True, highlight=False)
 

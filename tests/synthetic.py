@@ -1,47 +1,48 @@
 """Stores with known arrays, made through the engine's own writer, for the tests of the analysis."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from engine import plan
-from engine.config import SweepConfig, resolve
-from engine.store import Store, Writer, array_specs, create_store, open_store
+from engine.config import SweepConfig, make_config, resolve
+from engine.plan import steps_of
+from engine.store import Replicate, Writer, create_store, empty_block, open_map
 
 
-def write_store(path: Path, config: SweepConfig, arrays: dict[str, np.ndarray]) -> Store:
-    """A complete store of a configuration; arrays that are not given keep their fill value."""
-    config = replace(resolve(config, "cpu"), rows_per_launch=str(config.grid.shape[0]))
+def write_store(path: Path, config: SweepConfig, arrays: dict[str, np.ndarray]) -> Replicate:
+    """A complete store of a configuration, its first map; arrays that are not given keep their fill value.
+
+    arrays: [row, col(, step)], the same for every replicate, or [replicate, row, col(, step)].
+    """
+    run = resolve(config, "cpu")
+    steps = int(run.config.workload.plan(run).steps.max())
     provenance = {"date": "2026-01-01", "device": "CPU", "packages": {"torch": "2.13"}, "commit": "abc", "threads": 1}
-    create_store(path, config, plan.longest(config), config.grid.shape[0], {"provenance": provenance, "slots": 1})
-    block = {}
-    for name, spec in array_specs(config).items():
-        shape = config.grid.shape + ((plan.longest(config),) if spec.steps else ())
-        block[name] = np.full(shape, spec.fill, spec.dtype)
+    create_store(path, run, steps, run.cells.shape[0], {"provenance": provenance, "slots": 1, "inputs": {}})
+    writer = Writer(path)
+    block = empty_block(writer.specs, run.shape, steps)
     block["status"][:] = 1
     for name, value in arrays.items():
         block[name][:] = value
-    writer = Writer(path)
-    writer.write_rows(0, block)
+    for chunk in writer.chunks():
+        writer.write_chunk(chunk, {name: array[chunk.replicate] for name, array in block.items()})
     writer.close()
-    return open_store(path)
+    return open_map(path)
 
 
 def language_store(
     path: Path, rows: int = 24, cols: int = 16, exponent: float = -0.3, jitter: float = 0.0, trace: str = "on"
-) -> Store:
+) -> Replicate:
     """A learning-rate by tokens map whose critical rate is 0.3 * (tokens / 1e4)^exponent, with its traces.
 
     Runs below the critical rate fall from 5.5, the faster the nearer they are to it; up to 10 times above
     it they rise; beyond, they are not finite from a step on.
     """
-    config = SweepConfig(y=f"lr:log:1e-4:1e1:{rows}", x=f"tokens:log:1e3:6e4:{cols}", trace=trace)
+    config = make_config(y=f"lr:log:1e-4:1e1:{rows}", x=f"tokens:log:1e3:6e4:{cols}", trace=trace, validation_rows=16)
     random = np.random.default_rng(0)
-    grid = config.grid
+    grid = resolve(config, "cpu").cells
     lr, tokens = grid.y.values[:, None], grid.x.values
     critical = 0.3 * (tokens / 1e4) ** exponent * np.exp(jitter * random.standard_normal(cols))
-    steps = plan.steps_of(tokens, config.batch, config.context)
+    steps = steps_of(tokens, 4, 64)
     above = np.log10(lr / critical)
     step = np.arange(steps.max())
     good = 5.5 - 3.0 * np.exp(above)[..., None] * (1 - np.exp(-step * lr[..., None] * 0.3))
@@ -56,7 +57,12 @@ def language_store(
     arrays = {
         "first_loss": np.full((rows, cols), 5.5),
         "last_loss": last,
-        "val_loss": last + 0.1,
+        "val_first": np.full((rows, cols), 5.5),
+        "val_loss": last,
+        "val_difference_se": np.full((rows, cols), 0.01),
+        "loss_min": np.fmin.reduce(losses, -1),
+        "loss_max": np.fmax.reduce(losses, -1),
+        "loss_noise": np.full((rows, cols), 0.05),
         "steps": ran,
         "nonfinite_step": breaks_at,
         "weights_digest": random.integers(1, 2**63, (rows, cols), dtype=np.uint64),
@@ -64,10 +70,12 @@ def language_store(
     return write_store(path, config, arrays | ({"losses": losses} if trace == "on" else {}))
 
 
-def mlp_store(path: Path, measure: np.ndarray, y: str = "lr.0:log:1e-3:1e6", x: str = "lr.1:log:1e-3:1e6") -> Store:
+def two_layer_store(
+    path: Path, measure: np.ndarray, y: str = "lr.0:log:1e-3:1e6", x: str = "lr.1:log:1e-3:1e6"
+) -> Replicate:
     """A map of the paper's network with a given convergence measure [row, col]."""
     rows, cols = measure.shape
-    config = SweepConfig(network="mlp", y=f"{y}:{rows}", x=f"{x}:{cols}")
+    config = make_config(network="two_layer", y=f"{y}:{rows}", x=f"{x}:{cols}")
     nonfinite = np.where(measure > 20, 5, -1)
     arrays = {"measure": measure, "first_loss": 1.0, "last_loss": np.exp(np.clip(measure / 100, -8, 8)), "steps": 500}
     return write_store(path, config, arrays | {"nonfinite_step": nonfinite})

@@ -2,11 +2,23 @@
 
 import numpy as np
 import pytest
-from synthetic import julia_measure, language_store, mlp_store
+from synthetic import julia_measure, language_store, two_layer_store
 
 from analysis import classify
-from analysis.classify import Labelling, convergence_value, counts, measured, planned_steps, trains
-from engine.outcome import CONVERGED, INVALID, LABELS, MARGINAL, MISSING, NONFINITE, UNDERTRAINED, WORSENED, Thresholds
+from analysis.classify import Labelling, convergence_value, counts
+from engine.outcome import (
+    CONVERGED,
+    INVALID,
+    LABELS,
+    MARGINAL,
+    MISSING,
+    NONFINITE,
+    UNDERTRAINED,
+    WORSENED,
+    Thresholds,
+    measured,
+    trains,
+)
 
 
 def test_every_label_is_either_trained_broken_or_not_measured():
@@ -17,7 +29,7 @@ def test_every_label_is_either_trained_broken_or_not_measured():
 
 
 def test_the_papers_network_is_labelled_by_its_measure(tmp_path):
-    store = mlp_store(tmp_path / "s", np.array([[-1.0, 3.0], [25.0, np.nan]]))
+    store = two_layer_store(tmp_path / "s", np.array([[-1.0, 3.0], [25.0, np.nan]]))
     codes = classify.classify(store, Thresholds())
     assert codes.tolist() == [[CONVERGED, WORSENED], [NONFINITE, INVALID]]
     value = convergence_value(store, codes)
@@ -38,19 +50,19 @@ def test_convergence_value_is_a_mean_over_the_planned_steps(tmp_path):
     codes = classify.classify(store, Thresholds())
     row, col = np.argwhere(codes == NONFINITE)[0]
     losses = store.read("losses")[row, col]
-    planned = planned_steps(store)[row, col]
+    planned = store.planned_steps[row, col]
     assert planned == np.ceil(store.grid.x.values[col] / (4 * 64))
     expected = np.sum(np.where(np.isnan(losses[:planned]), 1e-6, 5.5 / losses[:planned])) / planned
     assert convergence_value(store, codes)[row, col] == pytest.approx(expected, rel=1e-6)
 
 
-def test_thresholds_that_overlap_are_refused():
-    with pytest.raises(ValueError, match="expected 0 < converged"):
-        _ = Labelling(converged=0.99).thresholds
+def test_thresholds_outside_their_range_are_refused():
+    with pytest.raises(ValueError, match="expected values in"):
+        _ = Labelling(converged=1.5).thresholds
 
 
 def test_command_counts_labels(tmp_path, capsys, monkeypatch):
-    mlp_store(tmp_path / "s", julia_measure(16))
+    two_layer_store(tmp_path / "s", julia_measure(16))
     monkeypatch.setattr("sys.argv", ["classify", "--store", str(tmp_path / "s")])
     classify.main()
     assert "converged" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw
-from synthetic import julia_measure, mlp_store
+from synthetic import julia_measure, two_layer_store
 
 from analysis import dimension
 from analysis.boundary import edges
@@ -113,7 +113,7 @@ def test_a_fit_range_without_box_sides_is_refused():
 
 
 def test_command_prints_dimension_nulls_and_both_medians(tmp_path, capsys, monkeypatch):
-    mlp_store(tmp_path / "s", julia_measure(128))
+    two_layer_store(tmp_path / "s", julia_measure(128))
     monkeypatch.setattr("sys.argv", ["dimension", "--store", str(tmp_path / "s")])
     dimension.main()
     shown = capsys.readouterr().out
@@ -123,13 +123,13 @@ def test_command_prints_dimension_nulls_and_both_medians(tmp_path, capsys, monke
 
 def test_each_sequence_has_a_median_of_its_own_beside_nulls(tmp_path, capsys, monkeypatch):
     path = tmp_path / "s"
-    mlp_store(path, julia_measure(64))
+    two_layer_store(path, julia_measure(64))
     noise = np.where(np.random.default_rng(0).random((64, 64)) < 0.5, 1.0, -1.0)
     line = np.where(np.arange(64)[:, None] > np.arange(64) / 2, 1.0, -1.0)
     for level in ("01", "02"):
-        mlp_store(path / "zoom" / f"x4-size-64-level-{level}", noise)
-        mlp_store(path / "zoom" / f"x4-size-64-follow-0.5-level-{level}", line)
-    mlp_store(path / "zoom" / "rows-0-4", np.where(np.eye(4) > 0, 1.0, -1.0))  # too small to have a dimension
+        two_layer_store(path / "zoom" / f"x4-size-64-level-{level}", noise)
+        two_layer_store(path / "zoom" / f"x4-size-64-follow-0.5-level-{level}", line)
+    two_layer_store(path / "zoom" / "rows-0-4", np.where(np.eye(4) > 0, 1.0, -1.0))  # too small to have a dimension
     monkeypatch.setattr("sys.argv", ["dimension", "--store", str(path)])
     dimension.main()
     shown = capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_each_sequence_has_a_median_of_its_own_beside_nulls(tmp_path, capsys, mo
 
 
 def test_command_on_a_map_with_one_label_says_no_boundary(tmp_path, capsys, monkeypatch):
-    mlp_store(tmp_path / "s", -np.ones((32, 32)))
+    two_layer_store(tmp_path / "s", -np.ones((32, 32)))
     monkeypatch.setattr("sys.argv", ["dimension", "--store", str(tmp_path / "s")])
     with pytest.raises(SystemExit) as ended:
         dimension.main()

@@ -1,22 +1,29 @@
 """The noise floor: lines of a map trained again and compared with it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from synthetic import julia_measure, language_store, mlp_store, write_store
+from synthetic import julia_measure, language_store, two_layer_store, write_store
 
 from analysis import noise
 from analysis.classify import Labelling
-from analysis.noise import chosen_lines, compare, line_axis, line_config, read_noise, verdict
-from engine.config import SweepConfig
+from analysis.noise import chosen_lines, compare, line_axis, line_cells, line_config, read_noise, verdict
+from engine.api import run_sweep
+from engine.config import make_config
 from engine.grid import Grid
+from engine.options import RunOptions
 from engine.outcome import CONVERGED, MARGINAL, MISSING, NONFINITE
-from engine.store import open_store
-from engine.sweep import RunOptions, run_sweep
+from engine.store import open_map
 
-CONFIG = SweepConfig(
-    network="mlp", y="lr.0:log:1e-1:1e3:16", x="lr.1:log:1e-1:1e3:16", steps=40, nonlinearity="tanh", data_points=16
+CONFIG = make_config(
+    network="two_layer",
+    y="lr.0:log:1e-1:1e3:16",
+    x="lr.1:log:1e-1:1e3:16",
+    steps=40,
+    nonlinearity="tanh",
+    data_points=16,
 )
 
 
@@ -35,10 +42,12 @@ def test_lines_run_along_the_learning_rate_and_are_spread_evenly():
 
 @pytest.mark.parametrize("line", range(7))
 def test_a_line_has_the_grids_own_coordinates_bit_for_bit(line):
-    config = SweepConfig(y="lr:log:1e-4:1e1:5", x="tokens:log:1e3:6e4:7")
-    alone = line_config(config, line).grid
-    assert alone.y.values.tobytes() == config.grid.y.values.tobytes()
-    assert alone.x.values.tobytes() == config.grid.x.values[line : line + 1].tobytes()
+    grid = Grid.parse("lr:log:1e-4:1e1:5", "tokens:log:1e3:6e4:7")
+    stored = {axis.name: axis.values * (1 + 2**-52) for axis in (grid.y, grid.x)}  # as another machine's exp has them
+    grid = grid.stored_as(stored)
+    alone = line_cells(SimpleNamespace(grid=grid), line)
+    assert alone.y.values.tobytes() == grid.y.values.tobytes()
+    assert alone.x.values.tobytes() == grid.x.values[line : line + 1].tobytes()
 
 
 def test_changes_are_counted_near_and_away_and_only_where_both_were_measured():
@@ -68,13 +77,13 @@ def test_depth_follows_the_uncertainty_exponent():
 
 
 def test_a_coarser_precision_speaks_for_itself_and_is_left_out_where_it_merges_cells(tmp_path, monkeypatch, capsys):
-    config = replace(CONFIG, precision="fp64", y="lr.0:linear:10:20:8", x="lr.1:linear:10:10.0000001:8")
+    config = CONFIG.change(precision="fp64", y="lr.0:linear:10:20:8", x="lr.1:linear:10:10.0000001:8")
     store = write_store(tmp_path / "s", config, {"measure": np.where(np.eye(8) > 0, 1.0, -1.0)})
     assert list(noise.variants(store)) == ["repeat", "permuted"]
     run(monkeypatch, "--store", store.path, "--share", 0.1, "--variants", "precision")
     assert "precision: left out, neighbouring cells are the same in fp32" in capsys.readouterr().out
     assert noise.coarser_precision(config) == "fp32"
-    assert noise.coarser_precision(replace(config, precision="fp32")) == ""
+    assert noise.coarser_precision(config.change(precision="fp32")) == ""
     before = np.tile([CONVERGED, NONFINITE], (1, 200))
     turned = compare("precision", before, before[:, ::-1], np.ones(before.shape, bool))
     assert verdict(replace(turned, coarser="fp32"), 1.0) == "noise in fp32, coarser than the map"
@@ -84,8 +93,8 @@ def test_a_coarser_precision_speaks_for_itself_and_is_left_out_where_it_merges_c
 def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):
     store = language_store(tmp_path / "s", 32, 8)
     for line in (2, 5):
-        config = line_config(store.config, line)
-        arrays = {name: store.read(name)[:, line : line + 1] for name in ("first_loss", "last_loss", "steps")}
+        config = line_config(store.config, line_cells(store, line))
+        arrays = {name: store.read(name)[:, line : line + 1] for name in store.store.specs if name != "losses"}
         arrays["nonfinite_step"] = store.read("nonfinite_step")[:, line : line + 1].copy()
         arrays["nonfinite_step"][0] = 1  # far from the boundary, one label differs
         write_store(store.path / "noise" / f"precision-column-{line:05d}", config, arrays)
@@ -98,7 +107,7 @@ def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):
 
 def test_a_stored_line_that_is_none_of_the_map_is_refused(tmp_path):
     store = language_store(tmp_path / "s", 8, 4)
-    write_store(store.path / "noise" / "repeat-column-00001", line_config(store.config, 2), {})
+    write_store(store.path / "noise" / "repeat-column-00001", line_config(store.config, line_cells(store, 2)), {})
     with pytest.raises(ValueError, match="is not a line of"):
         read_noise(store, Labelling())
 
@@ -110,10 +119,10 @@ def run(monkeypatch, *arguments):
 
 def test_command_trains_every_variant_of_the_papers_network(tmp_path, monkeypatch, capsys):
     path = tmp_path / "s"
-    run_sweep(CONFIG, RunOptions(store=str(path), device="cpu", figures=False, quiet=True))
+    run_sweep(CONFIG, RunOptions(store=str(path), device="cpu", quiet=True))
     run(monkeypatch, "--store", path, "--share", 0.2)
     assert "noise floor" in capsys.readouterr().out
-    floors = {floor.variant: floor for floor in read_noise(open_store(path), Labelling())}
+    floors = {floor.variant: floor for floor in read_noise(open_map(path), Labelling())}
     assert list(floors) == ["repeat", "precision", "permuted"]
     assert {floor.lines for floor in floors.values()} == {3}
     assert floors["repeat"].labels_near == floors["repeat"].labels_away == 0
@@ -122,7 +131,7 @@ def test_command_trains_every_variant_of_the_papers_network(tmp_path, monkeypatc
 
 
 def test_unknown_variants_are_refused(tmp_path, monkeypatch, capsys):
-    mlp_store(tmp_path / "s", julia_measure(16))
+    two_layer_store(tmp_path / "s", julia_measure(16))
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, "--store", tmp_path / "s", "--variants", "repeat,colour")
     assert ended.value.code == 2

@@ -10,10 +10,10 @@ from engine.config import resolve
 
 @pytest.mark.parametrize("name", list(paper.experiments(16, 10)))
 def test_every_experiment_is_a_legal_sweep(name):
-    config = resolve(paper.experiments(16, 10)[name].config, "cpu")
-    assert config.precision == "fp64"
-    assert config.grid.shape == (16, 16)
-    assert config.data_points == {"identity": 16, "single data point": 1}.get(name, 272)
+    run = resolve(paper.experiments(16, 10)[name].config, "cpu")
+    assert run.config.swept.precision == "fp64"
+    assert run.cells.shape == (16, 16)
+    assert run.config.training.data_points == {"identity": 16, "single data point": 1}.get(name, 272)
 
 
 def test_the_table_has_the_experiment_and_the_nulls(tmp_path, monkeypatch, capsys):

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
-from synthetic import julia_measure, language_store, mlp_store, write_store
+from synthetic import julia_measure, language_store, two_layer_store, write_store
 
 from analysis import plot
 from analysis.axes import extent, ticks
 from analysis.colours import GAP, LABEL_COLOURS, equalise
 from analysis.panels import boundary_segments
-from engine.config import SweepConfig
+from engine.config import make_config
 from engine.grid import Axis
 from engine.outcome import CONVERGED, INVALID, MISSING, NONFINITE, WORSENED
 
@@ -94,7 +94,7 @@ def test_command_draws_the_map_and_prints_one_screen(tmp_path, capsys, monkeypat
 
 
 def test_command_draws_the_papers_network_and_single_panels(tmp_path, monkeypatch):
-    store = mlp_store(tmp_path / "s", julia_measure(96))
+    store = two_layer_store(tmp_path / "s", julia_measure(96))
     run(monkeypatch, "--store", store.path, "--out", tmp_path / "pictures", "--separate")
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert names == ["convergence.png", "label.png", "loss.png", "map.png"]
@@ -102,7 +102,7 @@ def test_command_draws_the_papers_network_and_single_panels(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("case", ["one label", "nothing computed", "one cell"])
 def test_maps_without_a_boundary_are_drawn_and_say_so(case, tmp_path, capsys, monkeypatch):
-    config = SweepConfig(y="beta1:linear:0:0.9:12", x="beta2:linear:0:0.9:12", trace="off")
+    config = make_config(y="beta1:linear:0:0.9:12", x="beta2:linear:0:0.9:12", trace="off")
     if case == "one cell":
         config = replace(config, y="lr:log:1e-3:1e-3:1", x="beta2:linear:0.9:0.9:1")
     status = 0 if case == "nothing computed" else 1

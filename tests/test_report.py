@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic import julia_measure, language_store, mlp_store
+from synthetic import julia_measure, language_store, two_layer_store
 
 from analysis import page, report
 from analysis.charts import chart_ticks, label_places
@@ -71,7 +71,7 @@ def test_the_page_holds_every_number_and_no_address(tmp_path, monkeypatch):
 
 def test_text_from_the_store_is_escaped(tmp_path, monkeypatch):
     folder = tmp_path / "<img src=x onerror=alert(1)>&'s"
-    store = mlp_store(folder, julia_measure(24))
+    store = two_layer_store(folder, julia_measure(24))
     html = write(monkeypatch, store).read_text()
     assert "<img" not in html
     assert "onerror=alert(1)&gt;&amp;" in html
@@ -95,7 +95,7 @@ def test_large_maps_and_long_traces_are_thinned(tmp_path, monkeypatch):
 
 
 def test_a_map_without_a_boundary_says_so(tmp_path, monkeypatch):
-    html = write(monkeypatch, mlp_store(tmp_path / "s", -np.ones((12, 12)))).read_text()
+    html = write(monkeypatch, two_layer_store(tmp_path / "s", -np.ones((12, 12)))).read_text()
     assert "there is no dimension" in html
     assert "a map of a learning rate against something else" in html
 

@@ -9,20 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
-from synthetic import julia_measure, mlp_store
+from synthetic import julia_measure, two_layer_store
 
 from analysis import zoom
 from analysis.colours import equalise
 from analysis.movie import frames, pick, view
 from analysis.sequence import Level, refinable, width
 from analysis.tile import Tile, followed_tile, tile_around
-from engine.config import SweepConfig
+from engine.api import run_sweep
+from engine.config import make_config
 from engine.grid import Axis, Grid
-from engine.store import open_store
-from engine.sweep import RunOptions, run_sweep
+from engine.options import RunOptions
+from engine.store import open_map
 
-CONFIG = SweepConfig(
-    network="mlp", y="lr.0:log:1e-1:1e3:16", x="lr.1:log:1e-1:1e3:16", steps=40, nonlinearity="identity"
+CONFIG = make_config(
+    network="two_layer", y="lr.0:log:1e-1:1e3:16", x="lr.1:log:1e-1:1e3:16", steps=40, nonlinearity="identity"
 )
 
 
@@ -30,7 +31,7 @@ CONFIG = SweepConfig(
 def parent(tmp_path_factory):
     """A small map of the paper's network, trained."""
     path = tmp_path_factory.mktemp("zoom") / "parent"
-    run_sweep(CONFIG, RunOptions(store=str(path), device="cpu", figures=False, quiet=True))
+    run_sweep(CONFIG, RunOptions(store=str(path), device="cpu", quiet=True))
     return path
 
 
@@ -120,10 +121,10 @@ def test_a_movie_joins_its_levels_without_a_jump():
 
 def test_one_zoom_stores_a_child_that_says_what_the_parent_says(parent, monkeypatch, capsys):
     run(monkeypatch, "--store", parent, "--rows", "4:12", "--cols", "2:10", "--factor", "3")
-    child = open_store(parent / "zoom" / "rows-4-12-cols-2-10-x3")
-    assert open_store(parent).children() == [child.path]
+    child = open_map(parent / "zoom" / "rows-4-12-cols-2-10-x3")
+    assert open_map(parent).children() == [child.path]
     assert child.grid.shape == (24, 24)
-    whole = open_store(parent)
+    whole = open_map(parent)
     # every third child cell lies on a parent's cell
     assert child.grid.y.values[1::3] == pytest.approx(whole.grid.y.values[4:12], rel=1e-12)
     mine, theirs = child.read("measure")[1::3, 1::3], whole.read("measure")[4:12, 2:10]
@@ -140,8 +141,8 @@ def test_a_sequence_follows_the_boundary_and_is_not_trained_twice(parent, monkey
     shown = capsys.readouterr().out
     assert "level 2:" in shown
     assert "published estimator" in shown
-    last = open_store(parent / "zoom" / "x4-size-12-level-02")
-    assert last.config.precision == "fp64"
+    last = open_map(parent / "zoom" / "x4-size-12-level-02")
+    assert last.config.swept.precision == "fp64"
     assert last.grid.shape == (12, 12)
     with Image.open(tmp_path / "z.gif") as movie:
         assert (movie.n_frames, movie.size) == (7, (48, 48))
@@ -149,17 +150,17 @@ def test_a_sequence_follows_the_boundary_and_is_not_trained_twice(parent, monkey
     def refuse(*_):
         raise AssertionError("a stored level was trained again")
 
-    monkeypatch.setattr("engine.sweep.run_sweep", refuse)
+    monkeypatch.setattr("engine.api.run_sweep", refuse)
     run(monkeypatch, *arguments)
 
 
 def test_a_sequence_stops_at_the_number_spacing(tmp_path, monkeypatch, capsys):
-    run_sweep(CONFIG, RunOptions(store=str(tmp_path / "s"), device="cpu", figures=False, quiet=True))
+    run_sweep(CONFIG, RunOptions(store=str(tmp_path / "s"), device="cpu", quiet=True))
     target = "3.0,3.0"
     run(monkeypatch, "--store", tmp_path / "s", "--levels", 40, "--size", 32, "--factor", 16, "--target", target)
     shown = " ".join(capsys.readouterr().out.split())
     assert "neighbouring cells would lie under 4 number spacings apart" in shown
-    axes = [open_store(path).grid.y for path in open_store(tmp_path / "s").children()]
+    axes = [open_map(path).grid.y for path in open_map(tmp_path / "s").children()]
     assert 8 <= len(axes) <= 16
     assert all(axis.low < 3.0 < axis.high for axis in axes)
     for axis, deeper in itertools.pairwise(axes):
@@ -202,7 +203,7 @@ def test_bad_arguments_are_one_line_and_exit_2(arguments, parent, monkeypatch, c
 
 
 def test_zooming_below_the_number_spacing_is_refused(tmp_path, monkeypatch, capsys):
-    store = mlp_store(tmp_path / "s", julia_measure(16), "lr.0:log:1.0:1.00001", "lr.1:log:1.0:1.00001")
+    store = two_layer_store(tmp_path / "s", julia_measure(16), "lr.0:log:1.0:1.00001", "lr.1:log:1.0:1.00001")
     with pytest.raises(SystemExit):
         run(monkeypatch, "--store", store.path, "--factor", 64)
     assert "neighbouring values are equal in float32" in capsys.readouterr().err
@@ -210,7 +211,7 @@ def test_zooming_below_the_number_spacing_is_refused(tmp_path, monkeypatch, caps
 
 
 def test_a_map_without_a_boundary_is_refused(tmp_path, monkeypatch, capsys):
-    store = mlp_store(tmp_path / "s", -np.ones((16, 16)))
+    store = two_layer_store(tmp_path / "s", -np.ones((16, 16)))
     with pytest.raises(SystemExit):
         run(monkeypatch, "--store", store.path)
     assert "no boundary to follow" in capsys.readouterr().err
