@@ -26,6 +26,7 @@ from engine.data import (
     read_source,
     to_document,
 )
+from engine.data.packing import best_fit_pieces
 from engine.tokenizer import BYTE_MARKS, ByteTokenizer, SmolLM2Tokenizer
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -178,6 +179,75 @@ def test_rows_without_a_target_are_dropped_and_counted(tmp_path):
     length = len(BYTES.render(records[0]["messages"])[0])
     rows = -(-(8 * length - 1) // 8)
     assert f"{rows - len(every.tokens)} rows without a target dropped" in every.description
+
+
+@given(lengths=st.lists(st.integers(1, 14), max_size=250), context=st.integers(1, 9))
+def test_best_fit_rows_hold_every_document_once_and_whole(lengths, context):
+    documents = [(np.full(n, i, np.int32), np.ones(n, np.bool_)) for i, n in enumerate(lengths)]
+    rows = list(best_fit_pieces(iter(documents), context + 1))
+    numbers = sorted(int(tokens[0]) for row in rows for tokens, _ in row)
+    assert numbers == list(range(len(lengths)))
+    for row in rows:
+        assert 1 <= sum(len(tokens) for tokens, _ in row) <= context + 1
+        assert all(len(tokens) == min(lengths[tokens[0]], context + 1) for tokens, _ in row)
+    if len(lengths) <= 100:  # all are in the buffer: no later document fits into what an earlier row left
+        for earlier, row in enumerate(rows):
+            space = context + 1 - sum(len(tokens) for tokens, _ in row)
+            assert all(len(tokens) > space for later in rows[earlier + 1 :] for tokens, _ in later)
+
+
+def test_best_fit_packing_pads_and_masks_the_ends_of_rows(tmp_path):
+    records = [{"text": "a" * n} for n in (3, 5, 9)]
+    data = write_jsonl(tmp_path / "text.jsonl", records)
+    corpus = load(data, context=10, validation_rows=0, packing="best-fit")
+    a, bos = ord("a"), BYTES.bos
+    assert corpus.tokens.tolist() == [[bos, *[a] * 9], [bos, *[a] * 5, bos, *[a] * 3]]
+    assert corpus.targets.tolist() == [[*[a] * 9, IGNORED], [*[a] * 5, bos, *[a] * 3, IGNORED]]
+    assert (corpus.documents, corpus.document_tokens, corpus.documents_in_all) == (3, 20, 3)
+    with pytest.raises(ValueError, match="packing is 'best', expected one of cut, best-fit"):
+        load(data, packing="best")
+
+
+@pytest.mark.parametrize("packing", ["cut", "best-fit"])
+def test_either_packing_holds_out_whole_documents_and_grows_by_appending(tmp_path, packing):
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": f"#{i}#" * (1 + i % 5)} for i in range(90)])
+    full, part = load(data, 24, 7, packing=packing), load(data, 24, 7, packing=packing, max_rows=9)
+    assert np.array_equal(part.tokens, full.tokens[:9])
+    assert len(full.validation_tokens) == 7
+    assert not documents_of(full.validation_tokens) & documents_of(full.tokens)
+
+
+# Mixtures
+
+
+def test_a_mixture_takes_documents_by_weight_until_a_source_ends(tmp_path):
+    for word in ("A", "B"):
+        write_parquet(tmp_path / f"{word}.parquet", [{"text": f"{word}{i:03}#"} for i in range(100)])
+    mix = f"{tmp_path}/A.parquet:3,{tmp_path}/B.parquet:1"
+    corpus = load(mix, context=6, validation_rows=0)
+    text = BYTES.decode(corpus.tokens.flatten())
+    assert corpus.documents in (133, 134)
+    for documents in range(4, 130):
+        start = "".join(text.split("#")[:documents])
+        assert abs(start.count("A") - 0.75 * documents) <= 1
+    assert load(mix, context=6, validation_rows=0).digest == corpus.digest
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ("a.jsonl:1,b.jsonl", r"'b.jsonl' has no weight above 0, expected NAME:WEIGHT"),
+        ("a.jsonl:0,b.jsonl:1", r"'a.jsonl:0' has no weight above 0"),
+        ("a.jsonl:1,b.jsonl:1e", r"'b.jsonl:1e' has no weight above 0"),
+        ("a.jsonl:1,./a.jsonl:1", r"names a source twice"),
+        ("a.jsonl:1,b.jsonl:1", r"data b.jsonl does not exist"),
+    ],
+)
+def test_a_mixture_that_cannot_be_taken_is_refused(tmp_path, monkeypatch, mix, message):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", chats(40))
+    with pytest.raises(ValueError, match=message):
+        load(mix)
 
 
 # Held-out rows, smaller corpora, digests
@@ -344,11 +414,11 @@ def test_system_text_stands_before_the_reply_it_steers(conversation, rendered):
 
 def test_headers_and_contents_are_encoded_as_one_string():
     line_feeds = SmolLM2Tokenizer([*map(SMALL_BPE.backend.id_to_token, range(SMALL_BPE.vocabulary)), "ĊĊ"], ["Ċ Ċ"])
-    tokens, supervised = line_feeds.render([SYSTEM, USER | {"content": "\n?"}, REPLY | {"content": "\n!"}])
+    tokens, supervised = line_feeds.render([SYSTEM, USER | {"content": "\n\n?"}, REPLY | {"content": "\n\n!"}])
     both = line_feeds.backend.token_to_id("ĊĊ")
     assert tokens.tolist().count(both) == 2
     # the token that ends the header begins the reply, so it is learned
-    assert tokens[supervised].tolist() == [both, *line_feeds.encode("!"), line_feeds.end]
+    assert tokens[supervised].tolist() == [both, *line_feeds.encode("\n!"), line_feeds.end]
 
 
 def test_text_that_is_no_unicode_becomes_question_marks():
