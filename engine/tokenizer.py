@@ -9,17 +9,18 @@ Both classes offer the same things:
     render(messages)        (tokens, supervised) of one conversation
 
 Messages are {"role": "system" | "user" | "assistant", "content": str}. `supervised` is true
-exactly on the tokens an assistant has to produce: its replies and the mark that ends each. Text is
-never read as a mark, whatever it contains.
+exactly on the tokens an assistant has to produce: its replies and the mark that ends each, save
+replies with "weight": 0. Text is never read as a mark, whatever it contains.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Rendered = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 BYTE_MARKS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
@@ -33,6 +34,11 @@ def _join(parts: Sequence[tuple[Sequence[int], bool]]) -> Rendered:
     lengths = [len(piece) for piece, _ in parts]
     supervised = np.repeat(np.array([learned for _, learned in parts]), lengths)
     return tokens, supervised
+
+
+def is_learned(message: Message) -> bool:
+    """Whether a message is a reply that is learned."""
+    return message["role"] == "assistant" and bool(message.get("weight", 1))
 
 
 class ByteTokenizer:
@@ -59,20 +65,31 @@ class ByteTokenizer:
         return _join([([self.bos], True), (self.encode(text), True)])
 
     def render(self, messages: Sequence[Message]) -> Rendered:
-        """bos, then each message between its role's marks; a system message opens the next
-        user message, since these marks know two roles."""
+        """bos, then each message between its role's marks.
+
+        These marks know two roles: system messages open the user message that comes next, set off by a blank line,
+        and are one of their own where a reply or the end comes first.
+        """
         parts: list[tuple[Sequence[int], bool]] = [([self.bos], False)]
-        preface = ""
+
+        def add_user(texts: list[str]) -> None:
+            parts.append(([self.user_start, *self.encode("\n\n".join(texts)), self.user_end], False))
+
+        system: list[str] = []
         for message in messages:
-            content = preface + message["content"]
             if message["role"] == "system":
-                preface = content + "\n\n"
+                system.append(message["content"])
             elif message["role"] == "user":
-                preface = ""
-                parts.append(([self.user_start, *self.encode(content), self.user_end], False))
+                add_user([*system, message["content"]])
+                system = []
             else:
+                if system:
+                    add_user(system)
+                    system = []
                 parts.append(([self.assistant_start], False))
-                parts.append(([*self.encode(message["content"]), self.assistant_end], True))
+                parts.append(([*self.encode(message["content"]), self.assistant_end], is_learned(message)))
+        if system:
+            add_user(system)
         return _join(parts)
 
 
@@ -103,7 +120,6 @@ class SmolLM2Tokenizer:
         self.boundary = ids["<|endoftext|>"]
         self.padding = self.boundary
         self.newline = self.encode("\n")
-        self.headers = {role: [self.start, *self.encode(role + "\n")] for role in ("system", "user", "assistant")}
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids
@@ -119,14 +135,17 @@ class SmolLM2Tokenizer:
     def render(self, messages: Sequence[Message]) -> Rendered:
         """`<|im_start|>role\\ncontent<|im_end|>\\n` for each message.
 
-        A reply is encoded apart from its header, as when the model writes it after the header.
+        What stands between two marks is encoded as a whole, as where the rendered string is tokenised: a header's
+        line feed and line feeds that open the content may be one token, which belongs to the reply if any of it does.
         """
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         parts: list[tuple[Sequence[int], bool]] = []
         for message in messages:
-            is_reply = message["role"] == "assistant"
-            parts.append((self.headers[message["role"]], False))
-            parts.append(([*self.encode(message["content"]), self.end], is_reply))
+            header = message["role"] + "\n"
+            encoded = self.backend.encode(header + message["content"])
+            reply = sum(end <= len(header) for _, end in encoded.offsets)
+            parts.append(([self.start, *encoded.ids[:reply]], False))
+            parts.append(([*encoded.ids[reply:], self.end], is_learned(message)))
             parts.append((self.newline, False))
         return _join(parts)

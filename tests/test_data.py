@@ -1,6 +1,9 @@
 """Text to rows: what is learned, what is lost, what is held out, and in which order it comes."""
 
 import json
+import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,10 +26,19 @@ from engine.data import (
     read_source,
     to_document,
 )
+from engine.data.packing import best_fit_pieces
 from engine.tokenizer import BYTE_MARKS, ByteTokenizer, SmolLM2Tokenizer
 
+pytestmark = pytest.mark.usefixtures("cache")
 BYTES = ByteTokenizer()
 EVALS = Path(__file__).parents[2] / "shared" / "evals"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Keeps the Arrow files of `datasets` out of the home."""
+    monkeypatch.setattr("engine.data.sources._cache_folder", lambda datasets: str(tmp_path / "arrow"))
+
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 messages = st.lists(
@@ -169,6 +181,75 @@ def test_rows_without_a_target_are_dropped_and_counted(tmp_path):
     assert f"{rows - len(every.tokens)} rows without a target dropped" in every.description
 
 
+@given(lengths=st.lists(st.integers(1, 14), max_size=250), context=st.integers(1, 9))
+def test_best_fit_rows_hold_every_document_once_and_whole(lengths, context):
+    documents = [(np.full(n, i, np.int32), np.ones(n, np.bool_)) for i, n in enumerate(lengths)]
+    rows = list(best_fit_pieces(iter(documents), context + 1))
+    numbers = sorted(int(tokens[0]) for row in rows for tokens, _ in row)
+    assert numbers == list(range(len(lengths)))
+    for row in rows:
+        assert 1 <= sum(len(tokens) for tokens, _ in row) <= context + 1
+        assert all(len(tokens) == min(lengths[tokens[0]], context + 1) for tokens, _ in row)
+    if len(lengths) <= 100:  # all are in the buffer: no later document fits into what an earlier row left
+        for earlier, row in enumerate(rows):
+            space = context + 1 - sum(len(tokens) for tokens, _ in row)
+            assert all(len(tokens) > space for later in rows[earlier + 1 :] for tokens, _ in later)
+
+
+def test_best_fit_packing_pads_and_masks_the_ends_of_rows(tmp_path):
+    records = [{"text": "a" * n} for n in (3, 5, 9)]
+    data = write_jsonl(tmp_path / "text.jsonl", records)
+    corpus = load(data, context=10, validation_rows=0, packing="best-fit")
+    a, bos = ord("a"), BYTES.bos
+    assert corpus.tokens.tolist() == [[bos, *[a] * 9], [bos, *[a] * 5, bos, *[a] * 3]]
+    assert corpus.targets.tolist() == [[*[a] * 9, IGNORED], [*[a] * 5, bos, *[a] * 3, IGNORED]]
+    assert (corpus.documents, corpus.document_tokens, corpus.documents_in_all) == (3, 20, 3)
+    with pytest.raises(ValueError, match="packing is 'best', expected one of cut, best-fit"):
+        load(data, packing="best")
+
+
+@pytest.mark.parametrize("packing", ["cut", "best-fit"])
+def test_either_packing_holds_out_whole_documents_and_grows_by_appending(tmp_path, packing):
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": f"#{i}#" * (1 + i % 5)} for i in range(90)])
+    full, part = load(data, 24, 7, packing=packing), load(data, 24, 7, packing=packing, max_rows=9)
+    assert np.array_equal(part.tokens, full.tokens[:9])
+    assert len(full.validation_tokens) == 7
+    assert not documents_of(full.validation_tokens) & documents_of(full.tokens)
+
+
+# Mixtures
+
+
+def test_a_mixture_takes_documents_by_weight_until_a_source_ends(tmp_path):
+    for word in ("A", "B"):
+        write_parquet(tmp_path / f"{word}.parquet", [{"text": f"{word}{i:03}#"} for i in range(100)])
+    mix = f"{tmp_path}/A.parquet:3,{tmp_path}/B.parquet:1"
+    corpus = load(mix, context=6, validation_rows=0)
+    text = BYTES.decode(corpus.tokens.flatten())
+    assert corpus.documents in (133, 134)
+    for documents in range(4, 130):
+        start = "".join(text.split("#")[:documents])
+        assert abs(start.count("A") - 0.75 * documents) <= 1
+    assert load(mix, context=6, validation_rows=0).digest == corpus.digest
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ("a.jsonl:1,b.jsonl", r"'b.jsonl' has no weight above 0, expected NAME:WEIGHT"),
+        ("a.jsonl:0,b.jsonl:1", r"'a.jsonl:0' has no weight above 0"),
+        ("a.jsonl:1,b.jsonl:1e", r"'b.jsonl:1e' has no weight above 0"),
+        ("a.jsonl:1,./a.jsonl:1", r"names a source twice"),
+        ("a.jsonl:1,b.jsonl:1", r"data b.jsonl does not exist"),
+    ],
+)
+def test_a_mixture_that_cannot_be_taken_is_refused(tmp_path, monkeypatch, mix, message):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", chats(40))
+    with pytest.raises(ValueError, match=message):
+        load(mix)
+
+
 # Held-out rows, smaller corpora, digests
 
 
@@ -262,6 +343,11 @@ RECORDS = [
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
     ({"prompt": "q", "completion": "a"}),
     ({"question": "q", "answer": "a", "source": "x"}),
+    ({"instruction": "q", "input": "", "output": "a"}),
+    ({"question": "q", "answers": ["a", "b"]}),
+    ({"texts": [{"user": "q", "assistant": "a"}]}),
+    ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}),
+    ({"messages": None, "text": None, "prompt": "q", "completion": "a"}),
 ]
 
 
@@ -269,6 +355,70 @@ RECORDS = [
 def test_known_layouts_give_the_same_conversation(record):
     assert to_document(record, "") == RECORDS[0]["messages"]
     assert to_document({"text": "plain"}, "") == "plain"
+
+
+def test_what_belongs_to_a_question_is_placed_with_it():
+    user = {"role": "user", "content": "q\n\nmore"}
+    reply = {"role": "assistant", "content": "a"}
+    assert to_document({"instruction": "q", "input": "more", "output": "a"}, "") == [user, reply]
+    assert to_document({"context": "q", "question": "more", "answers": {"text": ["a"]}}, "") == [user, reply]
+    parts = [{"type": "text", "text": "q\n"}, {"type": "image"}, {"type": "text", "text": "more"}]
+    assert to_document({"messages": [{"role": "user", "content": parts}, reply]}, "") == [user, reply]
+    system = {"role": "system", "content": "s"}
+    assert to_document({"system_prompt": "s", "question": "q\n\nmore", "response": "a"}, "") == [system, user, reply]
+    given = {"prompt": [user, reply, user], "completion": [reply]}
+    asked = [message | {"weight": 0} for message in (user, reply, user)]
+    assert to_document(given, "") == [*asked, reply]
+
+
+@TOKENIZERS
+@pytest.mark.parametrize("unlearned", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}], ids=str)
+def test_a_reply_of_weight_0_is_read_and_not_learned(tokenizer, unlearned):
+    turns = chat(["q", "WRONG", "q", "RIGHT"])["messages"]
+    plain = tokenizer.render(turns)
+    turns[1] |= unlearned
+    turns[3] |= {"weight": 1, "train": True}
+    turns[0] |= {"weight": None, "train": False}
+    tokens, supervised = tokenizer.render(to_document({"messages": turns}, ""))
+    assert np.array_equal(tokens, plain[0])
+    assert tokenizer.decode(tokens[supervised]).startswith("RIGHT<|")
+
+
+def test_a_conversation_whose_replies_all_weigh_0_is_skipped(tmp_path):
+    unlearned = chat(["q", "a"])
+    unlearned["messages"][1]["weight"] = 0
+    corpus = load(write_jsonl(tmp_path / "chat.jsonl", [unlearned, *chats(40)]), validation_rows=0)
+    assert "1 conversations without a reply skipped" in corpus.description
+
+
+USER, SYSTEM, REPLY = ({"role": role, "content": role[0].upper()} for role in ("user", "system", "assistant"))
+
+
+@pytest.mark.parametrize(
+    ("conversation", "rendered"),
+    [
+        ([SYSTEM, USER, REPLY], "<u>S\n\nU</u><a>A</a>"),
+        ([SYSTEM, SYSTEM, USER, REPLY], "<u>S\n\nS\n\nU</u><a>A</a>"),
+        ([SYSTEM, REPLY], "<u>S</u><a>A</a>"),
+        ([USER, SYSTEM, REPLY, USER, REPLY], "<u>U</u><u>S</u><a>A</a><u>U</u><a>A</a>"),
+        ([USER, REPLY, SYSTEM], "<u>U</u><a>A</a><u>S</u>"),
+    ],
+)
+def test_system_text_stands_before_the_reply_it_steers(conversation, rendered):
+    marks = zip(("", "<u>", "</u>", "<a>", "</a>"), BYTE_MARKS, strict=True)
+    text = BYTES.decode(BYTES.render(conversation)[0])
+    for short, mark in marks:
+        text = text.replace(mark, short)
+    assert text == rendered
+
+
+def test_headers_and_contents_are_encoded_as_one_string():
+    line_feeds = SmolLM2Tokenizer([*map(SMALL_BPE.backend.id_to_token, range(SMALL_BPE.vocabulary)), "ĊĊ"], ["Ċ Ċ"])
+    tokens, supervised = line_feeds.render([SYSTEM, USER | {"content": "\n\n?"}, REPLY | {"content": "\n\n!"}])
+    both = line_feeds.backend.token_to_id("ĊĊ")
+    assert tokens.tolist().count(both) == 2
+    # the token that ends the header begins the reply, so it is learned
+    assert tokens[supervised].tolist() == [both, *line_feeds.encode("\n!"), line_feeds.end]
 
 
 def test_text_that_is_no_unicode_becomes_question_marks():
@@ -286,14 +436,13 @@ def test_the_same_records_give_the_same_corpus_from_any_container(tmp_path):
     hub = tmp_path / "hub"
     (hub / "short").mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist(records), hub / "short" / "train-00000-of-00001.parquet")
-    write_jsonl(hub / "short" / "test.jsonl", records[:1])
+    parquet.write_table(pyarrow.Table.from_pylist(records[:1]), hub / "short" / "test-00000-of-00001.parquet")
     digests = {load(data).digest for data in (jsonl, tmp_path / "chat.parquet", folder)}
     digests.add(load(hub, data_config="short").digest)
     assert len(digests) == 1
 
 
-def test_a_dataset_comes_through_datasets(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_dataset_comes_through_datasets(tmp_path):
     folder = tmp_path / "hub"
     (folder / "short").mkdir(parents=True)
     write_jsonl(folder / "short" / "train.jsonl", chats(5))
@@ -324,17 +473,224 @@ def test_real_questions_are_rendered_and_masked(tmp_path):
     assert set(replies) <= answers
 
 
+# Which files are data: what `datasets` would load
+
+
+def first_words(data, split="train"):
+    source = read_source(str(data), None, split)
+    documents = [to_document(source.record(i), source.place(i)) for i in range(source.count)]
+    return {(d if isinstance(d, str) else d[0]["content"]).split()[0] for d in documents}
+
+
+def write_parquet(file, records):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(records), file)
+
+
+def words(word, count=3):
+    return [chat([f"{word} {i}", "reply"]) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", ["folder", "2024 [raw] *"])
+def test_splits_are_whole_names(tmp_path, name):
+    for split in ("train_sft", "test_sft", "train_gen"):
+        write_parquet(tmp_path / name / "data" / f"{split}-00000-of-00001-a3ec.parquet", words(split))
+    assert first_words(tmp_path / name, "train_sft") == {"train_sft"}
+    for absent in ("train", "sft", "", "train_sft[:1]"):
+        with pytest.raises(ValueError, match=r"has no split .*, but test_sft, train_gen, train_sft: give one"):
+            read_source(str(tmp_path / name), None, absent)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        ".hidden.jsonl",
+        "._chat.jsonl",
+        ".ipynb_checkpoints/chat-checkpoint.jsonl",
+        "_draft.jsonl",
+        "_temporary/0/part.jsonl",
+        "__pycache__/chat.jsonl",
+        "named.jsonl/.keep",
+        "LICENSE.txt",
+        "requirements.txt",
+        "README.md",
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
+def test_what_lies_beside_data_is_no_data(tmp_path, beside, suffix):
+    other = tmp_path / "folder" / beside
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"\x00\x05\x16\x07 no data")
+    data = tmp_path / "folder" / f"chat.{suffix}"
+    if suffix == "parquet":
+        write_parquet(data, words("data"))
+    else:
+        data.write_text("data here" if suffix == "txt" else json.dumps(words("data")[0]))
+    assert first_words(tmp_path / "folder") == {"data"}
+
+
+def test_records_among_more_texts_are_not_left_unread(tmp_path):
+    write_jsonl(tmp_path / "chat.jsonl", chats(3))
+    for name in ("LICENSE.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_text("no data")
+    assert read_source(str(tmp_path), None, "train").count == 3
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("some notes")
+    with pytest.raises(ValueError, match=r"holds chat.jsonl beside more .txt files \(one.txt, two.txt\): give .*chat"):
+        read_source(str(tmp_path), None, "train")
+
+
+def test_other_files_are_read_as_datasets_reads_them(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer,id\nwhy,so,1\n")
+    assert first_words(tmp_path) == {"why"}
+
+
+def test_columns_that_are_not_needed_do_not_matter(tmp_path):
+    beyond = pyarrow.array([2**62] * 9, pyarrow.timestamp("us"))
+    table = pyarrow.Table.from_pylist(chats(9))
+    parquet.write_table(table.append_column("created", beyond), tmp_path / "a.parquet")
+    parquet.write_table(table.append_column("created", pyarrow.array(["then"] * 9)), tmp_path / "b.parquet")
+    source = read_source(str(tmp_path), None, "train")
+    assert [source.record(i) for i in range(18)] == chats(9) * 2
+    assert [source.place(i).split("/")[-1] for i in (8, 9)] == ["a.parquet row 8", "b.parquet row 0"]
+
+
+def test_texts_that_look_like_dates_stay_texts(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"question": "When?", "answer": "2024-01-01"}])
+    assert read_source(str(tmp_path), None, "train").record(0)["answer"] == "2024-01-01"
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_records_are_those_of_the_plain_file(tmp_path, suffix):
+    records = chats(20)
+    plain = write_jsonl(tmp_path / "chat.jsonl", records)
+    packed = tmp_path / f"chat.jsonl.{suffix}"
+    with pyarrow.output_stream(str(packed)) if suffix == "gz" else pyarrow.output_stream(packed, "zstd") as stream:
+        stream.write(b"\n" + Path(plain).read_bytes())
+    source = read_source(str(packed), None, "train")
+    assert [source.record(i) for i in range(source.count)] == records
+    assert source.place(0).endswith(f"chat.jsonl.{suffix} line 2")
+    assert load(packed).digest == load(plain).digest
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"chat.jsonl.{suffix} cannot be unpacked .*: write it anew"):
+        read_source(str(packed), None, "train")
+
+
+def test_records_are_parsed_when_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n\n{"text": \n{"text": "last"}\n')
+    source = read_source(str(tmp_path / "a.jsonl"), None, "train")
+    assert [source.record(i)["text"] for i in (0, 2)] == ["first", "last"]
+    with pytest.raises(ValueError, match=r"a.jsonl line 3 is not JSON"):
+        source.record(1)
+
+
+def test_a_missing_home_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/dev/null/home/datasets"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_parquet(tmp_path / "a.parquet", chats(3))
+    assert read_source(str(tmp_path / "a.parquet"), None, "train").count == 3
+
+
+def test_datasets_is_imported_only_where_it_is_needed(tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", chats(40))
+    program = (
+        "import sys; from engine.data import load_corpus; from engine.tokenizer import ByteTokenizer;"
+        f"load_corpus({data!r}, None, 'train', ByteTokenizer(), 16, 1);"
+        "assert not {'datasets', 'pyarrow', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 # What a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"role": "user", "content": "q", "weight": 1}], r"weight 1 of a user turn asks to learn it.*: set it to 0"),
+        ([{"role": "assistant", "content": "a", "weight": 0.5}], r"weight 0.5 of a turn is unknown, expected 0 or 1"),
+        ([{"role": "assistant", "content": "a", "train": "no"}], r"train 'no' of a turn is unknown, expected 0 or 1"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{}]}], r"tool_calls is .* no place for: write"),
+        ([{"role": ["user"], "content": "a"}], r"role \['user'\] is unknown"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], r"a part of content is .*audio.*, expected a text"),
+        ([{"role": "user", "content": " "}, {"role": "assistant", "content": "a"}], r"turn 1 \(user\) is empty"),
+        ([], r"line 1: the conversation has no turns, expected some: remove"),
+    ],
+)
+def test_a_turn_that_cannot_be_placed_is_refused_by_its_place(tmp_path, records, message):
+    with pytest.raises(ValueError, match=r"a.jsonl line 1: .*|" + message) as error:
+        load(write_jsonl(tmp_path / "a.jsonl", [{"messages": records}]))
+    assert re.search(message, str(error.value))
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, empty):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "chat.jsonl", chats(40))
+    with pytest.raises(ValueError, match="data is empty, expected chitchat"):
+        load(empty)
+
+
+@pytest.mark.parametrize("options", [{"split": "test"}, {"data_config": "short"}], ids=str)
+def test_options_that_a_source_ignores_are_refused(tmp_path, options):
+    for data in ("chitchat", write_jsonl(tmp_path / "chat.jsonl", chats(40))):
+        with pytest.raises(ValueError, match=r"has no configurations and no splits, got config .*: leave out"):
+            load(data, **options)
+
+
+def damaged(file, start):
+    content = bytearray(file.read_bytes())
+    content[start : start + 200] = bytes(range(200))
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: damaged(d / "b.parquet", 10), r"b.parquet cannot be loaded: "),
+        (lambda d: (d / "b.parquet").write_bytes(b"PAR1"), r"b.parquet is not a readable parquet file"),
+        (
+            lambda d: write_parquet(d / "b.parquet", [{"text": "x"}]),
+            r"b.parquet has fields \['text'\], but .*a.parquet",
+        ),
+        (
+            lambda d: (d / "README.md").write_text("---\nconfigs: [\n---\n"),
+            r"cannot be loaded: while parsing .* README",
+        ),
+        (lambda d: (d / "README.md").write_text("---\nconfigs: 3\n---\n"), r"Expected configs to be a list, .* README"),
+        (lambda d: [d.joinpath(f"{i}.zip").write_bytes(b"PK\3\4") for i in range(3)], r"cannot be loaded: .* zip"),
+        (lambda d: [d.joinpath(f"{i}.json").write_text("[{") for i in range(3)], r"0.json cannot be loaded: "),
+    ],
+    ids=["page", "footer", "fields", "yaml", "configs", "zip", "json"],
+)
+def test_errors_of_libraries_are_one_line_that_names_the_file(tmp_path, spoil, message):
+    for name in ("a", "b"):
+        write_parquet(tmp_path / "d" / f"{name}.parquet", chats(40))
+    spoil(tmp_path / "d")
+    with pytest.raises(ValueError, match=message) as error:
+        read_source(str(tmp_path / "d"), None, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_that_python_cannot_hold_is_named(tmp_path):
+    turn = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("at", pyarrow.timestamp("us"))])
+    turns = pyarrow.array([[{"role": "user", "content": "q", "at": 2**62}]], pyarrow.list_(turn))
+    parquet.write_table(pyarrow.table({"messages": turns}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet row 0 cannot be read \(date value out of range\): mend"):
+        read_source(str(tmp_path / "a.parquet"), None, "train").record(0)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a.jsonl line 2 is not JSON \(.*\): mend"),
+        ("a.jsonl", "[" * 200_000, r"a.jsonl line 1 is nested too deeply or too large: mend"),
+        ("a.jsonl", b'{"text": "\xe9"}', r"a.jsonl line 1 is not JSON \(.*utf-8.*\): mend"),
         ("a.jsonl", "\n[1]\n", r"a.jsonl line 2 is a JSON list, expected an object: mend"),
         ("a.jsonl", '{"body": "x"}\n', r"line 1 has fields \['body'\], expected messages, .*text: rename"),
         ("a.jsonl", '{"text": 3}\n', r"line 1: text is int, expected text: mend"),
-        ("a.jsonl", '{"messages": "x"}\n', r"line 1: messages is str, expected a list of turns"),
+        ("a.jsonl", '{"messages": "x"}\n', r"line 1: messages is str, expected a list: mend"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"line 1: a turn is .* role and content"),
         (
             "a.jsonl",
@@ -347,7 +703,7 @@ def test_real_questions_are_rendered_and_masked(tmp_path):
         ("a.txt", "one paragraph only " * 9, r"rows of context 16, expected 2 to hold out and at least 1"),
         ("a.txt", b"\xff\xfe", r"a.txt is not UTF-8 text \(byte 0\): convert"),
         ("a.parquet", "no parquet", r"a.parquet is not a readable parquet file \(.*\): write"),
-        ("a.csv", "x", r"a.csv ends in .csv, expected one of .txt, .jsonl, .parquet: convert"),
+        ("a.csv", "x", r"a.csv ends in .csv, expected one of .txt, .jsonl, .parquet .*: convert"),
     ],
 )
 def test_a_faulty_file_is_named_with_its_place(tmp_path, name, content, message):
@@ -363,10 +719,13 @@ def test_missing_data_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"absent.* does not exist: give chitchat, a .txt"):
             load(missing)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no .txt, .jsonl, .parquet file: give"):
+    with pytest.raises(ValueError, match=r"empty holds no .txt, .jsonl, .parquet .*file: give"):
         load(tmp_path / "empty")
-    with pytest.raises(ValueError, match="empty has no folder fine: give another --data-config"):
-        load(tmp_path / "empty", data_config="fine")
+    full = tmp_path / "full"
+    full.mkdir()
+    write_jsonl(full / "chat.jsonl", chats(9))
+    with pytest.raises(ValueError, match="full has no configuration and no folder fine, but default: give another"):
+        load(full, data_config="fine")
 
 
 def test_impossible_sizes_are_refused():
