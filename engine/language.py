@@ -121,6 +121,7 @@ class LanguageSetup:
             "network", f"{run.config.title}, {self.network.parameters:,} parameters, {run.config.swept.precision}"
         )
         table.add_row("data", self.corpus.description)
+        table.add_row("epochs", epochs(self.corpus, self.plan))
         table.add_row(
             "memory",
             f"{memory.stack(self.slots) / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
@@ -162,6 +163,12 @@ class LanguageSetup:
         if not batch_invariant(self.run, self.device):
             lines.append("a cell's bits repeat when its launch is run again: `replay` does that")
         return lines
+
+
+def epochs(corpus: Corpus, made: Plan) -> str:
+    """How often the longest run sees the data."""
+    most = float((made.steps * made.cost).max()) / corpus.tokens.size
+    return f"up to {most:.3g} of {corpus.tokens.size:,} tokens" + ("; longer runs see data again" if most > 1 else "")
 
 
 def batch_invariant(run: Run, device: torch.device) -> bool:
@@ -209,6 +216,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         training.context,
         training.validation_rows,
         training.data_rows or None,
+        training.packing,
     )
     check_vocabulary(corpus, network.vocabulary)
     exact = batch_invariant(run, device)

@@ -108,9 +108,11 @@ class LanguageOptions:
     """Data, optimizer and schedule of a language model's sweep."""
 
     context: int = 64  # tokens a sequence
-    data: str = "chitchat"  # chitchat (the package), a .txt, .jsonl or .parquet file, a folder, or a hub name
+    # chitchat (the package), a .txt, .jsonl(.gz, .zst), .parquet file, a folder, a hub name; a.jsonl:0.7,b.jsonl:0.3 mixes
+    data: str = "chitchat"
     data_config: str = ""  # configuration name of a folder's or a hub's data set
     split: str = "train"  # split of a folder's or a hub's data set
+    packing: str = "cut"  # cut: documents end to end, cut every context; best-fit: whole documents, rows filled up
     data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
     validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
     optimizer: str = "adamw"  # adamw or sgd; by parameter group: adamw,embedding=sgd
@@ -153,7 +155,7 @@ def language_reads(run: "Run", name: str) -> bool:
 
 def resolve_language(run: "Run", device: str) -> "Run":
     """Micro-batch filled in, every field checked; the size of the probe follows from the plan."""
-    from engine.config import at_least
+    from engine.config import at_least, expect
     from engine.plan import automatic_micro_batch
 
     training = run.config.training
@@ -164,6 +166,7 @@ def resolve_language(run: "Run", device: str) -> "Run":
     for group in training.freeze.split(",") if training.freeze else ():
         if group not in run.config.family.groups:
             raise ValueError(f"freeze has {group!r}; expected some of {', '.join(run.config.family.groups)}")
+    expect("packing", training.packing, ("cut", "best-fit"))
     check_schedule(run)
     check_steps(run)
     training = replace(training, micro_batch=training.micro_batch or automatic_micro_batch(run))

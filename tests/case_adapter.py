@@ -2,7 +2,7 @@
 
 from engine.checkpoint import read_gguf, smollm2_file
 from engine.data import hub_source, load_corpus, read_source, to_document
-from engine.schedule import factor
+from engine.schedule import multiplier as factor
 from engine.tokenizer import ByteTokenizer, SmolLM2Tokenizer
 
 __all__ = [
