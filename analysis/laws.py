@@ -281,8 +281,8 @@ def upper_half(at: np.ndarray) -> list[np.ndarray]:
 def critical_rate_law(at: np.ndarray, found: Borders, level: float = 0.5) -> Law:
     """log critical rate = level + exponent * log at through the crossings of P(train), interval over resampled seeds.
 
-    A column without a crossing is a bound: above the largest rate, or below the best one. An outcome has no critical rate of one
-    seed, so nothing is scored on seeds left out.
+    A column without a crossing is a bound: above the largest rate, or below the best one. One seed has
+    outcomes and no critical rate, so nothing is scored on seeds left out.
 
     Args:
         at: [col].

@@ -298,9 +298,7 @@ def check_seeds(seeds: int, level: float) -> None:
     """Raises ValueError where a crossing of `level` asks for more seeds than there are."""
     fewest = FEWEST_SEEDS.get(level, FEWEST_SEEDS[0.9])
     if seeds < fewest:
-        raise ValueError(
-            f"got {seeds} seeds; expected {fewest} for LR{level:.0%}; sweep more replicates".replace("%", "")
-        )
+        raise ValueError(f"got {seeds} seeds; expected {fewest} for LR{100 * level:.0f}; sweep more replicates")
 
 
 def borders(
