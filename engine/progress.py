@@ -19,6 +19,7 @@ STYLES = ("dim", "green", "yellow", "bright_black", "magenta", "bright_magenta",
 MARKS = ("·", "█", "▓", "▒", "▚", "▞", "░", "?")
 TALL, WIDE = 32, 96  # characters of the live map, at most
 SECONDS_A_LINE = 15.0  # between two lines where there is no terminal
+SECONDS_A_LAUNCH = 2.0  # launches that end sooner after a line have none
 SECONDS_A_PICTURE = 0.25
 
 
@@ -74,7 +75,8 @@ class Progress:
     def launched(self, launch: Launch) -> None:
         """A launch is stored."""
         self.launch = launch
-        if self.live is None and not self.quiet:
+        recent = time.monotonic() - self.shown < SECONDS_A_LAUNCH and self.done_before + self.done < self.cells
+        if self.live is None and not self.quiet and not recent:
             first, last = launch[0], launch[-1]
             replicates = f"replicates {first.replicate}-{last.replicate}, " if self.setup.run.replicates > 1 else ""
             self.say(f"{replicates}rows {first.start}-{last.stop - 1}: ")

@@ -108,7 +108,7 @@ class LanguageOptions:
     """Data, optimizer and schedule of a language model's sweep."""
 
     context: int = 64  # tokens a sequence
-    # chitchat (the package), a .txt, .jsonl(.gz, .zst), .parquet file, a folder, a hub name; a.jsonl:0.7,b.jsonl:0.3 mixes
+    # chitchat (the package), a .txt, .jsonl or .parquet file, a folder, a hub name; a.jsonl:0.7,b.jsonl:0.3 mixes
     data: str = "chitchat"
     data_config: str = ""  # configuration name of a folder's or a hub's data set
     split: str = "train"  # split of a folder's or a hub's data set
@@ -169,8 +169,17 @@ def resolve_language(run: "Run", device: str) -> "Run":
     expect("packing", training.packing, ("cut", "best-fit"))
     check_schedule(run)
     check_steps(run)
-    training = replace(training, micro_batch=training.micro_batch or automatic_micro_batch(run))
+    data = training.data if training.data == "chitchat" else resolved_data(training.data)
+    training = replace(training, data=data, micro_batch=training.micro_batch or automatic_micro_batch(run))
     return replace(run, config=replace(run.config, training=training))
+
+
+def resolved_data(data: str) -> str:
+    """The data's name with local paths made absolute, so that a store can be gone on with from another folder."""
+    from engine.data.corpus import parse_mix
+
+    parts = [(str(Path(n).resolve()) if Path(n).exists() else n, weight) for n, weight in parse_mix(data)]
+    return ",".join(f"{n}:{weight:g}" for n, weight in parts) if len(parts) > 1 else parts[0][0]
 
 
 def check_schedule(run: "Run") -> None:
