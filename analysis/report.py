@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from analysis.boundary import map_edges
 from analysis.charts import Series, chart
 from analysis.classify import Labelling
@@ -20,10 +22,10 @@ from analysis.dimension import nulls, parse_fit
 from analysis.maps import Map, analyse
 from analysis.noise import exponent_of, read_noise, verdict
 from analysis.page import page_data
-from analysis.power_law import FEWEST
-from analysis.rules import SAFE, rules, sentences
+from analysis.rules import rules, sentences
 from engine.command import parse, screen, user_errors
-from engine.store import Replicate, open_map
+from engine.outcome import Thresholds
+from engine.store import Replicate, Store, open_map
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -59,23 +61,24 @@ def dimension_html(found: Map) -> str:
     )
 
 
-def rules_html(found: Map) -> str:
-    """Rules of thumb with the plot of critical rates, or why there are none."""
-    c = found.critical
-    if c is None or c.other.name.startswith("lr"):
-        return "<p>They need a map of a learning rate against something else, such as tokens.</p>"
-    if c.bracketed.sum() < FEWEST or c.other.low <= 0:
-        lines = f"{c.bracketed.sum()} of {c.other.points} lines"
-        return f"<p>The boundary is bracketed in {lines} along {escape(c.other.name)}; a law needs {FEWEST}.</p>"
-    r = rules(found.store, found.codes)
-    x = c.other.values
-    series = [
-        Series(f"{SAFE:g} x critical", x, SAFE * r.law.fitted, "#8b9099"),
-        Series("critical", x, r.law.fitted, "var(--accent)"),
-        Series("", x[c.bracketed], c.value[c.bracketed], "var(--accent)", dots=True),
-        Series("best", x, r.best, "var(--warm)", dots=True),
-    ]
-    return table_html(sentences(r)) + chart(series, c.other.name, c.lr.name)
+def rules_html(store: Store, thresholds: Thresholds) -> str:
+    """Rules of thumb with the plot of best and critical rates, or why there are none."""
+    try:
+        r = rules(store, thresholds)
+    except ValueError as error:
+        return f"<p>{escape(str(error))}</p>"
+    x, series = r.found.other.values, []
+    if r.borders is not None:
+        for i, level in enumerate(r.borders.levels):
+            rate = np.where(np.isfinite(r.borders.rate[i]), r.borders.rate[i], 0)
+            series.append(Series(f"P = {level:g}", x, rate, ("#a6231c", "#fd8d3c")[i]))
+    if r.safe is not None:
+        series.append(Series("safe", x, np.nan_to_num(r.safe.rate), "#8b9099"))
+    if r.best is not None:
+        best = np.nan_to_num(np.exp(np.nanmean(np.log(r.best.rate), 0)))
+        series.append(Series("best", x, best, "var(--accent)", dots=True))
+    drawn = any((each.y > 0).any() for each in series) and (x > 0).all()
+    return table_html(sentences(r)) + (chart(series, r.found.other.name, r.found.lr.name) if drawn else "")
 
 
 def noise_html(store: Replicate, labelling: Labelling) -> str:
@@ -129,7 +132,7 @@ def report_html(found: Map, labelling: Labelling) -> str:
         "title": escape(found.title),
         "subtitle": escape(f"{store.path}{shown}"),
         "dimension": dimension_html(found),
-        "rules": rules_html(found),
+        "rules": rules_html(store.store, labelling.thresholds),
         "noise": noise_html(store, labelling),
         "provenance": provenance_html(store),
         "data": json_in_html(data),

@@ -1,8 +1,8 @@
-"""Rules of thumb from a learning-rate map: `uv run analysis/rules.py --store S`.
+"""Rules of thumb from a learning-rate map, as sure as its seeds make them: `uv run analysis/rules.py --store S`.
 
-Where does training break (critical rate of each column, as a power law of the tokens), how well does
-that predict columns it has not seen, is half of it safe, how near to it lies the best rate, and how
-soon do the first losses of a run tell how it will end.
+Where does training break (LR90, LR50 of P(train) over replicates), which rate is best and how does it move with the
+other axis, which rate is safe, how much does the rate matter, and how soon do the first losses tell how a run ends.
+Every law stands beside the constant, and none is printed that the data do not carry (analysis/laws.py).
 """
 
 import math
@@ -14,162 +14,252 @@ import numpy as np
 from rich.table import Table
 
 from analysis.axes import number
-from analysis.boundary import Critical, critical, lines
-from analysis.classify import Labelling, classify, measured, trains
-from analysis.early_warning import (
-    NEAR,
-    SIGNS,
-    SURE,
-    EarlyWarning,
-    draw_early,
-    early_table,
-    early_warning,
-    near_boundary,
-)
+from analysis.boundary import learning_rate_axis
+from analysis.classify import Labelling
+from analysis.early_warning import SIGNS, SURE, EarlyWarning, draw_early, early_table, early_warning
 from analysis.panels import TEXT, save
-from analysis.power_law import HeldOut, PowerLaw, held_out, power_law
 from engine.command import parse, screen, user_errors
-from engine.outcome import CONVERGED
-from engine.plan import needs_horizon
-from engine.store import Replicate, open_map
+from engine.grid import Axis, Grid
+from engine.hyper import long_name
+from engine.outcome import Thresholds, measured, trains
+from engine.store import Store, open_store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import XAxis
 
-SAFE = 0.5  # the rule of thumb: this share of the critical rate is safe
+    from analysis.laws import BestRates, Estimate, Law, Safe
+    from analysis.replicates import Borders
 
 
 @dataclass(frozen=True)
-class Safety:
-    """What happens at SAFE times a critical rate, over the lines that have one."""
+class Turned:
+    """A store's replicates with the learning rate first: arrays [seed, rate, col]."""
 
-    runs: int  # measured runs at or below it
-    trained: float  # share of them that did not break
-    at_it: float  # share of lines that did not break at the highest rate at or below it
-    converged: float  # share of lines whose run there converged
+    lr: Axis
+    other: Axis
+    trains: np.ndarray
+    known: np.ndarray
+    loss: np.ndarray  # held-out loss, NaN where not measured or broken
+    start: np.ndarray  # [seed] held-out loss of the untrained weights, NaN where none is stored
 
 
-def safety(store: Replicate, codes: np.ndarray, found: Critical, critical_rate: np.ndarray) -> Safety:
-    """Share of runs under SAFE x `critical_rate` [line] that train.
+def turned(store: Store, thresholds: Thresholds) -> Turned:
+    """Outcomes and losses of every seed, rate and column.
 
-    With the measured rates the share is 1 by definition (they are the first that break); with rates
-    predicted from other lines it is a test.
+    Raises:
+        ValueError: a list of points, no learning-rate axis, or a map of two rates.
     """
-    cells, known = lines(store.grid, codes), lines(store.grid, measured(codes))
-    good = trains(cells)
-    under = known & (found.lr.values[:, None] <= SAFE * critical_rate)
-    some = np.flatnonzero(under.any(0))
-    top = found.lr.points - 1 - under[::-1].argmax(0)
-    return Safety(
-        int(under.sum()),
-        float(good[under].mean()) if len(some) else math.nan,
-        float(good[top[some], some].mean()) if len(some) else math.nan,
-        float((cells[top[some], some] == CONVERGED).mean()) if len(some) else math.nan,
-    )
-
-
-def best_rates(store: Replicate, codes: np.ndarray, found: Critical) -> np.ndarray:
-    """The rate of lowest held-out loss (last loss, where none is stored) of each line [line]; NaN if none trains."""
+    grid = store.run.cells
+    if not isinstance(grid, Grid):
+        raise ValueError(f"{store.path} holds a list of points; expected a grid with a learning-rate axis")
+    first = learning_rate_axis(grid) == 0
+    lr, other = (grid.y, grid.x) if first else (grid.x, grid.y)
+    if other.name.partition(".")[0] == "lr":
+        raise ValueError(
+            f"{store.path} maps {lr.name} against {other.name}; rules need a map of a learning rate against something "
+            "else, such as tokens"
+        )
+    codes = store.labels(thresholds)
+    good, known = trains(codes), measured(codes)
     loss = store.read("val_loss" if "val_loss" in store else "last_loss").astype(float)
-    usable = lines(store.grid, trains(codes) & np.isfinite(loss))
-    ordered = np.where(usable, lines(store.grid, loss), np.inf)
-    return np.where(usable.any(0), found.lr.values[ordered.argmin(0)], np.nan)
+    loss = np.where(known & good, loss, np.nan)
+    start = np.full(len(codes), np.nan)
+    if "val_first" in store:
+        first_loss = np.where(known, store.read("val_first"), np.nan).reshape(len(codes), -1)
+        start = np.array([np.nanmax(each) if np.isfinite(each).any() else np.nan for each in first_loss])
+    if not first:
+        good, known, loss = (array.swapaxes(1, 2) for array in (good, known, loss))
+    return Turned(lr, other, good, known, loss, start)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Every rule of thumb of one map."""
+    """Every rule of thumb of one store; what the seeds do not carry is None, and why in `refused`."""
 
-    critical: Critical
-    law: PowerLaw
-    held_out: HeldOut
-    safe_measured: Safety
-    safe_predicted: Safety
-    best: np.ndarray  # [line]
-    shared: bool  # whether columns are measured on the same runs
-    early: tuple[EarlyWarning, ...]  # over the whole map, and over cells near the boundary; empty without traces
+    found: Turned
+    borders: "Borders | None"
+    critical: "Law | None"
+    best: "BestRates | None"
+    best_law: "Law | None"
+    safe: "Safe | None"
+    sensitivity: "tuple[Estimate, float] | None"  # nat, and the lowest rate of the decades
+    early: EarlyWarning | None  # of the first replicate, where it has traces
+    refused: tuple[str, ...]
+
+    @property
+    def seeds(self) -> int:
+        """Replicates behind it."""
+        return len(self.found.trains)
 
 
-def rules(store: Replicate, codes: np.ndarray) -> Rules:
-    """All rules of thumb; without stored traces there is no early warning.
+def rules(store: Store, thresholds: Thresholds) -> Rules:
+    """All rules of thumb that a store carries.
 
     Raises:
-        ValueError: no learning-rate axis, or too few lines with a bracketed boundary.
+        ValueError: as `turned`, or rates that are not positive.
     """
-    found = critical(store.grid, codes)
-    if found.other.name.startswith("lr"):
-        raise ValueError(
-            f"{store.path} maps {found.lr.name} against {found.other.name}; rules need a map of a learning rate "
-            "against something else, such as tokens"
-        )
-    law, unseen = power_law(found), held_out(found)
-    traced = "losses" in store and store.planned_steps.max() >= 3
-    return Rules(
-        found,
-        law,
-        unseen,
-        safety(store, codes, found, found.value),
-        safety(store, codes, found, unseen.predicted),
-        best_rates(store, codes, found),
-        found.other.name == "tokens" and not needs_horizon(store.run),
-        (early_warning(store, codes), early_warning(store, codes, near_boundary(store, found))) if traced else (),
+    # scipy and numba take a second to import, which --help need not wait for
+    from analysis import laws
+    from analysis.replicates import BOOTSTRAP_SEEDS, FEWEST_SEEDS, borders
+
+    found, refused = turned(store, thresholds), []
+    at, log = found.other.values, found.lr.values > 0
+    rates, good, known, loss = found.lr.values[log], found.trains[:, log], found.known[:, log], found.loss[:, log]
+    seeds, crossing, critical, best, best_law, safe, sensitivity = len(loss), None, None, None, None, None, None
+    levels = tuple(level for level in (0.5, 0.9) if seeds >= FEWEST_SEEDS[level])
+    if len(rates) < 4:
+        refused.append(f"{len(rates)} rates; 4 are needed")
+    else:
+        best, safe = laws.best_rates(rates, loss), laws.safe_rates(rates, loss)
+        if levels:
+            crossing = borders(rates, good, known, levels=levels)
+        if seeds < BOOTSTRAP_SEEDS:
+            refused.append(f"{seeds} seeds; LR50 needs {FEWEST_SEEDS[0.5]}, LR90 {FEWEST_SEEDS[0.9]}")
+        if len(at) >= laws.FEWEST_COLUMNS and at.min() > 0:
+            best_law = laws.best_rate_law(at, best)
+            critical = laws.critical_rate_law(at, crossing) if crossing else None
+        sensitivity = sensitivity_of(rates, loss, found.start, best)
+    early = None
+    if "losses" in store and store.run.config.swept.trace == "on":
+        early = early_warning(store.replicate(0), store.replicate(0).labels(thresholds))
+    return Rules(found, crossing, critical, best, best_law, safe, sensitivity, early, tuple(refused))
+
+
+def sensitivity_of(
+    rates: np.ndarray, loss: np.ndarray, start: np.ndarray, best: "BestRates"
+) -> "tuple[Estimate, float] | None":
+    """LR sensitivity over the three decades around the median best rate, mean over columns; None where not swept."""
+    from analysis import laws
+
+    widest = math.log10(rates[-1] / rates[0])
+    middle = np.nanmedian(best.rate) if np.isfinite(best.rate).any() else math.nan
+    if widest < laws.DECADES or not np.isfinite(start).all() or not np.isfinite(middle):
+        return None
+    lowest = float(np.clip(middle / 10 ** (laws.DECADES / 2), rates[0], rates[-1] / 10**laws.DECADES))
+    return laws.over_seeds(laws.sensitivity(rates, loss, start, lowest).mean(1)), lowest
+
+
+# ---- in words
+
+
+def estimate_words(found: "Estimate", form: str = ".3g") -> str:
+    """A value with its interval, or without one."""
+    interval = f" [{found.low:{form}}, {found.high:{form}}]" if math.isfinite(found.low) else ", no interval"
+    return f"{found.value:{form}}{interval}"
+
+
+def law_words(law: "Law", lr: str, other: str) -> str:
+    """A power law, or why there is none, beside the constant."""
+    if law.refused:
+        return f"no law: {law.refused}; exponent {estimate_words(law.exponent)} all the same"
+    scale = math.exp(law.level.value)
+    return (
+        f"{lr} = {scale:.3g} * ({other} / {law.centre:.3g})^{law.exponent.value:.3f}, exponent "
+        f"{estimate_words(law.exponent, '.3f')}; ten times the {other}, {law.ten_times:.2f} x the rate; curvature "
+        f"{estimate_words(law.curvature, '.2g')}; on columns left out off by {law.error_columns[0]:.2f}x, the constant "
+        f"{law.error_columns[1]:.2f}x"
     )
+
+
+def column_words(values: np.ndarray, low: np.ndarray, high: np.ndarray, top: float) -> str:
+    """One level's rate of every column, bounds said as such."""
+
+    def one(value: float, below: float, above: float) -> str:
+        if math.isinf(value):
+            return f">{top:.3g}"
+        if value == 0:
+            return "below the best"
+        upper = f"{above:.3g}" if math.isfinite(above) else "..."
+        return f"{value:.3g} [{below:.3g}, {upper}]"
+
+    return "  ".join(one(*each) for each in zip(values, low, high, strict=True))
 
 
 def sentences(r: Rules) -> list[tuple[str, str]]:
     """The rules in words: (name, what it says)."""
-    lr, other = r.critical.lr.name, r.critical.other.name
-    ratio = r.best / r.critical.value
-    ratio = ratio[np.isfinite(ratio)]
-    said = [
-        (
-            "critical rate",
-            f"{lr} = {r.law.scale:.3g} * {other}^{r.law.exponent:.3f}, exponent 95% {r.law.exponent_low:.3f} to "
-            f"{r.law.exponent_high:.3f}, from {r.critical.bracketed.sum()} of {r.critical.other.points} columns",
-        ),
-        ("held-out columns", f"one left out: {factors(r.held_out.left_out)}"),
-        ("", f"larger half of {other} from the smaller: {factors(r.held_out.ahead)}"),
-        (
-            f"{SAFE:g} x predicted",
-            f"{r.safe_predicted.trained:.1%} of {r.safe_predicted.runs} runs at or under it train; at it "
-            f"{r.safe_predicted.at_it:.0%} train and {r.safe_predicted.converged:.0%} converge (predicted from the "
-            "other columns)",
-        ),
-        (
-            "all of this",
-            f"holds for one seed{' and for columns measured on the same runs' * r.shared}; sweep the seed, or run "
-            "analysis/noise.py, to see others",
-        ),
-    ]
-    if len(ratio):
-        low, middle, high = np.percentile(ratio, (0, 50, 100))
-        said.append(("best rate", f"{middle:.2g} x critical in the median column ({low:.2g} to {high:.2g})"))
-    for name, early in zip(("early warning", f"within {NEAR:g}x of critical"), r.early, strict=False):
-        soon = f"{early.soon} losses tell" if early.soon else "no number of first losses tells"
-        alone = early.areas[SIGNS[3]][0]
-        said.append((name, f"{soon} the label with ROC area {SURE:g}; the learning rate alone {alone:.3f}"))
+    from analysis import laws
+
+    lr, other = r.found.lr.name, r.found.other.name
+    draws = "one seed, one draw: more with --replicates" if r.seeds == 1 else f"{r.seeds} seeds"
+    said = [("from", f"{draws}; {len(r.found.lr.values)} rates by {len(r.found.other.values)} of {other}")]
+    shown = np.unique(np.linspace(0, len(r.found.other.values) - 1, 6).round().astype(int))
+    said.append((f"at {other}", "  ".join(f"{r.found.other.values[i]:.3g}" for i in shown)))
+    if r.best is not None:
+        log_best = np.log(r.best.rate[:, shown])
+        edge = (r.best.edge[:, shown] != 0).mean(0) >= 0.5
+        texts = [
+            "on the edge" if at_edge else f"{math.exp(laws.over_seeds(column).value):.3g}"
+            for column, at_edge in zip(log_best.T, edge, strict=True)
+        ]
+        said.append(("best rate", "  ".join(texts) + ("  (widen " + lr + ")" if edge.any() else "")))
+    if r.safe is not None:
+        texts = [f"{value:.3g}" if math.isfinite(value) else "none" for value in r.safe.rate[shown]]
+        said.append(
+            (
+                "safe rate",
+                "  ".join(texts)
+                + f"  (within {laws.SAFE_NAT} nat of its own best in {r.seeds} of {r.seeds} seeds, which "
+                f"supports {r.safe.supported:.0%} of seeds)",
+            )
+        )
+    if r.borders is not None:
+        for i, level in enumerate(r.borders.levels):
+            rate, low, high = (array[i, shown] for array in (r.borders.rate, r.borders.low, r.borders.high))
+            said.append((f"LR{100 * level:.0f}", column_words(rate, low, high, r.borders.highest)))
+        again = sum(bool(islands) for islands in r.borders.islands[0])
+        said.append(
+            ("islands", f"above LR50 half of the runs train again in {again} of {len(r.borders.start)} columns")
+        )
+    if r.best_law is not None:
+        said.append(("best-rate law", law_words(r.best_law, lr, other)))
+        known = ", ".join(f"{value:+g} ({where})" for where, value in laws.PUBLISHED.items())
+        said.append(("", f"published exponents, of opposite sign: {known}"))
+    if r.critical is not None:
+        said.append(("critical-rate law", law_words(r.critical, lr, other)))
+    if r.sensitivity is not None:
+        value, lowest = r.sensitivity
+        decades = f"{lowest:.2g} to {lowest * 10**laws.DECADES:.2g}"
+        said.append(("sensitivity", f"{estimate_words(value)} nat over {lr} from {decades} (arXiv:2309.14322)"))
+    if r.early is not None:
+        soon = f"{r.early.soon} losses tell" if r.early.soon else "no number of first losses tells"
+        alone, gained = r.early.areas[SIGNS[3]][0], r.early.gained
+        said.append(
+            (
+                "early warning",
+                f"{soon} how a run ends with ROC area {SURE:g}; the learning rate alone {alone:.3f}, signs gain at "
+                f"most {gained:+.3f} (first seed)",
+            )
+        )
+    said += [("not said", reason) for reason in r.refused]
     return said
 
 
-def factors(found: np.ndarray) -> str:
-    """Held-out factors in words."""
-    within = (found <= 2).mean()
-    return f"off by {np.median(found):.2f}x in the median, {found.max():.2f}x at most; {within:.0%} within 2x"
+# ---- the picture
 
 
 def draw_rates(axes: "Axes", r: Rules) -> None:
-    """Critical rates with their brackets, the law with its band, the best rates."""
-    found, law, x = r.critical, r.law, r.critical.other.values
-    chosen = found.bracketed
-    axes.fill_between(x, law.low, law.high, color="#b9d3ec", lw=0, label="95% band")
-    axes.plot(x, law.fitted, color="#0b559f", lw=1.3, label=f"critical, power {law.exponent:.2f}")
-    axes.plot(x, SAFE * law.fitted, color="#0b559f", lw=1, ls="--", label=f"{SAFE:g} x critical")
-    axes.vlines(x[chosen], found.below[chosen], found.above[chosen], color="#a6231c", lw=1.6, label="bracket")
-    axes.plot(x, r.best, "o", ms=3.5, mfc="white", mec="black", mew=0.8, label="best")
-    axes.set(xscale="log", yscale="log", xlabel=found.other.name, ylabel=found.lr.name)
-    axes.set_title("Critical and best rate", loc="left", fontweight="bold", fontsize=9.5)
-    axes.legend(frameon=False, fontsize=7.5)
+    """Best rates of every seed and their mean, crossings of P(train) with their intervals, safe rates."""
+    x, top = r.found.other.values, r.found.lr.high
+    if r.best is not None:
+        axes.plot(x, r.best.rate.T, ".", ms=3, color="#9aa7b5", zorder=1)
+        axes.plot(x, np.exp(np.nanmean(np.log(r.best.rate), 0)), "o-", ms=3.5, lw=1, color="black", label="best")
+    if r.safe is not None:
+        axes.plot(x, r.safe.rate, "--", lw=1, color="#0b559f", label="safe")
+    if r.borders is not None:
+        for i, (level, colour) in enumerate(zip(r.borders.levels, ("#a6231c", "#fd8d3c"), strict=False)):
+            value, low, high = (array[i] for array in (r.borders.rate, r.borders.low, r.borders.high))
+            inside = np.isfinite(value) & (value > 0)
+            label = f"P = {level:g}"
+            axes.plot(x[inside], value[inside], "-", lw=1.3, color=colour, label=label)
+            axes.vlines(
+                x[inside], low[inside].clip(r.found.lr.low or 1e-12), high[inside].clip(max=top), color=colour, lw=0.8
+            )
+            axes.plot(x[np.isinf(value)], np.full(np.isinf(value).sum(), top), "^", ms=4, color=colour)
+    axes.set(xscale="log", yscale="log", xlabel=long_name(r.found.other.name), ylabel=long_name(r.found.lr.name))
+    axes.set_title(f"Best, safe and critical rate, {r.seeds} seed{'s' * (r.seeds > 1)}", loc="left", fontweight="bold")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=7.5)
 
 
 def round_ticks(axis: "XAxis") -> None:
@@ -182,19 +272,18 @@ def round_ticks(axis: "XAxis") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw(store: Replicate, r: Rules, pdf: bool) -> list[Path]:
+def draw(store: Store, r: Rules, pdf: bool) -> list[Path]:
     """Write figures/rules.png (and .pdf); the paths written."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(TEXT):
-        panels = 1 + len(r.early)
-        figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
+        panels = 2 if r.early is not None else 1
+        figure = Figure(figsize=(4.6 * panels, 3.8), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, panels))
         draw_rates(axes[0], r)
-        titles = ("Early warning, whole map", f"Within {NEAR:g}x of critical")
-        for panel, early, title in zip(axes[1:], r.early, titles, strict=False):
-            draw_early(panel, early, title)
+        if r.early is not None:
+            draw_early(axes[1], r.early, "Early warning, first seed")
         for panel in axes:
             round_ticks(panel.xaxis)
             panel.spines[["top", "right"]].set_visible(False)
@@ -207,28 +296,23 @@ class Options(Labelling):
 
     store: str  # path of the sweep's store
     pdf: bool = False  # write a PDF beside the PNG
-    early_warning: bool = True  # look at the first losses too; needs stored traces
 
 
 def main() -> None:
     """Print the rules and draw them."""
-    options = parse(
-        Options, "Rules of thumb from a learning-rate map: critical and best rates, safe rates, early warning."
-    )
+    options = parse(Options, "Rules of thumb from a learning-rate map, with intervals over its seeds.")
     with user_errors():
-        store = open_map(options.store, options.replicate)
-        if options.early_warning and "losses" not in store:
-            raise ValueError(
-                f"{store.path} holds no loss traces; sweep with --trace on, or give --no-early-warning for the rest"
-            )
-        found = rules(store, classify(store, options.thresholds))
+        store = open_store(options.store)
+        found = rules(store, options.thresholds)
         table = Table(title=f"rules of thumb: {store.path}", show_header=False, title_justify="left", box=None)
         for row in sentences(found):
             table.add_row(*row)
         console = screen()
         console.print(table)
-        for early, where in zip(found.early, ("whole map", f"cells within {NEAR:g}x of critical"), strict=False):
-            console.print(early_table(early, f"ROC area, {where}"))
+        if found.early is not None:
+            console.print(
+                early_table(found.early, "ROC area, first seed, runs alive and 20 steps or more from their end")
+            )
         console.print(f"pictures: {', '.join(map(str, draw(store, found, options.pdf)))}", soft_wrap=True)
 
 
