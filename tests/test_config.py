@@ -2,61 +2,96 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.command import parse
-from engine.config import DEFAULT_AXES, NETWORKS, PRESETS, SweepConfig, automatic_micro_batch, resolve
-from engine.grid import HYPER_PARAMETERS, attribute
+from engine.config import PRESETS, Run, make_config, resolve
+from engine.family import FAMILIES
+from engine.hyper import HYPER_PARAMETERS, sources
+from engine.options import read_arguments
+from engine.optim import OPTIMIZERS, by_group
+from engine.plan import automatic_micro_batch
+from engine.store import config_from
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", FAMILIES)
 def test_a_resolved_configuration_resolves_to_itself(network):
-    config = resolve(SweepConfig(network=network), "cpu")
-    assert resolve(config, "cpu") == config
-    assert resolve(config, "cuda") == config
-    assert (config.y, config.x) == DEFAULT_AXES[network]
+    run = resolve(make_config(network), "cpu")
+    assert resolve(run.config, "cpu").config == run.config
+    assert resolve(run.config, "cuda").config == run.config
+    assert run.names == tuple(axis.split(":")[0] for axis in FAMILIES[network].axes)
 
 
 def test_a_configuration_survives_json_and_hashes_by_value():
-    config = resolve(PRESETS["smollm2-sft"], "cuda")
-    back = SweepConfig.from_json(json.loads(json.dumps(config.to_json())))
+    config = resolve(PRESETS["smollm2-sft"].change(**{"lr.mlp": 0.1}), "cuda").config
+    back = config_from(json.loads(json.dumps(config.flat())))
     assert back == config and back.hash == config.hash
-    assert replace(config, lr=2e-3).hash != config.hash
-    with pytest.raises(ValueError, match=r"unknown fields \['colour'\]"):
-        SweepConfig.from_json(config.to_json() | {"colour": 1})
+    assert config.change(eps=2e-3).hash != config.hash
+    with pytest.raises(ValueError, match="has no such field"):
+        config_from(config.flat() | {"colour": 1})
 
 
 def test_precision_and_trace_follow_the_device_and_the_network():
-    assert resolve(SweepConfig(), "cuda").precision == "bf16"
-    assert resolve(SweepConfig(), "cpu").precision == "fp32"
-    assert resolve(SweepConfig(network="mlp"), "cuda").precision == "fp32"
-    assert resolve(SweepConfig(), "cpu").trace == "on"
-    assert resolve(SweepConfig(network="mlp"), "cpu").trace == "off"
+    assert resolve(make_config(), "cuda").config.swept.precision == "bf16"
+    assert resolve(make_config(), "cpu").config.swept.precision == "fp32"
+    assert resolve(make_config("two_layer"), "cuda").config.swept.precision == "fp32"
+    assert resolve(make_config(), "cpu").config.swept.trace == "on"
+    assert resolve(make_config("mlp"), "cpu").config.swept.trace == "off"
 
 
 def test_depth_sets_width_and_heads_unless_they_are_given():
-    deep = resolve(SweepConfig(depth=4), "cpu")
+    deep = resolve(make_config(depth=4), "cpu").config.shape
     assert (deep.width, deep.heads, deep.kv_heads) == (256, 4, 4)
-    free = resolve(SweepConfig(depth=4, width=96, heads=3, kv_heads=1), "cpu")
+    free = resolve(make_config(depth=4, width=96, heads=3, kv_heads=1), "cpu").config.shape
     assert (free.width, free.heads, free.kv_heads) == (96, 3, 1)
 
 
+def test_a_groups_value_follows_its_parents_then_the_plain_one():
+    groups = FAMILIES["gpt"].groups
+    assert sources("lr", "attention", groups) == ["lr.attention", "lr.matrix", "lr"]
+    assert sources("beta1", "embedding", groups) == ["beta1.embedding", "beta1"]
+    config = make_config(lr=1.0, **{"lr.matrix": 2.0, "lr.mlp": 3.0, "weight_decay.embedding": 0.5})
+    asked = ("lr.mlp", "lr.attention", "lr.embedding", "weight_decay.embedding", "weight_decay.mlp")
+    assert [config.value(name) for name in asked] == [3.0, 2.0, 1.0, 0.5, 0.0]
+
+
+def test_replicates_are_seeds_one_after_another():
+    run = resolve(make_config(seed=7, replicates=3), "cpu")
+    assert run.column("seed").ravel().tolist() == [7, 8, 9] and run.shape == (3, 32, 32)
+
+
+def test_optimizers_combine_by_parameter_group():
+    groups = FAMILIES["gpt"].groups
+    assert set(by_group("sgd", groups).values()) == {"sgd"}
+    assert by_group("adamw,matrix=sgd,mlp=adamw", groups)["attention"] == "sgd"
+    assert by_group("adamw,matrix=sgd,mlp=adamw", groups)["mlp"] == "adamw"
+    for text, says in (("adam", "optimizer is 'adam'"), ("sgd,head=adamw", "has 'head=adamw'"), ("sgd,x", "has 'x'")):
+        with pytest.raises(ValueError, match=says):
+            by_group(text, groups)
+
+
 def test_every_hyper_parameter_can_be_fixed_by_a_flag_of_its_name():
-    for name in HYPER_PARAMETERS:
-        read = parse(SweepConfig, "", arguments=[f"--{name}", "2"])
-        assert read == replace(SweepConfig(), **{attribute(name): 2})
+    given = ["--optimizer", f"{','.join(['adamw', 'embedding=sgd'])}", "--schedule", "wsd"]
+    read = {name for optimizer in OPTIMIZERS.values() for name in optimizer.hyper} | {
+        "warmup",
+        "decay",
+        "floor",
+        "clip",
+    }
+    for name in (*read, "tokens", "batch", "seed", "init_scale", "label_smoothing"):
+        value = HYPER_PARAMETERS[name].low + 1
+        config, _ = read_arguments("", [*given, f"--{name}", str(value)])
+        assert config.hyper == {name: value}, name
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(2, 6), st.integers(1, 600))
 def test_micro_batches_cut_every_batch_in_few_pieces(low, extent, points, context):
-    config = SweepConfig(y="lr:log:1:2:2", x=f"batch:linear:{low}:{low + extent}:{min(points, extent + 1)}")
-    config = replace(config, context=context, tokens=1e12)
-    micro = resolve(config, "cpu").micro_batch
-    batches = config.values("batch").astype(int)
+    x = f"batch:linear:{low}:{low + extent}:{min(points, extent + 1)}"
+    run = resolve(make_config(y="lr:log:1:2:2", x=x, context=context, tokens=1e12), "cpu")
+    micro = run.config.training.micro_batch
+    batches = run.values("batch").astype(int)
     assert 1 <= micro <= max(batches.max(), 1)
     assert micro * context <= max(4096, context)
     masked = -(-batches // micro) * micro - batches
@@ -66,53 +101,69 @@ def test_micro_batches_cut_every_batch_in_few_pieces(low, extent, points, contex
 
 def test_a_single_batch_is_cut_into_equal_pieces():
     for batch, context, micro in [(4, 64, 4), (64, 64, 64), (65, 64, 33), (100, 4096, 1), (7, 1024, 4)]:
-        assert automatic_micro_batch(SweepConfig(*DEFAULT_AXES["gpt"], batch=batch, context=context)) == micro
+        run = resolve(make_config(batch=batch, context=context, x="lr.mlp:log:1:2:2", tokens=1e9), "cpu")
+        assert automatic_micro_batch(run) == run.config.training.micro_batch == micro
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"network": "rnn"}, "network is 'rnn', expected one of gpt, smollm2, mlp"),
-        ({"schedule": "step"}, "schedule is 'step', expected one of constant, cosine"),
-        ({"optimizer": "lion"}, "optimizer is 'lion', expected one of adamw, sgd"),
-        ({"precision": "fp64"}, "precision is 'fp64', expected one of bf16, tf32, fp32"),
-        ({"trace": "yes"}, "trace is 'yes'"),
-        ({"nonlinearity": "gelu"}, "nonlinearity is 'gelu'"),
-        ({"rows_per_launch": "0"}, "rows_per_launch is '0', expected auto or a whole number >= 1"),
-        ({"rows_per_launch": "many"}, "rows_per_launch is 'many'"),
-        ({"x": "lr.0:log:1:2:3"}, "axis 'lr.0' does not apply to the network 'gpt'"),
-        ({"network": "mlp", "x": "tokens:log:1:2:3"}, "axis 'tokens' does not apply to the network 'mlp'"),
-        ({"width": 100, "heads": 3}, "width 100 is not divisible by heads 3"),
-        ({"depth": 0}, "depth is 0, expected at least 1"),
-        ({"context": 0}, "context is 0, expected at least 1"),
-        ({"validation_rows": 0}, "validation_rows is 0, expected at least 1"),
-        ({"data_rows": -1}, "data_rows is -1, expected at least 0"),
-        ({"micro_batch": -1}, "micro_batch is -1, expected at least 0"),
-        ({"batch": 0}, "batch is 0, expected a value in [1, 1000000]"),
-        ({"lr": float("nan")}, "lr is nan, expected a value in [0, 1e+30]"),
-        ({"lr_mlp": -1.0}, "lr.mlp is -1, expected a value in [0, 1e+30]"),
-        ({"beta2": 1.0}, "beta2 is 1, expected a value in [0, 0.9999999]"),
-        ({"momentum": 1.5}, "momentum is 1.5, expected a value in [0, 1]"),
-        ({"floor": -0.1}, "floor is -0.1, expected a value in [0, 1]"),
-        ({"eps": -1e-8}, "eps is -1e-08, expected"),
-        ({"x": "tokens:log:100:1e4:4"}, "tokens starts at 100, below one step of 256 tokens"),
-        ({"x": "seed:linear:0:1:2", "tokens": 100}, "tokens starts at 100, below one step of 256 tokens"),
-        ({"x": "batch:linear:1:64:4", "tokens": 300}, "below one step of 4096 tokens"),
-        ({"y": "lr:linear:1:1.000001:64"}, "neighbouring values are equal in float32"),
-        ({"depth": 2, "network": "smollm2"}, "depth is 2, but the network 'smollm2' has none (it is for gpt)"),
-        (
-            {"context": 99, "network": "mlp"},
-            "context is 99, but the network 'mlp' has none (it is for gpt and",
-        ),
-        ({"steps": 99}, "steps is 99, but the network 'gpt' has none (it is for mlp)"),
-        ({"lr_0": 0.1}, "lr_0 is 0.1, but the network 'gpt' has none (it is for mlp)"),
-        ({"x": "beta1:linear:0:0.9:4", "optimizer": "sgd"}, "axis beta1 changes nothing with --optimizer sgd"),
-        ({"y": "lr.matrix:log:1:2:3", "lr_mlp": 0.1, "lr_attention": 0.1}, "axis lr.matrix changes nothing where"),
-        ({"network": "mlp", "y": "lr:log:1:2:3", "lr_0": 1.0}, "axis lr changes nothing where lr.0 and lr.1 are given"),
-        ({"network": "mlp", "problem": "no/such.npz"}, "problem file 'no/such.npz' does not exist"),
-    ],
-)
+BAD = [
+    ({"network": "rnn"}, "network is 'rnn'; expected one of gpt, smollm2, two_layer"),
+    ({"schedule": "step"}, "schedule is 'step'; expected one of constant, cosine"),
+    ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of adamw, sgd"),
+    ({"precision": "fp64"}, "precision is 'fp64'; expected one of bf16, tf32, fp32"),
+    ({"trace": "yes"}, "trace is 'yes'"),
+    ({"network": "two_layer", "nonlinearity": "gelu"}, "nonlinearity is 'gelu'"),
+    ({"x": "lr.0:log:1:2:3"}, "axis 'lr.0' changes nothing in this sweep of 'gpt'"),
+    ({"network": "two_layer", "x": "tokens:log:1:2:3"}, "axis 'tokens' changes nothing in this sweep of 'two_layer'"),
+    ({"width": 100, "heads": 3}, "width 100 is not divisible by heads 3"),
+    ({"depth": 0}, "depth is 0; expected at least 1"),
+    ({"context": 0}, "context is 0; expected at least 1"),
+    ({"validation_rows": -1}, "validation_rows is -1; expected at least 0"),
+    ({"data_rows": -1}, "data_rows is -1; expected at least 0"),
+    ({"micro_batch": -1}, "micro_batch is -1; expected at least 0"),
+    ({"data": " "}, "data is empty; expected chitchat"),
+    ({"packing": "loose"}, "packing is 'loose'; expected one of cut, best-fit"),
+    ({"freeze": "head"}, "freeze has 'head'; expected some of matrix"),
+    ({"replicates": 0}, "replicates is 0; expected at least 1"),
+    ({"replicates": 2, "x": "seed:linear:0:1:2"}, "replicates is 2, but the seed is swept"),
+    ({"batch": 0}, "batch is 0; expected a value in [1, 1000000]"),
+    ({"batch": 1.5}, "batch is 1.5; expected a whole number"),
+    ({"y": "seed:linear:0:1:2", "lr": float("nan")}, "lr is nan; expected a value in [0, 1e+30]"),
+    ({"lr.mlp": -1.0}, "lr.mlp is -1; expected a value in [0, 1e+30]"),
+    ({"beta2": 1.0}, "beta2 is 1; expected a value in [0, 0.9999999]"),
+    ({"optimizer": "sgd", "momentum": 1.5}, "momentum is 1.5; expected a value in [0, 1]"),
+    ({"schedule": "cosine", "floor": -0.1}, "floor is -0.1; expected a value in [0, 1]"),
+    ({"eps": -1e-8}, "eps is -1e-08; expected"),
+    ({"floor": 0.1}, "floor is 0.1, but this sweep of 'gpt' does not read it"),
+    ({"momentum": 0.9}, "momentum is 0.9, but this sweep of 'gpt' does not read it"),
+    ({"schedule": "wsd", "warmup": 0.9, "decay": 0.2}, "warmup and decay are 1.1 of the steps together"),
+    ({"x": "tokens:log:100:1e4:4"}, "tokens starts at 100, below two steps of 256 tokens"),
+    ({"x": "seed:linear:0:1:2", "tokens": 256}, "tokens starts at 256, below two steps of 256 tokens"),
+    ({"x": "batch:linear:1:64:4", "tokens": 300}, "below two steps of 4096 tokens"),
+    ({"y": "lr:linear:1:1.000001:64"}, "neighbouring values are equal in float32"),
+    ({"depth": 2, "network": "smollm2"}, "depth is 2, but the network 'smollm2' has no such field"),
+    ({"context": 99, "network": "two_layer"}, "context is 99, but the network 'two_layer' has no such field"),
+    ({"steps": 99}, "steps is 99, but the network 'gpt' has no such field"),
+    ({"lr.0": 0.1}, "lr.0 is 0.1, but this sweep of 'gpt' does not read it"),
+    ({"lr": 0.1}, "lr is an axis, and --lr is 0.1; leave out one of the two"),
+    ({"x": "beta1:linear:0:0.9:4", "optimizer": "sgd"}, "axis 'beta1' changes nothing in this sweep"),
+    ({"y": "lr.matrix:log:1:2:3", "lr.mlp": 0.1, "lr.attention": 0.1}, "axis lr.matrix changes nothing: every"),
+    ({"y": "lr.embedding:log:1:2:3", "freeze": "embedding"}, "axis lr.embedding changes nothing: every"),
+    ({"network": "two_layer", "y": "lr:log:1:2:3", "lr.0": 1.0}, "axis lr changes nothing: every"),
+    ({"network": "two_layer", "problem": "no/such.npz"}, "problem file 'no/such.npz' does not exist"),
+    ({"points": "p.csv", "y": "lr:log:1:2:3"}, "points are given beside an axis"),
+    ({"points": "no/such.csv"}, "points file 'no/such.csv' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), BAD)
 def test_a_bad_configuration_is_one_clear_line(changes, says):
     with pytest.raises(ValueError, match=re.escape(says)) as error:
-        resolve(replace(SweepConfig(), **changes), "cpu")
+        resolve(make_config(**changes), "cpu")
     assert "\n" not in str(error.value)
+
+
+def test_a_run_is_what_a_configuration_and_its_cells_make():
+    run = resolve(make_config(y="lr:log:1e-3:1:4", x="batch:linear:1:3:3", tokens=1e5), "cpu")
+    assert isinstance(run, Run) and run.shape == (1, 4, 3)
+    assert run.values("batch").tolist() == [1, 2, 3] and run.values("tokens").tolist() == [1e5]
+    assert run.given == {"lr", "batch", "tokens"}

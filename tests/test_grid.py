@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine.grid import Axis, Grid, attribute
+from engine.grid import Axis, Grid, Points
+from engine.hyper import HYPER_PARAMETERS
 
 positive = st.floats(1e-12, 1e12)
 
@@ -64,7 +65,7 @@ def test_a_tile_covers_its_cells_with_a_finer_spacing(axis, data):
     scaled = np.log if axis.scale == "log" else np.asarray
     parent = scaled(axis.values)
     spacing = (parent[-1] - parent[0]) / (axis.points - 1)
-    assume(axis.scale == "log" or parent[start] - spacing / 2 > 0)  # a tile that leaves the legal range is refused
+    assume(axis.scale == "log" or parent[start] - spacing / 2 > 0)  # a tile that leaves the legal range is cut
     child = axis.tile(start, stop, factor)
     values = scaled(child.values)
     assert child.points == (stop - start) * factor
@@ -99,8 +100,8 @@ def test_an_axis_reads_back_what_it_writes(text):
     [
         ("lr:log:1:2", "has 4 parts, expected 5"),
         ("lr", "has 1 parts, expected 5"),
-        ("rate:log:1:2:3", "unknown hyper-parameter 'rate', expected one of lr"),
-        ("lr:logarithmic:1:2:3", "scale 'logarithmic', expected log or linear"),
+        ("rate:log:1:2:3", "unknown hyper-parameter 'rate'; expected one of lr"),
+        ("lr:logarithmic:1:2:3", "scale 'logarithmic'; expected log or linear"),
         ("lr:log:one:2:3", "low, high and points must be numbers"),
         ("lr:log:1:2:3.5", "low, high and points must be numbers"),
         ("lr:log:nan:2:3", "low, high and points must be numbers"),
@@ -139,5 +140,59 @@ def test_a_grid_needs_two_different_axes():
         Grid.parse("lr:log:1:2:3", "lr:log:1:2:3")
 
 
-def test_every_axis_name_has_a_field_of_the_same_name():
-    assert [attribute(name) for name in ("lr.mlp", "tokens", "lr.0")] == ["lr_mlp", "tokens", "lr_0"]
+def test_a_tile_that_overhangs_the_legal_range_is_cut_to_it():
+    child = Axis.parse("label_smoothing:linear:0:0.6:4").tile(0, 2, 2)
+    assert child.values == pytest.approx([0.05, 0.15, 0.25]) and child.low >= 0
+
+
+def test_lin_is_linear():
+    assert Axis.parse("warmup:lin:0:0.5:3") == Axis.parse("warmup:linear:0:0.5:3")
+
+
+def test_stored_coordinates_are_taken_as_they_are():
+    grid = Grid.parse("lr:log:1e-3:1e1:5", "tokens:log:1e3:1e4:3")
+    moved = {axis.name: axis.values * (1 + 2**-52) for axis in (grid.y, grid.x)}  # as another machine's exp has them
+    stored = grid.stored_as(moved)
+    assert stored == grid and str(stored) == str(grid)
+    for axis in (stored.y, stored.x):
+        assert axis.values.tobytes() == moved[axis.name].tobytes()
+
+
+def write(path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_points_are_read_by_their_columns_names(tmp_path):
+    points = Points.read(write(tmp_path / "p.csv", "lr,lr.mlp,batch\n1e-3,0.1,2\n\n2e-3,0.2,4\n"))
+    assert points.shape == (2,) and points.dims == ("point",)
+    assert {name: column.tolist() for name, column in points.columns.items()} == {
+        "lr": [1e-3, 2e-3],
+        "lr.mlp": [0.1, 0.2],
+        "batch": [2.0, 4.0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lr,rate\n1,2\n", "has a column 'rate'; expected each of lr"),
+        ("lr,lr\n1,2\n", "has a column 'lr'; expected each of"),
+        ("lr\n", "holds no point"),
+        ("", "holds no point"),
+        ("lr\n1\ntwo\n", "line 3 is ['two']; expected 1 numbers"),
+        ("lr,tokens\n1\n", "line 2 is ['1']; expected 2 numbers"),
+        ("lr\n-1\n", "lr is -1; expected a value in [0, 1e+30]"),
+        ("batch\n1.5\n", "batch is 1.5; expected a whole number"),
+        ("lr\n1\n2\n1\n", "has the point 1 twice; remove one"),
+    ],
+)
+def test_a_bad_list_of_points_is_one_clear_line(tmp_path, text, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        Points.read(write(tmp_path / "p.csv", text))
+    assert "\n" not in str(error.value)
+
+
+def test_every_hyper_parameter_says_where_it_acts_and_lies_within_its_bounds():
+    for name, rule in HYPER_PARAMETERS.items():
+        assert rule.help and rule.low <= rule.default <= rule.high, name
