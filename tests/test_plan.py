@@ -1,120 +1,161 @@
 """From cells to trajectories and launches: nothing lost, nothing twice, sharing only where runs are the same."""
 
 import math
+import time
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import plan
-from engine.config import SCHEDULES, SweepConfig, resolve
-from engine.grid import HYPER_PARAMETERS
+from engine.config import Run, hyper_names, make_config, resolve
+from engine.hyper import rule_of
+from engine.schedule import SCHEDULES
 
 GIB = 2**30
-
-AXES = {
-    "lr": "lr:log:1e-3:1e1",
-    "lr.matrix": "lr.matrix:log:1e-3:1e1",
-    "lr.attention": "lr.attention:log:1e-3:1e1",
-    "lr.mlp": "lr.mlp:log:1e-3:1e1",
-    "lr.embedding": "lr.embedding:log:1e-3:1e1",
-    "lr.unembedding": "lr.unembedding:log:1e-3:1e1",
-    "tokens": "tokens:log:700:5000",
-    "batch": "batch:linear:1:8",
-    "warmup": "warmup:linear:0:0.5",
-    "weight_decay": "weight_decay:linear:0:1",
-    "beta1": "beta1:linear:0:0.9",
-    "beta2": "beta2:linear:0:0.9",
-    "clip": "clip:log:0.1:10",
-    "init_scale": "init_scale:log:0.1:10",
-    "label_smoothing": "label_smoothing:linear:0:0.5",
-    "seed": "seed:linear:0:7",
+RANGES = {
+    "tokens": "log:1100:5000",
+    "batch": "linear:1:8",
+    "seed": "linear:0:7",
+    "init_scale": "log:0.1:10",
+    "warmup": "linear:0:0.5",
+    "clip": "log:0.1:10",
+    "weight_decay": "linear:0:1",
+    "beta1": "linear:0:0.9",
+    "beta2": "linear:0:0.9",
+    "eps": "log:1e-8:1e-3",
+    "label_smoothing": "linear:0:0.5",
 }
+AXES = [name for name in hyper_names(make_config()) if name.partition(".")[0] in (*RANGES, "lr")]
+
+
+def axis(name: str, points: int) -> str:
+    return f"{name}:{RANGES.get(name.partition('.')[0], 'log:1e-3:1e1')}:{points}"
 
 
 def test_every_hyper_parameter_of_a_language_model_is_planned():
-    assert set(AXES) == set(plan.LANGUAGE_NAMES) == {n for n, r in HYPER_PARAMETERS.items() if "gpt" in r.networks}
+    assert set(AXES) == set(hyper_names(make_config()))
 
 
 @st.composite
-def configs(draw) -> SweepConfig:
+def runs(draw) -> Run:
     y, x = draw(st.lists(st.sampled_from(sorted(AXES)), min_size=2, max_size=2, unique=True))
-    rows, cols = draw(st.integers(1, 8)), draw(st.integers(1, 8))
     warmup = draw(st.sampled_from([0.0, 0.25]))
-    schedule = draw(st.sampled_from(SCHEDULES))
-    config = SweepConfig(f"{AXES[y]}:{rows}", f"{AXES[x]}:{cols}", schedule=schedule, warmup=warmup)
-    return resolve(config, "cpu")
+    fixed = {} if "warmup" in (y, x) else {"warmup": warmup}
+    replicates = 1 if "seed" in (y, x) else draw(st.integers(1, 3))
+    swept = {"y": axis(y, draw(st.integers(1, 8))), "x": axis(x, draw(st.integers(1, 8)))}
+    return resolve(
+        make_config(**swept, schedule=draw(st.sampled_from(list(SCHEDULES))), replicates=replicates, **fixed), "cpu"
+    )
 
 
-@given(configs(), st.integers(1, 9))
-@settings(suppress_health_check=[HealthCheck.too_slow])
-def test_trajectories_serve_every_cell_once_at_its_own_last_step(config, rows_per_launch):
-    rows, cols = config.grid.shape
-    launches = plan.launches(config, rows_per_launch)
-    assert [row for launch in launches for row in launch] == list(range(rows))
-    assert all(len(launch) <= rows_per_launch for launch in launches)
+@given(runs(), st.integers(1, 9), st.integers(1, 9), st.booleans())
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_trajectories_serve_every_cell_once_at_its_own_last_step(run, chunk_rows, rows, together):
+    made = plan.plan_runs(run)
+    launches = plan.launches(made, chunk_rows, rows, together)
+    cells = np.concatenate([made.cells_in(launch) for launch in launches])
+    assert np.array_equal(cells, np.arange(math.prod(run.shape))), "launches cut the cells in order"
+    if not together:
+        assert all(len({chunk.replicate for chunk in launch}) == 1 for launch in launches)
+    hyper = plan.hyper_of(run, cells)
     served = []
     for launch in launches:
-        runs = plan.trajectories(config, launch)
-        lengths = [run.steps * run.hyper["batch"] for run in runs]
-        assert lengths == sorted(lengths, reverse=True)
-        for run in runs:
-            steps = [mark.step for mark in run.marks]
-            assert steps == sorted(set(steps)) and run.steps == steps[-1] <= plan.longest(config)
-            for mark in run.marks:
-                for row, col in mark.cells:
-                    hyper = plan.cell_hyper(config, row, col)
-                    assert row in launch
-                    assert mark.step == math.ceil(hyper["tokens"] / (hyper["batch"] * config.context)) >= 1
+        work = made.work_in(made.cells_in(launch))
+        trajectories = work.trajectories()
+        assert len(trajectories) == len(work.runs)
+        assert sum(len(each.marks) for each in trajectories) == len(work.marks)
+        costs = [each.steps * each.hyper["batch"] for each in trajectories]
+        assert costs == sorted(costs, reverse=True)
+        for each in trajectories:
+            steps = [mark.step for mark in each.marks]
+            assert steps == sorted(set(steps)) and each.steps == steps[-1] <= made.steps.max()
+            for mark in each.marks:
+                for cell in mark.cells:
+                    own = {name: values[cell] for name, values in hyper.items()}
+                    assert mark.step == math.ceil(own["tokens"] / (own["batch"] * 64)) >= 2
                     # the cell's run is the trajectory's, up to the cell's last step
-                    assert hyper | {"tokens": 0} == run.hyper | {"tokens": 0}
-                    if plan.looks_ahead(config):
-                        assert run.total == mark.step
-                    served.append((row, col))
-    assert sorted(served) == [(row, col) for row in range(rows) for col in range(cols)]
+                    assert own | {"tokens": 0} == each.hyper | {"tokens": 0}
+                    if plan.needs_horizon(run):
+                        assert each.total == mark.step
+                    served.append(cell)
+    assert sorted(served) == list(range(math.prod(run.shape)))
 
 
-@given(configs())
-@settings(suppress_health_check=[HealthCheck.too_slow])
-def test_runs_are_shared_exactly_where_nothing_looks_ahead(config):
-    runs = plan.trajectories(config, range(config.grid.shape[0]))
-    shared = any(len(run.marks) > 1 for run in runs)
-    budgets = [axis for axis in (config.grid.y, config.grid.x) if axis.name == "tokens" and axis.points > 1]
-    sees_the_end = config.schedule != "constant" or config.warmup > 0 or "warmup" in config.swept
-    if sees_the_end or not budgets:
+@given(runs())
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_runs_are_shared_exactly_where_nothing_needs_the_horizon(run):
+    made = plan.plan_runs(run)
+    work = made.work_in(np.arange(math.prod(run.shape)))
+    shared = len(work.marks) > len(work.runs)
+    budgets = len(np.unique(made.steps)) > 1 and "tokens" in run.names
+    if plan.needs_horizon(run) or not budgets:
         assert not shared
-    elif "batch" not in config.swept:
-        other = config.grid.y if config.grid.x is budgets[0] or config.grid.x == budgets[0] else config.grid.x
-        assert len(runs) == other.points and shared
+    elif "batch" not in run.names:
+        other = 1 - run.names.index("tokens")
+        assert len(work.runs) == run.cells.shape[other] * run.replicates and shared
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(256, 1), (257, 2), (512, 2), (16384, 64), (16384.5, 65)])
+@pytest.mark.parametrize(("tokens", "steps"), [(257, 2), (512, 2), (16384, 64), (16384.5, 65)])
 def test_every_token_asked_for_is_consumed(tokens, steps):
-    config = resolve(SweepConfig(y="lr:log:1:2:2", x="seed:linear:0:1:2", tokens=tokens), "cpu")
-    assert plan.steps_of(config.tokens, config.batch, config.context) == steps == plan.longest(config)
+    run = resolve(make_config(y="lr:log:1:2:2", x="seed:linear:0:1:2", tokens=tokens), "cpu")
+    assert (plan.plan_runs(run).steps == steps).all()
 
 
 @pytest.mark.parametrize(
     ("x", "steps"), [("512:512000:4", [2, 20, 200, 2000]), ("2560:163840:7", [10, 20, 40, 80, 160, 320, 640])]
 )
-def test_round_budgets_of_a_logarithmic_axis_train_no_step_more(x, steps):
-    config = resolve(SweepConfig(y="seed:linear:0:1:2", x=f"tokens:log:{x}"), "cpu")
-    assert config.values("tokens").tolist() != [step * 256.0 for step in steps]  # not exactly: that is the point
-    (run, *_) = plan.trajectories(config, range(1))
-    assert [mark.step for mark in run.marks] == steps and plan.longest(config) == steps[-1]
+def test_round_budgets_of_a_log_axis_train_no_step_more(x, steps):
+    run = resolve(make_config(y="seed:linear:0:1:2", x=f"tokens:log:{x}"), "cpu")
+    assert run.values("tokens").tolist() != [step * 256.0 for step in steps]  # not exactly: that is the point
+    assert plan.plan_runs(run).steps[0, 0].tolist() == steps
 
 
-def test_memory_counts_every_buffer_a_replica_has():
-    # fp32: master 4, moments 8, gradient 4; bf16: weight 2 and remainder 2 are the master, moments 8, gradient 2
-    config = resolve(SweepConfig(batch=4), "cpu")
-    assert plan.replica_memory(config, 100, 7).total == 1607
-    assert plan.replica_memory(resolve(SweepConfig(precision="bf16"), "cpu"), 100, 0).total == 1400
-    assert plan.replica_memory(resolve(SweepConfig(optimizer="sgd"), "cpu"), 100, 0).total == 1200
-    assert plan.replica_memory(resolve(SweepConfig(micro_batch=2), "cpu"), 100, 0).total == 2000
+def test_a_large_grid_is_planned_in_two_seconds():
+    run = resolve(make_config(y="lr:log:1e-4:1e1:100000"), "cpu")
+    start = time.process_time()
+    made = plan.plan_runs(run)
+    work = made.work_in(np.arange(made.steps.size))
+    assert plan.automatic_probe_rows(made) >= 2
+    assert len(work.runs) == 100_000
+    assert time.process_time() - start < 2
+
+
+def test_the_probe_costs_at_most_its_share_of_training():
+    made = plan.plan_runs(resolve(make_config(), "cpu"))
+    rows = plan.automatic_probe_rows(made)
+    work = made.work_in(np.arange(made.steps.size))
+    cost = (len(work.marks) + 1) * rows * 64 / 3
+    assert cost <= plan.PROBE_SHARE * work.costs.sum() < cost * (rows + 4) / rows * 1.05
+
+
+@pytest.mark.parametrize(
+    ("lengths", "fit", "slots"),
+    [([9] * 128, 29, 26), ([9] * 29, 29, 29), ([9] * 30, 29, 15), ([9, 3, 3, 3], 2, 2), ([1], 5, 1)],
+)
+def test_waves_are_even(lengths, fit, slots):
+    assert plan.even_slots(np.array(lengths), fit) == slots
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 20))
+def test_even_slots_cost_no_more_slot_steps_than_all_that_fit(lengths, fit):
+    slots = plan.even_slots(np.array(lengths), fit)
+    ordered = sorted(lengths, reverse=True)
+    assert 1 <= slots <= fit
+    most = min(fit, len(lengths))
+    assert slots * plan.makespan(ordered, slots) <= most * plan.makespan(ordered, most)
 
 
 def test_a_replica_that_does_not_fit_is_refused_in_one_line():
-    assert plan.slots_that_fit(plan.Memory(60, 40, 10), 1099) == 9, "each of the 9 may be under evaluation"
-    assert plan.slots_that_fit(plan.Memory(2 * GIB, GIB, GIB), 14 * GIB) == 4, "2 of the 4 at once"
+    assert plan.slots_that_fit(plan.Memory(0, 60, 40, 10), 1099) == 9, "each of the 9 may be under evaluation"
+    assert plan.slots_that_fit(plan.Memory(0, 2 * GIB, GIB, GIB), 14 * GIB) == 4, "2 of the 4 at once"
+    assert plan.slots_that_fit(plan.Memory(GIB, 2 * GIB, GIB, GIB), 15 * GIB) == 4, "what all share is there once"
     with pytest.raises(ValueError, match=r"one replica needs 2\.0 GiB, the device offers 1\.0 GiB; lower --depth"):
-        plan.slots_that_fit(plan.Memory(GIB, GIB // 2, GIB // 2), GIB)
+        plan.slots_that_fit(plan.Memory(0, GIB, GIB // 2, GIB // 2), GIB)
+
+
+def test_starts_are_counted_once():
+    run = resolve(make_config(y="lr:log:1:2:2", x="init_scale:log:1:2:3", replicates=4), "cpu")
+    assert len(plan.starts_of(run)) == 12
+    assert rule_of("init_scale").acts == "start"
