@@ -18,7 +18,12 @@ CASES = [
     pytest.param(llama, llama.Llama, LLAMA_CONFIG, id="llama-tied"),
     pytest.param(llama, llama.Llama, replace(LLAMA_CONFIG, tied=False), id="llama-untied"),
 ]
-NO_SMOOTHING = torch.tensor(0.0)
+KEY = torch.zeros(2, dtype=torch.int64)
+
+
+def smoothed(smoothing) -> tuple:
+    """What a forward takes after the targets."""
+    return {"label_smoothing": torch.as_tensor(smoothing)}, KEY
 
 
 def build(network, config):
@@ -63,7 +68,7 @@ def test_a_stacked_row_equals_a_lone_run(family, network, config):
     targets_RBT = torch.stack([targets for _, targets in batches])
 
     def one_replica(weights, tokens_BT, targets_BT, smoothing):
-        return functional_call(module, weights, (tokens_BT, targets_BT, smoothing))
+        return functional_call(module, weights, (tokens_BT, targets_BT, *smoothed(smoothing)))
 
     loss_R = vmap(one_replica)(stacked, tokens_RBT, targets_RBT, smoothing_R)
     gradients = torch.autograd.grad(loss_R.sum(), list(stacked.values()))
@@ -89,7 +94,7 @@ def test_the_loss_is_the_sum_of_cross_entropies_of_the_logits(family, network, c
     for row, time in np.argwhere(targets_BT.numpy() != -100):
         logits_V = logits_BTV[row, time]
         expected += np.log(np.exp(logits_V).sum()) - logits_V[targets_BT[row, time]]
-    loss = functional_call(module, weights, (tokens_BT, targets_BT, NO_SMOOTHING))
+    loss = functional_call(module, weights, (tokens_BT, targets_BT, *smoothed(0.0)))
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5)  # fp32 sums against fp64
@@ -108,7 +113,7 @@ def test_label_smoothing_is_that_of_torch(family, network, config, smoothing):
         label_smoothing=smoothing,
         reduction="sum",
     )
-    loss = functional_call(module, weights, (tokens_BT, targets_BT, torch.tensor(smoothing)))
+    loss = functional_call(module, weights, (tokens_BT, targets_BT, *smoothed(smoothing)))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0.0)
 
 
@@ -118,7 +123,7 @@ def test_without_a_target_loss_and_gradients_are_zero(family, network, config):
     weights = {n: w.requires_grad_() for n, w in random_weights(module, 2).items()}
     tokens_BT, targets_BT = random_batch(config, 2)
     targets_BT = torch.full_like(targets_BT, -100)
-    loss = functional_call(module, weights, (tokens_BT, targets_BT, torch.tensor(0.1)))
+    loss = functional_call(module, weights, (tokens_BT, targets_BT, *smoothed(0.1)))
     gradients = torch.autograd.grad(loss, list(weights.values()))
     assert loss.item() == 0.0
     assert all((gradient == 0).all() for gradient in gradients)
@@ -227,14 +232,16 @@ def test_activations_grow_with_tokens_and_hold_the_logits(family, network, confi
 
 @pytest.mark.parametrize(("family", "network", "config"), CASES)
 def test_every_parameter_has_a_group(family, network, config):
-    groups = {name: family.parameter_group(name) for name in parameter_shapes(build(network, config))}
-    assert groups["embedding.weight"] == "embedding"
-    assert groups["layers.1.attention.qkv"] == "attention"
-    assert groups["layers.0.attention.output"] == "attention"
-    assert groups["layers.1.mlp.down"] == "mlp"
-    untied = not getattr(config, "tied", False)
-    named = {"attention", "mlp", "embedding"} | ({"unembedding"} if untied else set())
-    assert set(groups.values()) == named
+    groups = {name: family.parameter_groups(config, name) for name in parameter_shapes(build(network, config))}
+    tied = getattr(config, "tied", False)
+    assert groups["embedding.weight"] == (("embedding", "unembedding") if tied else ("embedding",)), (
+        "a tied one has two"
+    )
+    assert groups["layers.1.attention.qkv"] == groups["layers.0.attention.output"] == ("attention",)
+    assert groups["layers.1.mlp.down"] == ("mlp",)
+    assert {own[0] for own in groups.values()} == {"attention", "mlp", "embedding"} | (
+        set() if tied else {"unembedding"}
+    )
 
 
 @pytest.mark.parametrize("config", [GPT_CONFIG, LLAMA_CONFIG], ids=["gpt", "llama"])

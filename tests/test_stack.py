@@ -8,24 +8,33 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engine.trainer import Trainer
 from tiny import setup, tiny
 from torch.func import functional_call
 
 from engine import plan
 from engine.models import gpt, llama, normal_weights, parameter_shapes
-from engine.schedule import factor
+from engine.schedule import multiplier
 from engine.stack import ALIGNMENT, Stack
+from engine.step import Trainer
 
 CPU = torch.device("cpu")
+KEY = torch.zeros(2, dtype=torch.int64)
 # a stacked product sums in another order than a lone one: a few fp32 ulps (6e-8 each) a step, which Adam's
 # division by the root of a tiny second moment can raise tenfold in the first steps
 LOSSES = {"rtol": 2e-5, "atol": 0}
 STEPS = 5
 
 
-def hyper_of(config, **own) -> dict:
-    return plan.cell_hyper(config, 0, 0) | {"lr": 1e-2, "tokens": 16.0 * STEPS} | own
+GROUPS = ("attention", "mlp", "embedding", "unembedding")
+# every group has a rate of its own, which each replica sets
+SWEPT = {"y": "weight_decay:lin:0:1:2", "x": "beta1:lin:0:0.9:2", "tokens": 16 * STEPS}
+SWEPT |= {f"lr.{group}": 1e-2 for group in GROUPS}
+
+
+def hyper_of(made, **own) -> dict:
+    hyper = {name: float(values[0]) for name, values in plan.hyper_of(made.run, np.zeros(1, int)).items()}
+    rates = {f"lr.{group}": own.get("lr.matrix", own["lr"]) for group in ("attention", "mlp")}
+    return hyper | rates | {"lr.embedding": own["lr"], "lr.unembedding": own["lr"]} | own
 
 
 REPLICAS = (
@@ -38,39 +47,34 @@ REPLICAS = (
 )
 
 
-def alone(trainer: Trainer, config, hyper: dict, optimizer: str) -> list[float]:
+def alone(trainer: Trainer, made, hyper: dict, optimizer: str) -> list[float]:
     """Losses of one replica trained in plain PyTorch on the trainer's corpus."""
-    network = trainer.network
+    network, training = trainer.network, made.run.config.training
     initial = network.initial(int(hyper["seed"]))
     scale = hyper["init_scale"]
     weights = {n: (w * scale if w.ndim > 1 else w).clone().requires_grad_() for n, w in initial.items()}
-    follows = {
-        "attention": ("lr.attention", "lr.matrix", "lr"),
-        "mlp": ("lr.mlp", "lr.matrix", "lr"),
-        "embedding": ("lr.embedding", "lr"),
-        "unembedding": ("lr.unembedding", "lr"),
-    }
     groups, peaks = [], []
     for name, weight in weights.items():
-        peaks.append(next(hyper[rate] for rate in follows[network.groups[name]] if rate in hyper))
+        peaks.append(hyper[f"lr.{network.groups[name][0]}"])
         groups.append({"params": [weight], "lr": peaks[-1]})
     if optimizer == "adamw":
         betas = (hyper["beta1"], hyper["beta2"])
-        step = torch.optim.AdamW(groups, betas=betas, eps=config.eps, weight_decay=hyper["weight_decay"])
+        step = torch.optim.AdamW(groups, betas=betas, eps=hyper["eps"], weight_decay=hyper["weight_decay"])
     else:
-        step = torch.optim.SGD(groups, momentum=config.momentum)
+        step = torch.optim.SGD(groups, momentum=hyper["momentum"])
     losses = []
     for s in range(STEPS):
-        rows = trainer.order[0, s * config.batch : (s + 1) * config.batch].long()
+        batch = int(hyper["batch"])
+        rows = trainer.order[0, s * batch : (s + 1) * batch].long()
         tokens, targets = trainer.tokens[rows], trainer.targets[rows]
-        smoothing = torch.tensor(hyper["label_smoothing"], dtype=torch.float32)
-        loss = functional_call(network.module, weights, (tokens, targets, smoothing)) / (targets >= 0).sum()
+        smoothing = {"label_smoothing": torch.tensor(hyper["label_smoothing"], dtype=torch.float32)}
+        loss = functional_call(network.module, weights, (tokens, targets, smoothing, KEY)) / (targets >= 0).sum()
         step.zero_grad()
         loss.backward()
         if hyper["clip"]:
             torch.nn.utils.clip_grad_norm_(list(weights.values()), hyper["clip"])
-        total, warmup = torch.tensor([STEPS]), torch.tensor([hyper["warmup"]], dtype=torch.float64)
-        share = float(factor(config.schedule, torch.tensor([s]), total, warmup, config.decay, config.floor))
+        own = {name: torch.tensor([hyper[name]], dtype=torch.float64) for name in ("warmup", "decay", "floor")}
+        share = float(multiplier(training.schedule, torch.tensor([s]), torch.tensor([STEPS]), own))
         for group, peak in zip(step.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         step.step()
@@ -80,12 +84,12 @@ def alone(trainer: Trainer, config, hyper: dict, optimizer: str) -> list[float]:
 
 @pytest.mark.parametrize("changes", [{}, {"schedule": "cosine", "floor": 0.1}, {"depth": 2, "heads": 2, "kv_heads": 1}])
 def test_each_replica_of_a_stack_trains_as_alone_under_torch_adamw(tmp_path, changes):
-    made = setup(tiny(tmp_path, tokens=16 * STEPS, clip=1.0, **changes))
-    trainer = Trainer(made.config, made.network, made.corpus, len(REPLICAS), CPU)
-    hypers = [hyper_of(made.config, **({"clip": 0.0} | own)) for own in REPLICAS]
-    work = [plan.Trajectory(hyper, STEPS, (plan.Mark(STEPS, ((slot, 0),)),)) for slot, hyper in enumerate(hypers)]
-    got = {h.slot: h.losses for look in trainer.train(work) for h in look}
-    expected = np.array([alone(trainer, made.config, hyper, "adamw") for hyper in hypers])
+    made = setup(tiny(tmp_path, clip=1.0, warmup=0.01, init_scale=1.0, label_smoothing=0.0, **SWEPT, **changes))
+    trainer = made.new_trainer(len(REPLICAS))
+    hypers = [hyper_of(made, **({"clip": 0.0} | own)) for own in REPLICAS]
+    work = [plan.Trajectory(hyper, STEPS, (plan.Mark(STEPS, (slot,)),)) for slot, hyper in enumerate(hypers)]
+    got = {h.slot: h.losses for poll in trainer.train(work) for h in poll}
+    expected = np.array([alone(trainer, made, hyper, "adamw") for hyper in hypers])
     np.testing.assert_allclose(np.stack([got[slot] for slot in range(len(hypers))]), expected, **LOSSES)
     # the settings matter: no two replicas trained alike
     assert len({tuple(row) for row in expected}) == len(hypers)
@@ -93,12 +97,12 @@ def test_each_replica_of_a_stack_trains_as_alone_under_torch_adamw(tmp_path, cha
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_each_replica_of_a_stack_trains_as_alone_under_torch_sgd(tmp_path, momentum):
-    made = setup(tiny(tmp_path, tokens=16 * STEPS, optimizer="sgd", momentum=momentum, clip=1.0))
-    trainer = Trainer(made.config, made.network, made.corpus, 3, CPU)
-    hypers = [hyper_of(made.config, lr=lr, clip=clip) for lr, clip in [(0.1, 0.0), (1.0, 0.0), (1.0, 0.2)]]
-    work = [plan.Trajectory(hyper, STEPS, (plan.Mark(STEPS, ((slot, 0),)),)) for slot, hyper in enumerate(hypers)]
-    got = {h.slot: h.losses for look in trainer.train(work) for h in look}
-    expected = np.array([alone(trainer, made.config, hyper, "sgd") for hyper in hypers])
+    made = setup(tiny(tmp_path, optimizer="sgd", momentum=momentum, clip=1.0, **SWEPT | {"x": "warmup:lin:0:0.5:2"}))
+    trainer = made.new_trainer(3)
+    hypers = [hyper_of(made, lr=lr, clip=clip) for lr, clip in [(0.1, 0.0), (1.0, 0.0), (1.0, 0.2)]]
+    work = [plan.Trajectory(hyper, STEPS, (plan.Mark(STEPS, (slot,)),)) for slot, hyper in enumerate(hypers)]
+    got = {h.slot: h.losses for poll in trainer.train(work) for h in poll}
+    expected = np.array([alone(trainer, made, hyper, "sgd") for hyper in hypers])
     np.testing.assert_allclose(np.stack([got[slot] for slot in range(3)]), expected, **LOSSES)
 
 
@@ -111,7 +115,7 @@ def test_parameters_are_aligned_views_that_do_not_overlap(tmp_path):
         assert span.slice.start % ALIGNMENT == 0
         covered[span.slice] += 1
         initial = made.network.initial(0)[span.name]
-        loaded = stack.views(stack.master_RP)[span.name][1]
+        loaded = stack.views(stack.master_RP, stack.spans)[span.name][1]
         assert torch.equal(loaded, initial * (2.0 if initial.ndim > 1 else 1.0))
     assert covered.max() == 1 and covered.sum() == made.network.parameters
     assert not stack.master_RP[[0, 2]].any(), "only the slot that was asked for is written"
@@ -168,13 +172,17 @@ def test_a_gradient_is_handed_on_once_and_when_its_weights_are_read_no_more(netw
         module = network(config)
     shapes = parameter_shapes(module)
     stack = Stack(
-        SimpleNamespace(module=module, shapes=shapes, groups=dict.fromkeys(shapes, "mlp")), 2, torch.float32, CPU
+        SimpleNamespace(module=module, shapes=shapes, groups=dict.fromkeys(shapes, ("mlp",)), fused={}),
+        2,
+        torch.float32,
+        CPU,
     )
     for slot in range(2):
         initial = {name: normal_weights(slot, name, shape, 0.3) for name, shape in shapes.items()}
         stack.load(slot, stack.flatten(initial, 1.0))
     tokens_RBT = torch.arange(2 * 3 * 12).view(2, 3, 12) % 37
-    batch = tokens_RBT, tokens_RBT.roll(1, 2), torch.zeros(2), torch.ones(2)
+    keys = KEY.expand(2, 2)
+    batch = tokens_RBT, tokens_RBT.roll(1, 2), {"label_smoothing": torch.zeros(2)}, keys, torch.ones(2)
     _, wanted = stack.losses_and_gradients(*batch)
     seen = {}
 
