@@ -29,7 +29,6 @@ from analysis.dimension import measure
 from analysis.laws import best_rate_law, best_rates, critical_rate_law, over_seeds
 from analysis.replicates import FEWEST_SEEDS, borders, exact_interval
 from analysis.uncertainty import Exponent, differs, draw_points, fit_exponent
-from engine.provenance import commit
 
 RESULTS = Path(__file__).with_name("results")
 RATES = np.logspace(-3, 1, 48)
@@ -236,6 +235,8 @@ def known_rows(sets: int) -> list[dict[str, object]]:
 
 def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
     """Appends rows, each with date, machine, versions, commit and command, to results/`name`."""
+    from engine.provenance import commit  # brings torch
+
     source = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -245,7 +246,7 @@ def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
     }
     path = RESULTS / name
     fresh = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*source, *rows[0]])
         if fresh:
             writer.writeheader()

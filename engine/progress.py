@@ -70,7 +70,7 @@ class Progress:
         for name, array in self.arrays.items():
             array.reshape(-1)[cells] = DONE if name == "status" else values[name]
         for name, best in self.best.items():
-            self.best[name] = min(best, float(np.nanmin(values[name], initial=best)))
+            self.best[name] = min(best, float(np.fmin.reduce(np.ravel(values[name]), initial=best)))
 
     def launched(self, launch: Launch) -> None:
         """A launch is stored."""

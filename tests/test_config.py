@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from engine.config import PRESETS, Run, make_config, resolve
 from engine.family import FAMILIES
 from engine.hyper import HYPER_PARAMETERS, sources
-from engine.options import read_arguments
 from engine.optim import OPTIMIZERS, by_group
+from engine.options import read_arguments
 from engine.plan import automatic_micro_batch
 from engine.store import config_from
 

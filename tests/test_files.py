@@ -11,7 +11,8 @@ import pytest
 from tiny import sweep, tiny
 
 from engine import files
-from engine.config import SweepConfig
+from engine.config import make_config, resolve
+from engine.plan import Chunk
 from engine.store import Writer, create_store
 
 
@@ -62,11 +63,11 @@ def test_a_folder_is_synced_inside_out_before_it_has_its_name(tmp_path, calls):
 
 
 def test_a_stores_rows_are_on_disk_before_their_status(tmp_path, calls):
-    config = SweepConfig(y="lr:log:1:2:2", x="tokens:log:300:400:2", trace="on")
-    create_store(tmp_path / "s", config, 3, 2, {})
+    run = resolve(make_config(y="lr:log:1:2:2", x="tokens:log:300:400:2", validation_rows=2), "cpu")
+    create_store(tmp_path / "s", run, 3, 2, {})
     writer = Writer(tmp_path / "s")
     calls.clear()
-    writer.write_rows(0, {"status": np.ones((2, 2), "u1"), "val_loss": np.ones((2, 2), "f4")})
+    writer.write_chunk(Chunk(0, 0, 2), {"status": np.ones((2, 2), "u1"), "val_loss": np.ones((2, 2), "f4")})
     writer.close()
     last = max(i for i, call in enumerate(calls) if "val_loss" in call)
     assert last < min(i for i, call in enumerate(calls) if "status" in call)
@@ -75,9 +76,9 @@ def test_a_stores_rows_are_on_disk_before_their_status(tmp_path, calls):
         chunk = [call for call in written if (f" s/{array}/c/0" in call and "fsync" in call) or "replace" in call]
         chunk = [call for call in chunk if array in call]
         assert chunk[-3:] == [
-            f"fsync s/{array}/c/0/(beside)",
-            f"replace s/{array}/c/0/(beside) s/{array}/c/0/0",
-            f"fsync s/{array}/c/0",
+            f"fsync s/{array}/c/0/0/(beside)",
+            f"replace s/{array}/c/0/0/(beside) s/{array}/c/0/0/0",
+            f"fsync s/{array}/c/0/0",
         ]
         assert f"fsync s/{array}/c" in written, "the chunk's new folder"
 

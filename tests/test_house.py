@@ -22,10 +22,16 @@ MAY_IMPORT = {
 }
 
 
+def is_script(node: ast.stmt) -> bool:
+    """Whether a statement is `if __name__ == "__main__":`, where a script joins what the folders keep apart."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+
+
 def imported(file: Path) -> set[str]:
-    """The top-level packages a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    """The top-level packages a file imports, anywhere but in what it does as a script: nothing imports that."""
+    tree, names = ast.parse(file.read_text("utf-8")), set()
+    tree.body = [each for each in tree.body if not is_script(each)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

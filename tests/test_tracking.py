@@ -61,7 +61,7 @@ def test_an_offline_run_holds_aggregates_the_map_and_the_store(tmp_path, offline
 
     store = tmp_path / "s"
     # the second launch's sweep resumes, and draws nothing by itself: a picture stands for the map
-    config = tiny(tmp_path, rows_per_launch="1")
+    config = tiny(tmp_path)
     run_pictured(config, store, Image.new("RGB", (8, 8), "blue"))
     [file] = offline.rglob("*.wandb")
     read = records(file)
@@ -69,7 +69,7 @@ def test_an_offline_run_holds_aggregates_the_map_and_the_store(tmp_path, offline
     assert run.project == "fractal-llm" and run.entity == ""
     assert run.display_name == "s" and run.run_id == open_store(store).attributes["wandb_run"]
     stored = {item.key: json.loads(item.value_json) for item in run.config.update if item.key}
-    assert stored["y"] == config.y and stored["width"] == 16
+    assert stored["y"] == "lr:log:0.001:10.0:3" and stored["width"] == 16
     rows = []
     for record in read:
         if record.WhichOneof("record_type") == "history":
@@ -100,12 +100,12 @@ def run_pictured(config, path, picture) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking.Tracking, "finish", with_picture)
-        sweep(config, path, wandb="offline")
+        sweep(config, path, wandb="offline", rows_per_launch="1")
 
 
 def test_a_resumed_sweep_goes_on_in_its_own_run(tmp_path, offline):
     for _ in range(2):
-        sweep(tiny(tmp_path, rows_per_launch="1"), tmp_path / "s", wandb="offline")
+        sweep(tiny(tmp_path), tmp_path / "s", wandb="offline", rows_per_launch="1")
         forget(tmp_path / "s", 1)
     begun = [r.run.run_id for f in offline.rglob("*.wandb") for r in records(f) if r.WhichOneof("record_type") == "run"]
     assert len(begun) == 2 and set(begun) == {open_store(tmp_path / "s").attributes["wandb_run"]}
