@@ -42,8 +42,9 @@ class BestRates:
 def best_rates(rates: np.ndarray, loss: np.ndarray) -> BestRates:
     """The vertex of a parabola in the log rate around each seed's and column's lowest loss, and its basins.
 
-    The parabola is fitted to the rates around the minimum within the wider of BASINS, two a side at least where
-    they are finite; where it has no vertex among them, the swept rate of the lowest loss stands.
+    The parabola is fitted to the rates around the minimum within the narrower of BASINS (over the wider a skewed
+    basin moves it), two a side at least where they are finite; where it has no vertex among them, the swept rate of
+    the lowest loss stands.
 
     Args:
         rates: [rate], ascending.
@@ -62,7 +63,7 @@ def best_rates(rates: np.ndarray, loss: np.ndarray) -> BestRates:
         curve, at = filled[seed, :, col], index[seed, col]
         ranges = [contiguous(curve <= lowest[seed, col] + nat, at) for nat in BASINS]
         basins[:, :, seed, col] = rates[np.array(ranges)]
-        found[seed, col] = math.exp(vertex(log_rate, curve, at, *ranges[-1]))
+        found[seed, col] = math.exp(vertex(log_rate, curve, at, *ranges[0]))
     edge = np.where(index == 0, -1, np.where(index == len(rates) - 1, 1, 0))
     return BestRates(found, np.where(np.isfinite(lowest), edge, 0), index, lowest, basins)
 
@@ -315,7 +316,7 @@ def critical_rate_law(at: np.ndarray, found: Borders, level: float = 0.5) -> Law
 def resampled_estimate(values: np.ndarray, seeds: int) -> Estimate:
     """The first of [1 + draw] values with the interval that the rest, under `resampled_seeds`, give."""
     draws = np.where(np.isnan(values[1:]), np.inf, values[1:])  # a draw without enough crossings bounds nothing
-    low, high = resampled_interval(values[0], draws, seeds)
+    low, high = resampled_interval(draws, seeds)
     return Estimate(float(values[0]), float(low), float(high))
 
 
