@@ -131,6 +131,8 @@ def prepare(config: SweepConfig, asked: Cells, options: RunOptions, rank: Rank, 
     if stored is not None and str(asked) == str(stored.run.cells) and asked.columns.keys() == set(stored.run.names):
         cells = stored.run.cells
     run = resolve(config, device.type, cells)
+    if stored is not None and stored.config.network != config.network:
+        check_same_run(stored.path, stored.run, run)
     return run.config.workload.prepare(run, device, options, rank.count, stored)
 
 

@@ -21,7 +21,8 @@ from zarr.errors import ZarrUserWarning
 
 from engine.config import Run, SweepConfig, cells_of, make_config
 from engine.files import DurableStore, FolderLock, make_folders, place_folder
-from engine.grid import Grid
+from engine.grid import Grid, Points
+from engine.hyper import HYPER_PARAMETERS
 from engine.measure import MEASUREMENTS, Measurement, measurements_of
 from engine.outcome import DONE, LABELS, Thresholds
 from engine.plan import Chunk
@@ -66,8 +67,6 @@ class Store:
             names = [name for name in self.attributes["points"] if self.has_metadata(name)]
             if names != self.attributes["points"]:
                 raise ValueError(f"{self.path} is half-written (its points); delete it and sweep again")
-            from engine.grid import Points
-
             return Points({name: np.asarray(self.array(name)[:]) for name in names})
         cells = cells_of(self.config)
         for name in cells.columns:
@@ -392,14 +391,16 @@ def check_same_run(path: Path, stored: Run, asked: Run) -> None:
 
     Inputs are compared by content (`check_same_inputs`). More replicates than are stored are no difference.
     """
+    defaults = {name: rule.default for name, rule in HYPER_PARAMETERS.items()}
     was, now = stored.config.flat(), asked.config.flat()
-    differ = [n for n in {**was, **now} if n not in (*BY_CONTENT, "replicates") and was.get(n) != now.get(n)]
+    values = {name: [each.get(name, defaults.get(name)) for each in (was, now)] for name in {**was, **now}}
+    differ = [n for n, (old, new) in values.items() if old != new and n not in (*BY_CONTENT, "replicates")]
     if bool(was["points"]) != bool(now["points"]):
         differ.append("points")
     if now["replicates"] < was["replicates"]:
         differ.append("replicates")
     if differ:
-        fields = "; ".join(f"{name}={was.get(name)!r}, got {now.get(name)!r}" for name in differ)
+        fields = "; ".join(f"{name}={values[name][0]!r}, got {values[name][1]!r}" for name in differ)
         raise ValueError(
             f"{path} holds a sweep with {fields}; give the same configuration to resume it, or --store another path"
         )

@@ -160,7 +160,7 @@ def test_without_a_gpu_kernels_are_not_timed(module, monkeypatch, capsys):
     [
         (slots, ["--slots", "0", "--device", "cpu"], "slots is 0, expected more than 0; change --slots"),
         (slots, ["--rows", "-1", "--device", "cpu"], "rows is -1"),
-        (slots, ["--device", "tpu"], "device is 'tpu', expected auto, cpu or cuda"),
+        (slots, ["--device", "tpu"], "device is 'tpu'; expected auto, cpu or cuda"),
         (peers, ["--replicas", "0", "--device", "cpu"], "replicas is 0"),
         (peers, ["--precision", "fp16", "--device", "cpu"], "precision is 'fp16', expected bf16 or fp32"),
         (peers, ["--peer", "flax"], "peer is 'flax'"),

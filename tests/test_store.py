@@ -6,7 +6,6 @@ import resource
 import signal
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,9 @@ import zarr
 from synthetic import write_store
 from tiny import arrays, assert_equal_bits, forget, sweep, tiny
 
-from engine.config import SweepConfig
+from engine.config import make_config, resolve
+from engine.files import FolderLock
+from engine.outcome import Thresholds
 from engine.store import Writer, create_store, open_store
 
 
@@ -37,21 +38,41 @@ def test_xarray_sees_labelled_dimensions_and_coordinates(made):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data = xarray.open_zarr(made, consolidated=False)
+        data = xarray.open_zarr(made)
+        near = data.sel(lr=1e-2, method="nearest")
     store = open_store(made)
-    assert data["losses"].dims == ("row", "col", "step") and data["status"].dims == ("row", "col")
-    assert {"y", "x"} <= set(data.coords)
-    assert np.array_equal(data["y"], store.grid.y.values) and data["y"].dims == ("row",)
-    assert np.array_equal(data["x"], store.grid.x.values) and data["x"].attrs["long_name"] == "tokens"
-    assert data["y"].dtype == data["x"].dtype == np.float64
+    assert data["losses"].dims == ("replicate", "lr", "tokens", "step")
+    assert data["status"].dims == ("replicate", "lr", "tokens")
+    assert set(data.coords) == {"replicate", "seed", "lr", "tokens", "step"}
+    for axis in (store.run.cells.y, store.run.cells.x):
+        assert np.array_equal(data[axis.name], axis.values) and data[axis.name].dtype == np.float64
+    assert data["lr"].attrs["long_name"] == "learning rate" and data["tokens"].attrs["units"] == "token"
+    assert float(near["lr"]) == store.run.cells.y.values[1] or float(near["lr"]) == store.run.cells.y.values[0]
     assert data["val_loss"].attrs["units"] == "nat"
     assert data.attrs["configuration"]["width"] == 16
     assert data["weights_digest"].dtype == np.uint64 and data["status"].dtype == np.uint8
 
 
+def test_a_store_is_a_dataset_with_labels(made):
+    data = open_store(made).to_xarray()
+    assert data["label"].dims == ("replicate", "lr", "tokens")
+    assert set(data["label"].values.ravel()) <= {"converged", "marginal", "undertrained", "worsened", "collapsed"}
+    assert (open_store(made).labels(Thresholds()) > 0).all()
+
+
+def test_a_list_of_points_is_a_dataset_too(tmp_path):
+    import xarray
+
+    (tmp_path / "p.csv").write_text("lr,tokens\n1e-2,64\n1e-1,48\n")
+    sweep(tiny(tmp_path).change(y="", x="", tokens=None, points=str(tmp_path / "p.csv"), replicates=2), tmp_path / "s")
+    data = xarray.open_zarr(tmp_path / "s")
+    assert data["val_loss"].dims == ("replicate", "point")
+    assert data["lr"].dims == ("point",) and data["lr"].values.tolist() == [1e-2, 1e-1] and "lr" in data.coords
+
+
 def test_what_is_written_is_what_is_read(tmp_path):
     random = np.random.default_rng(0)
-    config = SweepConfig(y="lr:log:1e-3:1e-1:3", x="tokens:linear:256:768:2")
+    config = make_config(y="lr:log:1e-3:1e-1:3", x="tokens:linear:512:768:2", validation_rows=2)
     given = {
         "first_loss": random.standard_normal((3, 2)).astype("f4"),
         "losses": random.standard_normal((3, 2, 3)).astype("f4"),
@@ -64,8 +85,37 @@ def test_what_is_written_is_what_is_read(tmp_path):
         assert np.array_equal(store.read(name, rows=slice(1, 2), cols=slice(1, 2)), array[1:2, 1:2], equal_nan=True)
 
 
+def test_a_store_grows_by_replicates_and_keeps_what_it_has(made):
+    before = arrays(open_store(made))
+    writer = Writer(made)
+    writer.grow(3)
+    writer.close()
+    store = open_store(made)
+    assert store.run.replicates == 3 and store.run.shape == (3, 3, 4)
+    assert (store.status[1:] == 0).all() and (store.status[0] == 1).all()
+    for name, array in before.items():
+        assert store.read(name, slice(0, 1)).tobytes() == array.tobytes()
+    assert store.to_xarray()["seed"].values.tolist() == [0, 1, 2]
+
+
+def test_a_growth_that_was_interrupted_is_no_harm(made):
+    before = arrays(open_store(made))
+    group = zarr.open_group(made, mode="r+", use_consolidated=False)
+    for name in ("status", "val_loss"):  # and no further: the configuration still says one replicate
+        group[name].resize((4, *group[name].shape[1:]))
+    assert_equal_bits(arrays(open_store(made)), before)
+
+
+def test_a_chunk_that_done_cells_promise_is_missed_by_name(made):
+    (made / "val_loss" / "c" / "0" / "0" / "0").unlink()
+    with pytest.raises(ValueError, match=r"val_loss/c/0/0/0 is missing, though its cells are done; restore it"):
+        open_store(made)
+
+
 def test_chunks_of_nothing_but_the_fill_value_are_stored(tmp_path):
-    store = write_store(tmp_path / "s", SweepConfig(y="lr:log:1e-3:1e-1:2", x="tokens:linear:256:768:2"), {})
+    store = write_store(
+        tmp_path / "s", make_config(y="lr:log:1e-3:1e-1:2", x="tokens:linear:512:768:2", validation_rows=2), {}
+    )
     for name in ("nonfinite_step", "losses", "val_loss"):
         assert any(file.is_file() for file in (store.path / name / "c").rglob("*")), name
 
@@ -76,15 +126,15 @@ def test_an_interrupted_creation_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("engine.files.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        create_store(tmp_path / "s", SweepConfig(y="lr:log:1:2:2", x="tokens:log:300:400:2"), 3, 2, {})
+        create_store(tmp_path / "s", resolve(make_config(y="lr:log:1:2:2", x="tokens:log:300:400:2"), "cpu"), 3, 2, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def refused(capsys, config: SweepConfig, path: Path) -> str:
+def refused(capsys, config, path: Path, *more: str) -> str:
     """The one line in which the command refuses to sweep into a path, its exit code 2 checked."""
     from test_command import main_fails  # the command as a user meets it
 
-    return main_fails(capsys, config, path)
+    return main_fails(capsys, config, path, *more)
 
 
 def another_program(path: Path) -> None:
@@ -128,7 +178,7 @@ def reshape_array(path: Path) -> None:
     ("harm", "says"),
     [
         (another_program, "is a Zarr group of another program; give a sweep store, or a new path"),
-        (later_version, "has store format 99, expected 1"),
+        (later_version, "has store format 99; expected 2"),
         (cut, "zarr.json is damaged"),
         (garble, "zarr.json is damaged"),
         (listed, "zarr.json is damaged"),
@@ -163,21 +213,43 @@ def test_a_path_that_holds_something_else_is_refused_and_left_alone(tmp_path, ca
     ("changes", "says"),
     [
         ({"clip": 0.5}, "holds a sweep with clip=0.0, got 0.5; give the same configuration to resume it"),
-        ({"y": "lr:log:1e-3:1e2:3", "seed": 4}, "with y='lr:log:1e-3:1e1:3', got 'lr:log:1e-3:1e2:3'"),
-        ({"rows_per_launch": "1"}, "with rows_per_launch='3', got '1'"),
+        (
+            {"y": "lr:log:1e-3:1e2:3", "seed": 4, "trace": "off"},
+            "with y='lr:log:0.001:10.0:3', got 'lr:log:0.001:100.0:3'; trace='on', got 'off'; seed=0.0, got 4.0; give",
+        ),
     ],
 )
-def test_another_configuration_is_refused_by_its_first_differing_field(made, capsys, changes, says):
+def test_another_configuration_is_refused_by_every_field_that_differs(made, capsys, changes, says):
     before = contents(made)
-    assert says in refused(capsys, replace(tiny(made.parent), **changes), made)
+    assert says in refused(capsys, tiny(made.parent, **changes), made)
     assert contents(made) == before
+
+
+def test_other_launches_are_refused_where_bits_depend_on_them(made, capsys):
+    before = contents(made)
+    said = refused(capsys, tiny(made.parent), made, "--rows-per-launch", "1")
+    assert "rows_per_launch is 1, but" in said and "was begun with 3, on which a cell's bits depend" in said
+    assert contents(made) == before
+
+
+def test_fewer_replicates_than_are_stored_are_refused(made, capsys):
+    writer = Writer(made)
+    writer.grow(2)
+    writer.close()
+    assert "with replicates=2, got 1" in refused(capsys, tiny(made.parent), made)
+
+
+def test_data_elsewhere_of_the_same_content_are_the_same(made):
+    moved = made.parent / "moved.jsonl"
+    (made.parent / "chat.jsonl").rename(moved)
+    sweep(tiny(made.parent, data=str(moved)), made)
 
 
 def test_data_that_changed_since_are_refused(made, capsys):
     data = made.parent / "chat.jsonl"
     data.write_text(data.read_text().replace("cat", "dog"))
     before = contents(made)
-    assert "have changed since" in refused(capsys, tiny(made.parent), made)
+    assert "holds other values than when" in refused(capsys, tiny(made.parent), made)
     assert contents(made) == before
 
 
@@ -201,18 +273,18 @@ def test_cells_of_other_arithmetic_are_not_mixed(made, capsys, changes, says):
 
 
 def test_a_damaged_chunk_is_one_line_that_names_it(made, capsys):
-    (made / "last_loss" / "c" / "0" / "0").write_bytes(b"junk" * 9)
+    (made / "last_loss" / "c" / "0" / "0" / "0").write_bytes(b"junk" * 9)
     with pytest.raises(ValueError, match=r"last_loss is damaged \(.*\); restore it or sweep into a new path"):
         open_store(made).read("last_loss")
 
 
 def test_a_second_writer_is_refused_while_the_first_writes(made, capsys):
     before = contents(made)
-    first = Writer(made)
+    first = FolderLock(made)
     assert "another process is writing" in refused(capsys, tiny(made.parent), made)
     first.close()
     assert contents(made) == before
-    Writer(made).close()
+    FolderLock(made).close()
 
 
 @contextmanager
@@ -230,18 +302,18 @@ def no_file_beyond(size: int):
 
 def test_a_full_disk_is_one_line_and_loses_no_finished_cell(tmp_path, capsys):
     # the 150 losses of a row do not compress below 400 bytes
-    config = tiny(tmp_path, rows_per_launch="1", x="tokens:linear:16:2400:2")
-    whole = arrays(sweep(config, tmp_path / "whole"))
-    sweep(config, tmp_path / "s")
+    config, rows = tiny(tmp_path, x="tokens:linear:32:2400:2"), {"rows_per_launch": "1"}
+    whole = arrays(sweep(config, tmp_path / "whole", **rows))
+    sweep(config, tmp_path / "s", **rows)
     writer = Writer(tmp_path / "s")
-    writer.group["status"][1:3] = 0
+    writer.group["status"][0, 1:3] = 0
     writer.close()
     with no_file_beyond(400):
         line = refused(capsys, config, tmp_path / "s")
     assert "File too large" in line
     left = open_store(tmp_path / "s")
-    assert (left.status[0] == 1).all() and (left.status[1:] == 0).all()
-    assert np.array_equal(left.read("weights_digest")[0], whole["weights_digest"][0])
+    assert (left.status[0, 0] == 1).all() and (left.status[0, 1:] == 0).all()
+    assert np.array_equal(left.read("weights_digest")[0, 0], whole["weights_digest"][0, 0])
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
 
 

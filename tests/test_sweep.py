@@ -5,23 +5,28 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.trainer import Trainer
 from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 
 from engine import plan
-from engine.config import SCHEDULES, SweepConfig
-from engine.outcome import DONE, NOT_COMPUTED
+from engine.api import run_sweep
+from engine.config import hyper_names, make_config
+from engine.launch import missing_launches
+from engine.optim import OPTIMIZERS
+from engine.options import RunOptions
+from engine.outcome import DONE, NOT_COMPUTED, Thresholds
+from engine.plan import Chunk
 from engine.progress import Progress
+from engine.ranks import Rank
+from engine.schedule import SCHEDULES
+from engine.step import Trainer
 from engine.store import Writer, open_store
-from engine.sweep import Rank, RunOptions, missing_launches, pending, run_sweep
 
 PAIRS = (
-    ("lr:log:1e-3:1e-1:2", "tokens:linear:16:64:2"),
+    ("lr:log:1e-3:1e-1:2", "tokens:linear:32:64:2"),
     ("batch:linear:1:3:2", "lr.matrix:log:1e-3:1:2"),
     ("warmup:linear:0:0.5:2", "tokens:linear:64:96:2"),
     ("lr.attention:log:1e-3:1:2", "lr.mlp:log:1e-3:1:2"),
@@ -30,55 +35,55 @@ PAIRS = (
     ("beta2:linear:0.5:0.99:2", "clip:log:0.01:1:2"),
     ("init_scale:log:0.5:2:2", "label_smoothing:linear:0:0.5:2"),
     ("seed:linear:0:1:2", "batch:linear:2:4:2"),
+    ("eps:log:1e-8:1e-1:2", "weight_decay.mlp:linear:0:2:2"),
 )
 
 
 def test_the_pairs_name_every_axis():
-    assert {axis.split(":")[0] for pair in PAIRS for axis in pair} == set(plan.LANGUAGE_NAMES)
+    plain = {name for name in hyper_names(make_config()) if "." not in name or name.startswith("lr.")}
+    assert plain <= {axis.split(":")[0] for pair in PAIRS for axis in pair}
 
 
 @pytest.mark.parametrize(("y", "x"), PAIRS)
 def test_any_two_axes_make_a_whole_map(tmp_path, y, x):
     store = sweep(tiny(tmp_path, y, x), tmp_path / "s")
     assert (store.status == DONE).all()
-    for row in range(2):
-        for col in range(2):
-            hyper = plan.cell_hyper(store.config, row, col)
-            steps = plan.steps_of(hyper["tokens"], hyper["batch"], store.config.context)
-            assert store.read("steps")[row, col] == steps
-            losses = store.read("losses")[row, col]
-            assert np.isfinite(losses[:steps]).all() and np.isnan(losses[steps:]).all()
-            assert losses[0] == store.read("first_loss")[row, col]
-    for name in ("first_loss", "last_loss", "val_loss"):
+    planned = plan.plan_runs(store.run).steps
+    assert np.array_equal(store.read("steps"), planned)
+    for cell in np.ndindex(*store.run.shape):
+        losses = store.read("losses")[cell]
+        assert np.isfinite(losses[: planned[cell]]).all() and np.isnan(losses[planned[cell] :]).all()
+        assert losses[0] == store.read("first_loss")[cell]
+    for name in set(store.specs) - {"losses", "status"}:
         assert np.isfinite(store.read(name)).all()
     assert len(np.unique(store.read("weights_digest"))) == 4
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_schedule_and_optimizer_trains(tmp_path, schedule, optimizer):
     config = tiny(tmp_path, "lr:log:1e-3:1e-2:2", "tokens:linear:32:96:2", schedule=schedule, optimizer=optimizer)
-    store = sweep(replace(config, warmup=0.2, momentum=0.5), tmp_path / "s")
+    store = sweep(config.change(warmup=0.2), tmp_path / "s")
     assert (store.status == DONE).all() and np.isfinite(store.read("last_loss")).all()
 
 
 def test_rows_per_launch_changes_no_result_beyond_rounding(tmp_path):
     whole = sweep(tiny(tmp_path), tmp_path / "whole")
-    split = sweep(tiny(tmp_path, rows_per_launch="2"), tmp_path / "split")
-    assert split.group["losses"].chunks[0] == 2
+    split = sweep(tiny(tmp_path), tmp_path / "split", rows_per_launch="2")
+    assert split.group["losses"].chunks[:2] == (1, 2)
     assert np.array_equal(whole.read("steps"), split.read("steps"))
     for name in ("first_loss", "val_loss"):
         # 3 or 2 replicas in a stack: products summed in another order, and a rate of 10 that magnifies it
-        np.testing.assert_allclose(split.read(name)[:2], whole.read(name)[:2], rtol=1e-4)
+        np.testing.assert_allclose(split.read(name)[:, :2], whole.read(name)[:, :2], rtol=1e-4)
 
 
 def test_the_store_says_where_its_numbers_come_from(tmp_path):
     store = sweep(tiny(tmp_path), tmp_path / "s")
     made = store.attributes
-    assert made["configuration"] == json.loads(json.dumps(store.config.to_json()))
+    assert made["configuration"] == json.loads(json.dumps(store.config.flat()))
     assert made["configuration_hash"] == store.config.hash
     assert made["slots"] == 3 and made["exact"] == "in the same launch"
-    assert made["data_digest"] == setup(tiny(tmp_path)).corpus.digest
+    assert made["inputs"] == {"data": setup(tiny(tmp_path)).corpus.digest}
     assert {"date", "command", "commit", "device", "cpu", "threads", "python", "packages"} == made["provenance"].keys()
 
 
@@ -86,21 +91,21 @@ def test_a_finished_sweep_is_not_trained_again(tmp_path, monkeypatch):
     config = tiny(tmp_path)
     before = sweep(config, tmp_path / "s")
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("*")}
-    monkeypatch.setattr("engine.sweep.Trainer", None)
+    monkeypatch.setattr("engine.language.Trainer", None)
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), arrays(before))
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("*")} == stamps
 
 
 def test_finished_launches_are_skipped_when_resuming(tmp_path, monkeypatch):
-    config = tiny(tmp_path, rows_per_launch="1")
-    whole = arrays(sweep(config, tmp_path / "s"))
+    config, rows = tiny(tmp_path), {"rows_per_launch": "1"}
+    whole = arrays(sweep(config, tmp_path / "s", **rows))
     forget(tmp_path / "s", row=1)
     launched = []
     train = Trainer.train
     monkeypatch.setattr(Trainer, "train", lambda self, work, *rest: launched.append(work) or train(self, work, *rest))
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     [[run]] = launched
-    assert {cell for mark in run.marks for cell in mark.cells} == {(1, col) for col in range(4)}
+    assert {cell for mark in run.marks for cell in mark.cells} == {4, 5, 6, 7}
 
 
 def test_what_a_launch_has_already_stored_stays_while_it_is_run_again(tmp_path, monkeypatch):
@@ -108,44 +113,93 @@ def test_what_a_launch_has_already_stored_stays_while_it_is_run_again(tmp_path, 
     whole = arrays(sweep(config, tmp_path / "s"))
     writer = Writer(tmp_path / "s")
     status = writer.status
-    status[2, 3] = NOT_COMPUTED
+    status[0, 2, 3] = NOT_COMPUTED
     writer.group["status"][:] = status
     writer.close()
     seen = []
-    write_rows = Writer.write_rows
+    write_chunk = Writer.write_chunk
 
-    def watched(self, start, block):
-        write_rows(self, start, block)
+    def watched(self, chunk, block):
+        write_chunk(self, chunk, block)
         done = self.status == DONE
         assert np.isfinite(self.read("first_loss")[done]).all(), "a cell that says done has its numbers"
         seen.append(done.sum())
 
-    monkeypatch.setattr("engine.sweep.FLUSH", 0.0)
-    monkeypatch.setattr(Writer, "write_rows", watched)
+    monkeypatch.setattr("engine.launch.FLUSH", 0.0)
+    monkeypatch.setattr(Writer, "write_chunk", watched)
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     assert len(seen) > 1 and seen[0] >= 11 and seen[-1] == 12
 
 
-def test_pending_runs_keep_only_the_marks_of_missing_cells(tmp_path):
-    config = setup(tiny(tmp_path)).config
-    runs = plan.trajectories(config, range(3))
-    status = np.full((3, 4), DONE)
-    assert pending(runs, status) == []
-    status[1, [0, 3]] = NOT_COMPUTED
-    [left] = pending(runs, status)
-    assert [mark.cells for mark in left.marks] == [((1, 0),), ((1, 3),)]
-    assert left.total == runs[0].total
+def test_missing_cells_alone_are_planned(tmp_path):
+    made = setup(tiny(tmp_path))
+    (launch,) = made.launches
+    status = np.full(made.run.shape, DONE)
+    assert len(made.plan.missing(launch, status)) == 0
+    status[0, 1, [0, 3]] = NOT_COMPUTED
+    [left] = made.plan.work_in(made.plan.missing(launch, status)).trajectories()
+    assert [mark.cells for mark in left.marks] == [(4,), (7,)]
+
+
+def test_more_replicates_train_only_the_missing_ones(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    one = arrays(sweep(config, tmp_path / "s"))
+    trained = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, work, *rest: trained.append(work) or train(self, work, *rest))
+    three = arrays(sweep(config.change(replicates=3), tmp_path / "s"))
+    assert {run.hyper["seed"] for work in trained for run in work} == {1, 2}
+    assert_equal_bits({name: array[:1] for name, array in three.items()}, one)
+    assert_equal_bits(three, arrays(sweep(config.change(replicates=3), tmp_path / "at once")))
+
+
+def test_a_resumed_sweep_keeps_the_stored_coordinates(tmp_path):
+    store = sweep(tiny(tmp_path), tmp_path / "s")
+    group = Writer(tmp_path / "s").group
+    moved = store.run.cells.y.values * (1 + 2**-52)  # as the machine had them that began it
+    group["lr"][:] = moved
+    forget(tmp_path / "s", 1)
+    again = sweep(tiny(tmp_path), tmp_path / "s")
+    assert again.run.cells.y.values.tobytes() == moved.tobytes()
+    assert (again.status == DONE).all()
+
+
+def test_a_list_of_points_is_swept_and_resumed(tmp_path):
+    (tmp_path / "p.csv").write_text("lr,beta1,tokens\n1e-2,0.9,64\n1e-1,0.5,48\n3e-2,0.1,96\n")
+    config = tiny(tmp_path).change(y="", x="", tokens=None, points=str(tmp_path / "p.csv"), replicates=2)
+    whole = arrays(sweep(config, tmp_path / "s"))
+    assert whole["steps"].tolist() == [[4, 3, 6]] * 2 and len(np.unique(whole["weights_digest"])) == 6
+    forget(tmp_path / "s", 1)
+    assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
+    (tmp_path / "p.csv").write_text("lr,beta1,tokens\n1e-2,0.9,64\n1e-1,0.5,48\n4e-2,0.1,96\n")
+    with pytest.raises(ValueError, match="holds other values than when"):
+        sweep(config, tmp_path / "s")
+
+
+@pytest.mark.parametrize("network", ["gpt", "two_layer"])
+def test_the_live_map_and_the_final_one_have_the_same_labels(tmp_path, network):
+    config = tiny(tmp_path, y="lr:log:1e-3:1e3:5")
+    if network == "two_layer":
+        config = make_config(network, y="lr.0:log:1e-1:1e5:9", x="lr.1:log:1e-1:1e5:9", steps=30)
+    watched = []
+    launched = Progress.launched
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "launched", lambda self, rows: (launched(self, rows), watched.append(self)))
+        store = sweep(config, tmp_path / "s", rows_per_launch="2")
+    assert np.array_equal(watched[-1].codes(), store.labels(Thresholds()))
+    assert len(np.unique(watched[-1].codes())) > 1
 
 
 def test_ranks_share_the_launches_between_them(tmp_path):
-    sweep(tiny(tmp_path, y="lr:log:1e-3:1e-1:5", x="tokens:linear:16:32:2", rows_per_launch="1"), tmp_path / "s")
+    config = tiny(tmp_path, y="lr:log:1e-3:1e-1:5", x="tokens:linear:32:48:2")
+    sweep(config, tmp_path / "s", rows_per_launch="1")
     for row in range(5):
         forget(tmp_path / "s", row)
-    made = setup(open_store(tmp_path / "s").config)
+    made = setup(config, rows_per_launch="1")
     writer = Writer(tmp_path / "s")
     shares = [list(missing_launches(made, writer, Rank(index, 2))) for index in range(2)]
     writer.close()
-    assert shares == [[range(0, 1), range(2, 3), range(4, 5)], [range(1, 2), range(3, 4)]]
+    assert shares == [[(Chunk(0, row, row + 1),) for row in rows] for rows in ((0, 2, 4), (1, 3))]
 
 
 DRIVER = """
@@ -154,17 +208,17 @@ plan = json.loads(sys.argv[1])
 sys.path.insert(0, plan["tests"])
 import tiny
 from pathlib import Path
-from engine import sweep
+from engine import launch
 from engine.outcome import DONE
 from engine.store import open_store
-sweep.FLUSH = 0.0
+launch.FLUSH = 0.0
 folder, partial = Path(plan["folder"]), {"KILL": False, "INT": False}
 
 def fork(path, changes, **environment):
     child = os.fork()
     if child == 0:
         os.environ.update(environment)
-        tiny.sweep(tiny.tiny(folder, **changes), path)
+        tiny.sweep(tiny.tiny(folder, **changes), path, rows_per_launch=plan['rows'])
         os._exit(0)
     return child
 
@@ -184,8 +238,9 @@ ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan["por
 children = [fork(folder / "ranks", plan["ranked"], RANK=str(rank), **ranks) for rank in range(2)]
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
-KILLED = {"y": "lr:log:1e-3:1e30:6", "x": "tokens:linear:16:640:4", "rows_per_launch": "2", "schedule": "linear"}
-RANKED = {"y": "lr:log:1e-3:1e-1:4", "x": "tokens:linear:16:64:2", "rows_per_launch": "1"}
+KILLED = {"y": "lr:log:1e-3:1e30:6", "x": "tokens:linear:32:640:4", "replicates": 2, "schedule": "linear"}
+RANKED = {"y": "lr:log:1e-3:1e-1:4", "x": "tokens:linear:32:64:2"}
+ROWS = {"rows_per_launch": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +254,7 @@ def driven(tmp_path_factory) -> Path:
     tests = Path(__file__).parent
     delays = [0.02, *np.random.default_rng(os.getpid()).uniform(0.05, 1.2, 5).round(3).tolist()]
     told = {"tests": str(tests), "folder": str(folder), "delays": delays, "port": str(free_port())}
-    told |= {"killed": KILLED, "ranked": RANKED}
+    told |= {"killed": KILLED, "ranked": RANKED, "rows": "2"}
     environment = os.environ | {"PYTHONPATH": str(tests.parent)}
     command = [sys.executable, "-c", DRIVER, json.dumps(told)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -210,16 +265,16 @@ def driven(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", ["KILL", "INT"])
 def test_a_sweep_ended_at_random_moments_and_resumed_equals_the_uninterrupted_one(driven, kind):
-    whole = arrays(sweep(tiny(driven, **KILLED), driven / f"whole{kind}"))
+    whole = arrays(sweep(tiny(driven, **KILLED), driven / f"whole{kind}", **ROWS))
     ended = open_store(driven / kind)
     done = ended.status == DONE
     assert np.array_equal(ended.read("weights_digest")[done], whole["weights_digest"][done])
-    assert_equal_bits(arrays(sweep(tiny(driven, **KILLED), driven / kind)), whole)
+    assert_equal_bits(arrays(sweep(tiny(driven, **KILLED), driven / kind, **ROWS)), whole)
     assert len(np.unique(whole["nonfinite_step"])) > 1, "some of the runs break"
 
 
 def test_two_ranks_make_the_same_map(driven):
-    whole = sweep(tiny(driven, **RANKED), driven / "one")
+    whole = sweep(tiny(driven, **RANKED), driven / "one", **ROWS)
     assert_equal_bits(arrays(open_store(driven / "ranks")), arrays(whole))
 
 
@@ -233,46 +288,46 @@ def free_port() -> int:
 def test_a_dry_run_trains_and_stores_nothing(tmp_path, capsys):
     run_sweep(tiny(tmp_path), RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
     shown = capsys.readouterr().out
-    for part in ("3 x 4 = 12 cells", "3 runs serve 12 cells", "3 replicas at once", "FLOPs", "MiB of state", "about"):
+    for part in ("3 x 4 cells", "3 runs serve 12 cells", "3 replicas at once", "FLOPs", "MiB of state", "about"):
         assert part in shown
     assert [file.name for file in tmp_path.iterdir()] == ["chat.jsonl"]
 
 
 def test_a_dry_run_of_a_begun_sweep_says_what_is_left(tmp_path, capsys):
-    config = tiny(tmp_path, rows_per_launch="1")
-    sweep(config, tmp_path / "s")
+    config = tiny(tmp_path)
+    sweep(config, tmp_path / "s", rows_per_launch="1")
     forget(tmp_path / "s", row=1)
     capsys.readouterr()
     run_sweep(config, RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
     shown = capsys.readouterr().out
     assert "1 of them still to train" in shown and "1 runs serve 4 cells" in shown
-    other = replace(config, seed=1)
-    with pytest.raises(ValueError, match="holds a sweep with seed=0, got 1"):
+    other = config.change(seed=1)
+    with pytest.raises(ValueError, match=r"holds a sweep with seed=0\.0, got 1\.0"):
         run_sweep(other, RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
 
 
 def test_a_language_sweep_into_the_store_of_another_network_is_refused(tmp_path):
-    sweep(SweepConfig(network="mlp", y="lr.0:log:1:2:2", x="lr.1:log:1:2:2", steps=2), tmp_path / "s")
-    with pytest.raises(ValueError, match=r"holds a sweep with .*='lr\.0:log:1:2:2', got"):
+    sweep(make_config("two_layer", y="lr.0:log:1:2:2", x="lr.1:log:1:2:2", steps=2), tmp_path / "s")
+    with pytest.raises(ValueError, match=r"holds a sweep with network='two_layer', got 'gpt'; y='lr\.0:log"):
         sweep(tiny(tmp_path), tmp_path / "s")
 
 
 def test_progress_counts_every_token_and_every_cell_once(tmp_path, capsys):
     # batches of 1 to 4 in masked pieces of 4, and runs that break: what is counted is what was asked for
-    config = setup(tiny(tmp_path, "lr:linear:1e-3:1e30:2", "batch:linear:1:4:4", tokens=320)).config
+    config = tiny(tmp_path, "lr:linear:1e-3:1e30:2", "batch:linear:1:4:4", tokens=320)
     watched = []
     launched = Progress.launched
     Progress.launched, kept = lambda self, rows: (launched(self, rows), watched.append(self)), launched
     try:
-        run_sweep(config, RunOptions(store=str(tmp_path / "s"), figures=False, device="cpu"))
+        run_sweep(config, RunOptions(store=str(tmp_path / "s"), device="cpu"))
         forget(tmp_path / "s", 1)
-        run_sweep(config, RunOptions(store=str(tmp_path / "s"), figures=False, device="cpu"))
+        run_sweep(config, RunOptions(store=str(tmp_path / "s"), device="cpu"))
     finally:
         Progress.launched = kept
     first, resumed = watched
     assert first.seen == first.total
     steps = open_store(tmp_path / "s").read("steps")
-    assert first.trained == (steps * [1, 2, 3, 4] * config.context).sum()
+    assert first.trained == (steps * [1, 2, 3, 4] * 8).sum()
     for watch in watched:
         assert watch.done_before + watch.done == watch.cells == 8
     assert resumed.done == 4 and "8/8 cells" in capsys.readouterr().err
