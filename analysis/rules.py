@@ -101,7 +101,7 @@ def rules(store: Store, thresholds: Thresholds) -> Rules:
     """
     # scipy and numba take a second to import, which --help need not wait for
     from analysis import laws
-    from analysis.replicates import BOOTSTRAP_SEEDS, FEWEST_SEEDS, borders
+    from analysis.replicates import FEWEST_SEEDS, borders
 
     found, refused = turned(store, thresholds), []
     at, log = found.other.values, found.lr.values > 0
@@ -114,7 +114,7 @@ def rules(store: Store, thresholds: Thresholds) -> Rules:
         best, safe = laws.best_rates(rates, loss), laws.safe_rates(rates, loss)
         if levels:
             crossing = borders(rates, good, known, levels=levels)
-        if seeds < BOOTSTRAP_SEEDS:
+        if seeds < max(FEWEST_SEEDS.values()):
             refused.append(f"{seeds} seeds; LR50 needs {FEWEST_SEEDS[0.5]}, LR90 {FEWEST_SEEDS[0.9]}")
         if len(at) >= laws.FEWEST_COLUMNS and at.min() > 0:
             best_law = laws.best_rate_law(at, best)

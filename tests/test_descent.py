@@ -3,18 +3,17 @@
 R cell, Q problem, N data point, K input, H hidden unit, S step, B point of a minibatch, P flat parameters.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from engine.descent import make_problem, train_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad_and_value, vmap
 
-from engine.config import SweepConfig, resolve
+from engine.config import Run, make_config, resolve
+from engine.measure import measurements_of
 from engine.models.mlp import MLP
+from engine.two_layer import as_numpy, load_problem, make_problem, train_cells
 from kernels import descent_cpu
 from kernels.descent import descend
 from kernels.descent_triton import descend_triton
@@ -251,13 +250,23 @@ def test_measure_of_a_ratio_that_overflows_is_divergence():
 # ---- problems and rows
 
 
-def config(**fields):
+def run_of(**fields) -> Run:
     fields = {"y": "lr.0:log:1e-2:1e3:3", "x": "lr.1:log:1e-2:1e3:5", "steps": 12, "data_points": 24} | fields
-    return resolve(SweepConfig(network="mlp", **fields), "cpu")
+    return resolve(make_config("two_layer", **fields), "cpu")
+
+
+def train_rows(run: Run, rows: slice, device: str) -> dict[str, np.ndarray]:
+    """What a sweep stores of some rows, [row, col(, step)] by name."""
+    height, width = run.cells.shape
+    cells = np.arange(height * width).reshape(height, width)[rows]
+    wanted = measurements_of(run)
+    reading = train_cells(run, cells.ravel(), torch.device(device), "losses" in wanted)
+    found = {name: as_numpy(own.compute["two_layer"](reading), own.dtype) for name, own in wanted.items()}
+    return {name: array.reshape(*cells.shape, *array.shape[1:]) for name, array in found.items()}
 
 
 def test_rows_do_not_depend_on_the_launch():
-    chosen = config(trace="on")
+    chosen = run_of(trace="on")
     whole = train_rows(chosen, slice(0, 3), DEVICE)
     row = train_rows(chosen, slice(1, 2), DEVICE)
     for name, array in whole.items():
@@ -269,20 +278,21 @@ def test_rows_do_not_depend_on_the_launch():
 
 @pytest.mark.parametrize("minibatch", [0, 4])
 def test_a_saved_problem_trains_the_same_cells(tmp_path, minibatch):
-    chosen = config(minibatch=minibatch, precision="fp64", init_scale=0.5)
+    chosen = run_of(minibatch=minibatch, precision="fp64", init_scale=0.5)
     np.savez(tmp_path / "problem.npz", **make_problem(chosen))
-    again = replace(chosen, problem=str(tmp_path / "problem.npz"), seed=7, data_points=9)
+    fields = {"minibatch": minibatch, "precision": "fp64", "init_scale": 0.5, "data_points": 9, "seed": 7}
+    again = run_of(problem=str(tmp_path / "problem.npz"), **fields)
     for name, array in train_rows(chosen, slice(0, 3), DEVICE).items():
         np.testing.assert_array_equal(array, train_rows(again, slice(0, 3), DEVICE)[name], err_msg=name)
 
 
 def test_seed_offset_and_shared_rate_axes():
-    seeds = train_rows(config(y="seed:linear:0:2:3", x="lr:log:1e-2:1e0:5"), slice(0, 3), DEVICE)
+    seeds = train_rows(run_of(y="seed:linear:0:2:3", x="lr:log:1e-2:1e0:5"), slice(0, 3), DEVICE)
     assert len(np.unique(seeds["first_loss"])) == 3
-    one = train_rows(config(y="seed:linear:1:1:1", x="lr:log:1e-2:1e0:5"), slice(0, 1), DEVICE)
+    one = train_rows(run_of(y="seed:linear:1:1:1", x="lr:log:1e-2:1e0:5"), slice(0, 1), DEVICE)
     np.testing.assert_array_equal(seeds["measure"][1], one["measure"][0])
-    both = train_rows(config(y="offset:linear:0:1:2", x="lr:log:1e-1:1e0:5"), slice(0, 2), DEVICE)
-    layers = train_rows(config(y="lr.0:log:1e-1:1e0:5", x="lr.1:log:1e-1:1e0:5"), slice(0, 5), DEVICE)
+    both = train_rows(run_of(y="offset:linear:0:1:2", x="lr:log:1e-1:1e0:5"), slice(0, 2), DEVICE)
+    layers = train_rows(run_of(y="lr.0:log:1e-1:1e0:5", x="lr.1:log:1e-1:1e0:5"), slice(0, 5), DEVICE)
     np.testing.assert_array_equal(both["measure"][0], layers["measure"].diagonal())
     assert not np.array_equal(both["measure"][0], both["measure"][1])
 
@@ -301,6 +311,7 @@ DRAWS = {"minibatch_index": np.zeros((12, 4), int)}
         (GOOD | {"W0": np.full((16, 16), "a")}, {}, "W0 is <U1"),
         (GOOD | {"W0": np.full((16, 16), np.nan)}, {}, "W0 has values that are not finite"),
         (GOOD, {"minibatch": 4}, "has no minibatch_index"),
+        (GOOD | DRAWS, {}, "has minibatch_index, but --minibatch is 0; give --minibatch 4, or remove"),
         (GOOD | DRAWS, {"minibatch": 3}, r"minibatch_index is int64 \[12, 4\], expected .* \[12 or more, 3\]"),
         (GOOD | DRAWS, {"minibatch": 4, "steps": 13}, r"\[13 or more, 4\]"),
         (GOOD | {"minibatch_index": np.full((12, 4), 5)}, {"minibatch": 4}, r"whole numbers in \[0, 5\)"),
@@ -310,14 +321,14 @@ DRAWS = {"minibatch_index": np.zeros((12, 4), int)}
 def test_problem_files_that_do_not_fit_are_named(tmp_path, arrays, fields, message):
     np.savez(tmp_path / "problem.npz", **arrays)
     with pytest.raises(ValueError, match=message) as caught:
-        train_rows(config(problem=str(tmp_path / "problem.npz"), **fields), slice(0, 1), "cpu")
+        load_problem(run_of(problem=str(tmp_path / "problem.npz"), **fields))
     assert "\n" not in str(caught.value)
 
 
 def test_a_problem_that_is_no_npz_is_named(tmp_path):
     (tmp_path / "problem.npz").write_text("X, Y")
     with pytest.raises(ValueError, match=r"is not an \.npz"):
-        make_problem(config(problem=str(tmp_path / "problem.npz")))
+        make_problem(run_of(problem=str(tmp_path / "problem.npz")))
 
 
 # ---- the general path
@@ -326,13 +337,18 @@ def test_a_problem_that_is_no_npz_is_named(tmp_path):
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu", "identity"])
 def test_vmap_over_the_one_replica_network_gives_the_same_map(nonlinearity):
     """Plain vmap over `MLP` in fp64: the same labels, and losses within rounding, over a 6 x 6 grid."""
-    chosen = config(
-        y="lr.0:log:1e-2:1e4:6", x="lr.1:log:1e-2:1e4:6", steps=40, precision="fp64", nonlinearity=nonlinearity
+    chosen = run_of(
+        y="lr.0:log:1e-2:1e4:6",
+        x="lr.1:log:1e-2:1e4:6",
+        steps=40,
+        precision="fp64",
+        nonlinearity=nonlinearity,
+        trace="on",
     )
     problem = {name: torch.from_numpy(array) for name, array in make_problem(chosen).items()}
     network = MLP(nonlinearity)
     weights = {"w0": problem["W0"].repeat(36, 1, 1), "w1": problem["W1"].repeat(36, 1, 1)}
-    axis = torch.from_numpy(chosen.grid.x.values)
+    axis = torch.from_numpy(chosen.cells.x.values)
     rates = {"w0": axis.repeat_interleave(6), "w1": axis.repeat(6)}
 
     def loss(weights, x, y):
@@ -345,7 +361,7 @@ def test_vmap_over_the_one_replica_network_gives_the_same_map(nonlinearity):
         losses.append(values)
         weights = {name: weights[name] - rates[name][:, None, None] * gradients[name] for name in weights}
     expected = measure(torch.stack(losses, 1))[0].reshape(6, 6).numpy()
-    run = train_rows(replace(chosen, trace="on"), slice(0, 6), DEVICE)
+    run = train_rows(chosen, slice(0, 6), DEVICE)
     assert (expected < 0).any()
     assert (expected > 0).any()
     np.testing.assert_array_equal(run["measure"] < 0, expected < 0)
