@@ -305,7 +305,7 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "two_layer": Workload(
         options=TwoLayerTraining,
-        hyper=lambda config: ("lr", "seed"),
+        hyper=lambda config: ("lr", "seed", "init_scale"),
         reads=two_layer_reads,
         resolve=resolve_two_layer,
         prepare=prepare_two_layer,
