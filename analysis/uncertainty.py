@@ -26,7 +26,6 @@ from engine.store import Replicate, Store, open_map, open_store
 FEWEST_EVENTS = 20
 CEILING_SHARE = 0.25  # above it f bends towards its ceiling
 FEWEST_SIZES = 3  # in the window; below it nothing is fitted
-NORMAL = 1.959964  # standard errors either side of a 95% interval
 LARGEST_DISPERSION = 4.0  # above it the counts are no power law
 
 
@@ -59,7 +58,8 @@ class Exponent:
 def fit_exponent(eps: np.ndarray, events: np.ndarray, trials: np.ndarray, ceiling: float, ambient: int) -> Exponent:
     """log f = c + alpha log eps as a quasi-binomial regression over the window.
 
-    The interval is normal, its dispersion at least the binomial's: that of few sizes is too uncertain to gain by.
+    The interval is the wider of t with the dispersion found, and normal with the binomial's: few sizes may fit a
+    power law by chance.
 
     Args:
         eps: [size] sizes of the change, as realised.
@@ -77,6 +77,7 @@ def fit_exponent(eps: np.ndarray, events: np.ndarray, trials: np.ndarray, ceilin
         raise ValueError(f"got eps {', '.join(f'{e:g}' for e in eps)}; expected different positive sizes")
     # these take seconds to import, which --help need not wait for
     import statsmodels.api as sm
+    from scipy import stats
     from statsmodels.genmod.families.links import Log
     from statsmodels.tools.sm_exceptions import DomainWarning
 
@@ -107,8 +108,9 @@ def fit_exponent(eps: np.ndarray, events: np.ndarray, trials: np.ndarray, ceilin
         return result(
             f"the dispersion about a power law is {dispersion:.1f}, above {LARGEST_DISPERSION:g}", dispersion=dispersion
         )
-    error = float(found.bse[1]) * math.sqrt(max(dispersion, 1.0))
-    return result("", float(found.params[1]), NORMAL * error, dispersion)
+    error = float(found.bse[1])
+    half = error * max(float(stats.t.isf(0.025, len(x) - 2)) * math.sqrt(dispersion), float(stats.norm.isf(0.025)))
+    return result("", float(found.params[1]), half, dispersion)
 
 
 def ceiling_of(trains: np.ndarray) -> float:

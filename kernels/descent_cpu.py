@@ -20,6 +20,8 @@ from torch import Tensor
 from kernels.two_layer import PARAMETERS, SLOPE, WIDTH, Descent, digest, measure
 
 BLOCK = 16  # cells a thread takes at once
+APART = 256  # elements between the rows a loop writes and what it reads: nearer, the compiled code takes a path of its
+# own, without vectors (LLVM's check that an array is not read where it was just written), and sums in another order
 SUMS = {"reassoc", "contract", "nsz", "arcp"}  # what a vectorised sum needs; NaN and infinity keep their meaning
 IDENTITY, RELU, TANH = range(3)
 NONLINEARITIES = {"identity": IDENTITY, "relu": RELU, "tanh": TANH}
@@ -96,10 +98,12 @@ def _train_cells(
 ):  # fmt: skip
     """Fill losses [R, S] and weights [R, P] of some cells."""
     points, steps, real = y_QN.shape[1], losses_RS.shape[1], y_QN.dtype
-    a_HN, r_N, u_2N = np.empty((WIDTH, points), real), np.empty(points, real), np.empty((2, points), real)
+    room = APART + points
+    a_HN, r_N, u_2N = np.empty((WIDTH, room), real), np.empty(room, real)[APART:], np.empty((2, room), real)
     if drawn_QSB is not None:
         drawn = drawn_QSB.shape[2]
-        a_HB, r_B, u_2B = np.empty((WIDTH, drawn), real), np.empty(drawn, real), np.empty((2, drawn), real)
+        room = APART + drawn
+        a_HB, r_B, u_2B = np.empty((WIDTH, room), real), np.empty(room, real)[APART:], np.empty((2, room), real)
         x_KB, y_B = np.empty((WIDTH, drawn), real), np.empty(drawn, real)
     for cell in range(len(lr0_R)):
         q = problem_R[cell]
@@ -138,12 +142,12 @@ def _train_cells(
 
 @njit(inline="always")
 def _forward(x_KN, y_N, w0_HK, w1_H, a_HN, r_N, nonlinearity):
-    """Fill the activations [H, N] and the residuals [N]."""
+    """Fill the activations [H, APART + N], whose first APART columns are left alone, and the residuals [N]."""
     points, real = len(y_N), y_N.dtype.type
     inner = real(0.25 if nonlinearity == IDENTITY else SLOPE)
     r_N[:] = 0
     for h in range(0, WIDTH, 2):
-        w, v, a, b = w0_HK[h], w0_HK[h + 1], a_HN[h], a_HN[h + 1]
+        w, v, a, b = w0_HK[h], w0_HK[h + 1], a_HN[h, APART:], a_HN[h + 1, APART:]
         for n in range(points):
             y, z = real(0), real(0)
             for k in range(WIDTH):
@@ -174,13 +178,13 @@ def _squares(r_N):
 
 @njit(inline="always")
 def _update(x_KN, w0_HK, w1_H, a_HN, r_N, u_2N, lr0, lr1, nonlinearity):
-    """One step of gradient descent of both layers; u_2N is room for the gradients of two hidden units."""
+    """One step of gradient descent of both layers; u_2N [2, APART + N] is room for two hidden units' gradients."""
     points, real = len(r_N), r_N.dtype.type
     zero, factor = real(0), real(2 / WIDTH) / real(points)
     inner = real(0.25 if nonlinearity == IDENTITY else SLOPE)
-    u, v = u_2N[0], u_2N[1]
+    u, v = u_2N[0, APART:], u_2N[1, APART:]
     for h in range(0, WIDTH, 2):
-        a, b = a_HN[h], a_HN[h + 1]
+        a, b = a_HN[h, APART:], a_HN[h + 1, APART:]
         c, d = w1_H[h] * factor * inner, w1_H[h + 1] * factor * inner
         g, e = zero, zero
         for n in range(points):

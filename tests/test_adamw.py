@@ -58,7 +58,7 @@ class State:
         self.gradient = normal(seed + 1, R, n, dtype=gradient_dtype)
         draw = torch.rand(6, R, generator=torch.Generator().manual_seed(2)).to(DEVICE)
         rate, decay, beta1, beta2, bias1, bias2 = draw * 0.9 + 0.05
-        self.scalars = (rate, decay, beta1, beta2, 1 / bias1, bias2**-0.5, EPS)
+        self.scalars = (rate, decay, beta1, beta2, 1 / bias1, bias2**-0.5, torch.full((R,), EPS, device=DEVICE))
         self.active = torch.ones(R, dtype=torch.bool, device=DEVICE)
         self.nonfinite = torch.zeros(R, dtype=torch.int32, device=DEVICE)
 
@@ -95,10 +95,10 @@ def test_reference_is_adamw():
     for step in range(1, 4):
         parameter.grad = gradients[step - 1].double()
         optimizer.step()
-        rates = (0.1, 0.3, 0.8, 0.9, 1 / (1 - 0.8**step), (1 - 0.9**step) ** -0.5)
+        rates = (0.1, 0.3, 0.8, 0.9, 1 / (1 - 0.8**step), (1 - 0.9**step) ** -0.5, EPS)
         scalars = [torch.tensor([value]) for value in rates]
         flags = (torch.ones(R, dtype=torch.bool), torch.zeros(R, dtype=torch.int32))
-        adamw_(master, gradients[None, step - 1], None, first, second, AdamWScalars(*scalars, EPS, None, *flags))
+        adamw_(master, gradients[None, step - 1], None, first, second, AdamWScalars(*scalars, None, *flags))
     torch.testing.assert_close(master[0], parameter.detach().float(), rtol=1e-5, atol=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_split_master_has_the_plain_forms_bits(step):
 
 def test_without_eps_what_lies_behind_a_parameter_does_not_break_it():
     state = State(2, 63)
-    state.scalars = (*state.scalars[:-1], 0.0)
+    state.scalars = (*state.scalars[:-1], torch.zeros(2, device=DEVICE))
     assert state.run(adamw_triton_).nonfinite.tolist() == [0, 0]
     assert state.master.isfinite().all()
 
@@ -212,7 +212,7 @@ def test_gpu_bits_equal_the_references_on_both_devices(n):
     assert all(map(same, kernel.tensors(), reference.tensors()))
     host = State(4, n)
     moved = [t.cpu() for t in (host.master, host.gradient, host.weight, host.first, host.second)]
-    scalars = [s.cpu() if isinstance(s, torch.Tensor) else s for s in host.scalars]
+    scalars = [scalar_R.cpu() for scalar_R in host.scalars]
     adamw_reference_(*moved, AdamWScalars(*scalars, None, host.active.cpu(), host.nonfinite.cpu()))
     for on_gpu, on_cpu in zip(
         (kernel.master, kernel.weight, kernel.first), (moved[0], moved[2], moved[3]), strict=True
@@ -221,14 +221,15 @@ def test_gpu_bits_equal_the_references_on_both_devices(n):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_addresses_beyond_two_to_the_31():
     R, n = 3, 2**30  # 3.2e9 elements
     gradient = torch.zeros(R, n, dtype=torch.bfloat16, device=DEVICE)
     master, first, second = (torch.zeros(R, n, device=DEVICE) for _ in range(3))
     gradient[-1, -5:] = 1
-    ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 10.0, 10**0.5)]
+    ones = [torch.full((R,), value, device=DEVICE) for value in (0.1, 0.0, 0.9, 0.9, 10.0, 10**0.5, EPS)]
     flags = (torch.ones(R, dtype=torch.bool, device=DEVICE), torch.zeros(R, dtype=torch.int32, device=DEVICE))
-    adamw_triton_(master, gradient, None, first, second, AdamWScalars(*ones, EPS, None, *flags))
+    adamw_triton_(master, gradient, None, first, second, AdamWScalars(*ones, None, *flags))
     assert torch.equal(master.count_nonzero(dim=1).cpu(), torch.tensor([0, 0, 5]))
     assert (master[-1, -5:] < -0.09).all()
     torch.testing.assert_close(global_norm_triton([gradient]).cpu(), torch.tensor([0.0, 0.0, 5**0.5]))

@@ -5,19 +5,20 @@ driver that pretends to be a GPU. Launches are noted and left out, as `compile_a
 through Triton's real compiler.
 """
 
-from dataclasses import replace
 from importlib import import_module
 
 import pretend_gpu
 import pytest
 import torch
 
-from benchmarks.random_runs import gpt_config, random_corpus
+from benchmarks.random_runs import gpt_run, network_of, random_corpus
 from benchmarks.tune import problems
-from engine import optim, trainer
+from engine import step
+from engine.config import resolve
 from engine.models import llama
-from engine.network import describe, load_network
+from engine.network import describe
 from engine.tokenizer import ByteTokenizer
+from kernels import adamw
 from kernels.accumulate import accumulate_triton_
 from kernels.adamw import adamw_triton_
 from kernels.ahead import compile_ahead
@@ -41,24 +42,26 @@ def use_kernels():
         module = import_module(f"kernels.{name}")
         for operator in [name.removesuffix("_triton") for name in vars(module) if name.endswith("_triton")]:
             setattr(module, f"{operator}_reference", getattr(module, f"{operator}_triton"))
-    optim.adamw_ = optim.adamw_split_ = adamw_triton_
-    trainer.global_norm, trainer.accumulate_ = global_norm_triton, accumulate_triton_
+    adamw.adamw_ = adamw.adamw_split_ = adamw_triton_
+    step.global_norm, step.accumulate_ = global_norm_triton, accumulate_triton_
 
 
 def compile_step(kind):
     use_kernels()
     cpu = torch.device("cpu")
-    config = gpt_config(2, 4096, "bf16")
+    run = gpt_run(2, 4096, "bf16", device="cpu")
     if "fp32" in kind:
-        config = replace(gpt_config(2, 4096, "fp32"), clip=1.0, batch=16, micro_batch=8)
-    network = load_network(config, cpu)
+        run = resolve(
+            run.config.change(precision="fp32", clip=1.0, batch=16, micro_batch=8, x="tokens:log:8192:1e9:2"), "cpu"
+        )
+    network, context = network_of(run, cpu), run.config.training.context
     if kind == "llama":
-        shape = llama.LlamaConfig(2, 576, 9, 3, 1536, config.context, 4096)
+        shape = llama.LlamaConfig(2, 576, 9, 3, 1536, context, 4096)
         with torch.device("meta"):
             module = llama.Llama(shape, cpu)
         network = describe(module, llama, shape, lambda seed: llama.initial_weights(shape, seed), ByteTokenizer())
-    made = trainer.Trainer(config, network, random_corpus(config, network.vocabulary), 2, cpu, 16)
-    check_compiled(made.micro_step, made.evaluate_piece, lambda: made.stack.digest(torch.tensor([1])))
+    made = step.Trainer(run, network, random_corpus(context, network.vocabulary), 2, cpu, 16, [0])
+    check_compiled(made.micro_step, made.probe.piece, lambda: made.stack.digest(torch.tensor([1])))
 
 
 def compile_products():

@@ -277,6 +277,16 @@ def test_rows_do_not_depend_on_the_launch():
 
 
 @pytest.mark.parametrize("minibatch", [0, 4])
+def test_cpu_bits_do_not_depend_on_where_the_memory_lies(minibatch):
+    """Every new thread allocates elsewhere; arrays that lay near each other took a loop without vectors."""
+    tensors, draws = case("fp32", 24, cells=5, steps=12, minibatch=minibatch, rates=(-2.0, 0.0))
+    tensors, draws = [t.cpu() for t in tensors], None if draws is None else draws.cpu()
+    first = descent_cpu.descend_cpu(*tensors, 12, "tanh", draws, False, True, True)
+    for _ in range(200):
+        assert_same(descent_cpu.descend_cpu(*tensors, 12, "tanh", draws, False, True, True), first)
+
+
+@pytest.mark.parametrize("minibatch", [0, 4])
 def test_a_saved_problem_trains_the_same_cells(tmp_path, minibatch):
     chosen = run_of(minibatch=minibatch, precision="fp64", init_scale=0.5)
     np.savez(tmp_path / "problem.npz", **make_problem(chosen))

@@ -65,7 +65,14 @@ def test_the_page_holds_every_number_and_no_address(tmp_path, monkeypatch):
     assert np.array_equal(losses, store.read("losses")[:, :, steps], equal_nan=True)
     assert not re.search(r"https?://|@import|src=", html)
     assert not re.search(r"\{\{\w+\}\}", html)
-    for part in ("straight line", "critical rate", "Not measured", "configuration hash", "early warning"):
+    for part in (
+        "straight line",
+        "best rate",
+        "one seed, one draw",
+        "Not measured",
+        "configuration hash",
+        "early warning",
+    ):
         assert part in html
 
 
@@ -100,9 +107,9 @@ def test_a_map_without_a_boundary_says_so(tmp_path, monkeypatch):
     assert "a map of a learning rate against something else" in html
 
 
-def test_too_few_columns_for_a_law_are_said(tmp_path, monkeypatch):
+def test_too_few_seeds_for_a_law_are_said(tmp_path, monkeypatch):
     html = write(monkeypatch, language_store(tmp_path / "s", 12, 3)).read_text()
-    assert "bracketed in 3 of 3 lines" in html
+    assert "LR50 needs 8, LR90 16" in html
 
 
 def chromium(tmp_path, address: str, *arguments: str) -> str:
