@@ -44,7 +44,8 @@ test: .venv/ready ## run the tests
 
 test-gpu: ## run the tests that need a GPU, and all of the kernels, with this machine's own python
 	@$(PYTHON) -c 'import xdist' 2>/dev/null || echo "$(PYTHON) has no pytest-xdist: one test after the other, which takes minutes"
-	$(PYTHON) -m pytest -q -m "gpu or kernel" -W default $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 8 --dist loadgroup')
+	$(PYTHON) -m pytest -q -m "(gpu or kernel) and not large" -W default $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo '-n 8')
+	$(PYTHON) -m pytest -q -m large -W default
 
 check: .venv/ready ## lint, format and types
 	.venv/bin/ruff check .

@@ -11,6 +11,7 @@ Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameter
 """
 
 import ctypes
+import gc
 import platform
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -413,6 +414,7 @@ def capture(
     The calls before the capture load what is loaded at a first call, and run: here every slot is empty
     then, so nothing changes.
     """
+    gc.collect()  # an earlier trainer's graph that died during the capture would end it
     side = torch.cuda.Stream(priority=HIGH)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

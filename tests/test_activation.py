@@ -62,7 +62,7 @@ def test_bf16_matches_float64(form, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 @pytest.mark.parametrize("form", FORMS)
 def test_more_than_2_to_the_31_elements(form):
     x = torch.zeros(2**31 // 4096 + 3, 4096, dtype=torch.bfloat16, device=DEVICE)

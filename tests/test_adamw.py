@@ -221,7 +221,7 @@ def test_gpu_bits_equal_the_references_on_both_devices(n):
 
 
 @pytest.mark.gpu
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 def test_addresses_beyond_two_to_the_31():
     R, n = 3, 2**30  # 3.2e9 elements
     gradient = torch.zeros(R, n, dtype=torch.bfloat16, device=DEVICE)

@@ -169,7 +169,7 @@ def test_batch_invariant_at_real_shapes(T, H, G, qk_norm):
 
 
 @pytest.mark.gpu
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements():
     B, T, H, K = 8, 128, 4, 64
     R = 2**31 // (B * T * 3 * H * K) + 2

@@ -89,7 +89,7 @@ def test_refuses_another_dtype_and_indices_that_do_not_fit():
 
 
 @pytest.mark.gpu
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements():
     weights = torch.zeros(3, 2**30, device=DEVICE)
     weights[-1] = torch.randn(2**30, device=DEVICE)

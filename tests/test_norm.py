@@ -116,7 +116,7 @@ def test_bf16_matches_float64_and_is_batch_invariant(form, shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.xdist_group("large")
+@pytest.mark.large
 def test_more_than_2_to_the_31_elements():
     N, D = 4096, 4096
     R = 2**31 // (N * D) + 1
