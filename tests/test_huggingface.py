@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -172,6 +173,23 @@ def test_a_faulty_folder_is_one_line_that_names_the_fault(tmp_path, spoil, messa
     with pytest.raises(ValueError, match=message) as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_on_the_hub_is_fetched_or_refused_in_one_line(tmp_path, monkeypatch):
+    make("tinyllama").save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
+    assert load_model("someone/tiny-llama").config.vocabulary == 96
+    assert asked == ["someone/tiny-llama"]
+
+    def fail(name, **_):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(
+        ValueError, match=r"someone/other is no local path and cannot be fetched .*\(no network\): check it"
+    ):
+        load_model("someone/other")
 
 
 @pytest.mark.parametrize(("name", "content"), [("missing", None), ("model.bin", b"x"), ("empty", "folder")])

@@ -6,6 +6,7 @@ functions of torch, and takes each generation's constants from the table GENERAT
 
 import json
 import pickle
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from engine.checkpoint import load_model, save_model, save_nanochat
+from engine.checkpoint import LoadedModel, load_model, save_model, save_nanochat
+from engine.models import gpt
+from engine.tokenizer import ByteTokenizer
 
 WIDTH, HEADS, KV_HEADS, DEPTH, ROWS = 64, 4, 2, 5, 320
 VOCABULARY = 300  # padded to 320
@@ -296,3 +299,47 @@ def test_a_meta_file_without_its_shape_is_refused(tmp_path):
     (folder / "meta_000100.json").unlink()
     with pytest.raises(ValueError, match=r"meta_000100\.json does not exist"):
         load_model(folder)
+
+
+def test_a_network_of_the_engine_is_saved_for_transformers_and_loaded_with_its_bytes(tmp_path):
+    """The engine turns pairs the other way than nanochat, so the halves of q and k are swapped in the file."""
+    transformers = pytest.importorskip("transformers", reason="package transformers, the reference, is not installed")
+    config = gpt.GPTConfig(depth=2, width=32, heads=4, kv_heads=2, context=24, vocabulary=320)
+    weights = {n: w + 0.2 * torch.randn(w.shape) for n, w in gpt.initial_weights(config, 0).items()}
+    model = LoadedModel("engine", config, weights, ByteTokenizer())
+    save_model(tmp_path, config, weights, ByteTokenizer())
+    ids = some_ids(24)
+    again = load_model(tmp_path)
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(network(ids).logits, model.logits(ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(again.logits(ids), model.logits(ids), rtol=0, atol=1e-4)
+    assert isinstance(again.tokenizer, ByteTokenizer)
+
+
+def test_bytes_are_saved_as_a_tokenizer_of_nanochat(tmp_path):
+    tiktoken = pytest.importorskip("tiktoken", reason="package tiktoken, the reference, is not installed")
+    generation = GENERATIONS["2025-10"]
+    model = load_model(write(tmp_path / "theirs", make_tensors(generation), generation))
+    save_nanochat(tmp_path / "ours", 1, replace(model, tokenizer_found=ByteTokenizer()))
+    with (tmp_path / "ours" / "tokenizer" / "tokenizer.pkl").open("rb") as file:
+        encoding = pickle.load(file)
+    assert isinstance(encoding, tiktoken.Encoding)
+    assert encoding.encode_ordinary("a\n é") == ByteTokenizer().encode("a\n é")
+    lengths = torch.load(tmp_path / "ours" / "tokenizer" / "token_bytes.pt")
+    assert lengths.tolist() == [1] * 256 + [0] * 9
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat <|bos|>"}]
+    (ids, mask), (expected, expected_mask) = (
+        tokenizer.render(messages) for tokenizer in (load_model(tmp_path / "ours").tokenizer, ByteTokenizer())
+    )
+    assert ids.tolist() == expected.tolist()
+    assert mask.tolist() == expected_mask.tolist()
+
+
+def test_what_nanochat_has_not_is_not_saved_as_its(tmp_path):
+    generation = GENERATIONS["2026-03-14"]
+    model = load_model(write(tmp_path, make_tensors(generation), generation))
+    with pytest.raises(
+        ValueError, match=r"nanochat's network of these tensors has qk_scale 1\.2, got 1\.3: use save_model"
+    ):
+        save_nanochat(tmp_path / "other", 1, replace(model, config=replace(model.config, qk_scale=1.3)))

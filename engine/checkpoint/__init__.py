@@ -3,8 +3,10 @@
 `load_model` takes a Hugging Face folder, a nanochat folder, a GGUF file, or what this engine saved.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engine.checkpoint.gguf_file import load_gguf, load_smollm2, read_gguf, smollm2_file
 from engine.checkpoint.huggingface import CONFIG, load_huggingface, read_json
@@ -13,6 +15,9 @@ from engine.checkpoint.nanochat import checkpoint_folder, load_nanochat, save_na
 from engine.checkpoint.save import OURS, check_folder, load_ours, save_model, save_safetensors
 from engine.checkpoint.tokenizer_files import load_tokenizer
 from engine.models.gpt import GPTConfig
+from engine.tokenizer import ByteTokenizer
+
+SUFFIXES = (".gguf", ".safetensors", ".pt")
 
 __all__ = [
     "LoadedModel",
@@ -32,10 +37,10 @@ __all__ = [
 def load_model(path: str | Path, softcap: float | None = None, tokenizer: str | Path | None = None) -> LoadedModel:
     """The network, weights and tokenizer of a checkpoint.
 
-    path: a folder of Hugging Face's layout, of nanochat's (or a folder above just one of these), a .gguf
-    file, or a .safetensors file with its configuration beside it; of nanochat's checkpoints the
-    highest step, or that of a model_NNNNNN.pt. softcap: of a nanochat network whose file does not say
-    it. tokenizer: a folder or file with another tokenizer than the checkpoint's.
+    path: a folder of Hugging Face's layout or of nanochat's (or a folder above just one of these), a .gguf
+    file, a .safetensors file with its configuration beside it, or a name on the hub; of nanochat's
+    checkpoints the highest step is taken, or that of a model_NNNNNN.pt. softcap: of a nanochat network
+    whose file does not say it. tokenizer: a folder or file with another tokenizer than the checkpoint's.
 
     Raises ValueError for a path that holds no checkpoint, a network this engine does not have,
     tensors that are missing, cut or foreign (by name), and a tokenizer that does not fit the vocabulary.
@@ -47,8 +52,7 @@ def load_model(path: str | Path, softcap: float | None = None, tokenizer: str | 
             raise ValueError(f"{path} has no soft cap, got --softcap {softcap}: leave it out")
         model = replace(model, config=replace(model.config, softcap=softcap))
     if model.tokenizer_found is None or tokenizer is not None:
-        places = [Path(tokenizer).expanduser()] if tokenizer is not None else _tokenizer_places(Path(model.path))
-        model = replace(model, tokenizer_found=load_tokenizer(places, required=tokenizer is not None))
+        model = replace(model, tokenizer_found=_find_tokenizer(Path(model.path), tokenizer))
     if model.tokenizer_found is not None and model.tokenizer_found.vocabulary > model.config.vocabulary:
         raise ValueError(
             f"{path} has a tokenizer of {model.tokenizer_found.vocabulary} ids for a vocabulary of "
@@ -63,6 +67,8 @@ def _load(path: Path, softcap: float | None) -> LoadedModel:
             return load_nanochat(checkpoint_folder(path), None, softcap)
         ours = read_json(path / CONFIG).get("model_type") == OURS
         return load_ours(path, None) if ours else load_huggingface(path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in SUFFIXES:
+        return load_huggingface(_fetch(str(path)))
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: give a folder of Hugging Face's or nanochat's, a .gguf or a .safetensors file"
@@ -80,10 +86,26 @@ def _load(path: Path, softcap: float | None) -> LoadedModel:
     )
 
 
-def _tokenizer_places(path: Path) -> list[Path]:
-    """Where a checkpoint's tokenizer may lie: in its folder, beside it, or two folders up, as nanochat has it."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / CONFIG).is_file():
-        return [folder]
-    folder = folder.absolute()
-    return [folder, *(above / "tokenizer" for above in (folder, folder.parent, folder.parent.parent))]
+def _find_tokenizer(path: Path, given: str | Path | None) -> Any:
+    """The tokenizer given, or that of a checkpoint: in its folder, and of nanochat's in tokenizer/ there, beside it or
+    two folders up; None without one."""
+    if given is not None:
+        return load_tokenizer([Path(given).expanduser()], required=True)
+    folder = path.absolute() if path.is_dir() else path.absolute().parent
+    if not (folder / CONFIG).is_file():
+        above = [place / "tokenizer" for place in (folder, folder.parent, folder.parent.parent)]
+        return load_tokenizer([folder, *above], required=False)
+    if read_json(folder / CONFIG).get("tokenizer") == ByteTokenizer.name:
+        return ByteTokenizer()
+    return load_tokenizer([folder], required=False)
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a model's name on the Hugging Face hub, from the cache where it is there."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} is no local path and cannot be fetched from the hub ({reason}): check it") from error

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from engine.checkpoint.huggingface import read_json
 from engine.checkpoint.model import LoadedModel, shapes_of
+from engine.checkpoint.nanochat_tokenizer import NanochatTokenizer
 from engine.checkpoint.tensors import Layout, Source, Stored, in_memory, join, split
 from engine.models.gpt import SMEAR_CHANNELS, GPTConfig
+from engine.tokenizer import ByteTokenizer
 
 COMPILED = "_orig_mod."
 TILE = 128
@@ -165,7 +167,7 @@ def layout_of(config: GPTConfig) -> Layout:
 
 
 def save_nanochat(folder: str | Path, step: int, model: LoadedModel) -> None:
-    """Writes model_NNNNNN.pt and meta_NNNNNN.json as nanochat does, into a folder, made if it is missing.
+    """Writes model_NNNNNN.pt, meta_NNNNNN.json and tokenizer/ as nanochat does, into a folder, made if it is missing.
 
     ValueError for a network that nanochat does not have: the written files are those of the generation
     that `infer_config` finds in them.
@@ -194,4 +196,9 @@ def save_nanochat(folder: str | Path, step: int, model: LoadedModel) -> None:
     file.parent.mkdir(exist_ok=True)
     torch.save(tensors, file)
     meta = {"step": step, "model_config": fields}
+    tokenizer = model.tokenizer_found
+    tokenizer = NanochatTokenizer.of_bytes() if isinstance(tokenizer, ByteTokenizer) else tokenizer
+    if isinstance(tokenizer, NanochatTokenizer):
+        (file.parent / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save_pickle(file.parent / "tokenizer")
     file.with_name(f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=2) + "\n")

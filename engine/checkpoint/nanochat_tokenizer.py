@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from engine.tokenizer import Rendered
@@ -120,19 +121,33 @@ def make_backend(pattern: str, ranks: Mapping[bytes, int], marks: Mapping[str, i
 class NanochatTokenizer:
     """nanochat's encoding and its chat rendering, with the methods of `engine.tokenizer`'s classes."""
 
-    def __init__(self, backend: Tokenizer):
-        self.backend = backend
+    def __init__(self, pattern: str, ranks: dict[bytes, int], marks: dict[str, int]):
+        """pattern: splits a text. ranks: id of each byte string. marks: id of each mark, the nine at least."""
+        self.pattern, self.ranks, self.marks = pattern, ranks, marks
+        self.backend = make_backend(pattern, ranks, marks)
         self.backend.encode_special_tokens = True  # marks in a text are text
-        self.name = f"nanochat-{hashlib.sha256(backend.to_str().encode()).hexdigest()[:16]}"
-        vocabulary = backend.get_vocab(with_added_tokens=True)
-        self.vocabulary = max(vocabulary.values()) + 1
-        self.marks = {mark: vocabulary[mark] for mark in MARKS}
-        self.padding = self.marks["<|bos|>"]
+        self.name = f"nanochat-{hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]}"
+        self.vocabulary = max(*ranks.values(), *marks.values()) + 1
+        self.padding = marks["<|bos|>"]
 
     @classmethod
     def from_pickle(cls, file: Path) -> "NanochatTokenizer":
         """Of a tokenizer.pkl; ValueError for another pickle."""
-        return cls(make_backend(*read_pickle(file)))
+        return cls(*read_pickle(file))
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "NanochatTokenizer":
+        """Of a tokenizer.json that `save` wrote; KeyError for another."""
+        bytes_of = {letter: byte for byte, letter in byte_letters().items()}
+        vocabulary = fields["model"]["vocab"]
+        marks = {token["content"]: token["id"] for token in fields["added_tokens"]}
+        ranks = {bytes(map(bytes_of.__getitem__, t)): rank for t, rank in vocabulary.items() if t not in marks}
+        return cls(fields["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"], ranks, marks)
+
+    @classmethod
+    def of_bytes(cls) -> "NanochatTokenizer":
+        """Every byte its own token, with the ids of `engine.tokenizer.ByteTokenizer`."""
+        return cls(r"[\s\S]", {bytes([byte]): byte for byte in range(256)}, {m: 256 + n for n, m in enumerate(MARKS)})
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -189,5 +204,20 @@ class NanochatTokenizer:
         return pieces
 
     def save(self, folder: Path) -> None:
-        """tokenizer.json and tokenizer_config.json, which `transformers` and `load_model` read."""
+        """tokenizer.json, which `transformers` and `load_model` read."""
         self.backend.save(str(folder / "tokenizer.json"))
+
+    def save_pickle(self, folder: Path) -> None:
+        """tokenizer.pkl, which unpickles to tiktoken's Encoding, and token_bytes.pt, the bytes of every token."""
+        state = {
+            "name": "rustbpe",
+            "pat_str": self.pattern,
+            "mergeable_ranks": self.ranks,
+            "special_tokens": self.marks,
+        }
+        body = pickle.dumps(state, protocol=3)[2:-1]  # without the protocol and the stop
+        (folder / "tokenizer.pkl").write_bytes(b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + body + b"b.")
+        lengths = torch.zeros(self.vocabulary, dtype=torch.int32)
+        for token, rank in self.ranks.items():
+            lengths[rank] = len(token)
+        torch.save(lengths, folder / "token_bytes.pt")

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from engine.checkpoint.hub_tokenizer import HubTokenizer
 from engine.checkpoint.nanochat_tokenizer import MARKS, NanochatTokenizer
 
@@ -27,18 +25,19 @@ def load_tokenizer(places: list[Path], required: bool) -> Any:
         if not any((place / name).is_file() for name in HUB_FILES):
             continue
         file = place / "tokenizer.json"
-        return NanochatTokenizer(Tokenizer.from_file(str(file))) if _is_nanochat(file) else HubTokenizer(place)
+        fields = _nanochat_fields(file)
+        return NanochatTokenizer.from_json(fields) if fields else HubTokenizer(place)
     if required:
         raise ValueError(f"{places[0]} holds no tokenizer, expected {PICKLE} or {HUB_FILES[0]}: give another folder")
     return None
 
 
-def _is_nanochat(file: Path) -> bool:
-    """Whether a tokenizer.json has exactly nanochat's marks."""
+def _nanochat_fields(file: Path) -> dict[str, Any] | None:
+    """What a tokenizer.json holds where its marks are nanochat's, else None."""
     if not file.is_file():
-        return False
+        return None
     try:
-        added = json.loads(file.read_bytes())["added_tokens"]
-        return {token["content"] for token in added} == set(MARKS)
+        fields = json.loads(file.read_bytes())
+        return fields if {token["content"] for token in fields["added_tokens"]} == set(MARKS) else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no tokenizer of the library tokenizers ({error}): fetch it again") from error
