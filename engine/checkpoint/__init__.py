@@ -46,11 +46,13 @@ def load_model(path: str | Path, softcap: float | None = None, tokenizer: str | 
     tensors that are missing, cut or foreign (by name), and a tokenizer that does not fit the vocabulary.
     """
     path = Path(path).expanduser()
-    model = _load(path, softcap)
+    if softcap is not None and not softcap >= 0:
+        raise ValueError(f"got a soft cap of {softcap}, expected 0 (none) or more: give 15 or 20 for nanochat")
+    model = _load(path, None if softcap is None else float(softcap))
     if softcap is not None:
         if not isinstance(model.config, GPTConfig):
             raise ValueError(f"{path} has no soft cap, got --softcap {softcap}: leave it out")
-        model = replace(model, config=replace(model.config, softcap=softcap))
+        model = replace(model, config=replace(model.config, softcap=float(softcap)))
     if model.tokenizer_found is None or tokenizer is not None:
         model = replace(model, tokenizer_found=_find_tokenizer(Path(model.path), tokenizer))
     if model.tokenizer_found is not None and model.tokenizer_found.vocabulary > model.config.vocabulary:
