@@ -104,7 +104,8 @@ class LanguageSetup:
             for each in measured:
                 if cell in each.mark.cells:
                     digest = int(each.values["weights_digest"])
-                    return Replay(each.losses, digest, trainer.stack.master_weights(each.slot))
+                    weights = trainer.stack.master_weights(each.slot)
+                    return Replay(each.losses, digest, weights, getattr(self.network.module, "config", None))
         raise AssertionError("the launch of a cell holds no trajectory that serves it")
 
     def describe(self, table: Table, left: list[Launch], status: np.ndarray) -> float:

@@ -27,7 +27,7 @@ class ReplayOptions:
     col: int = 0  # column of the cell, from 0
     replicate: int = 0  # replicate of the cell, from 0
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
-    save_weights: str = ""  # write the cell's final weights to this .safetensors file
+    save_weights: str = ""  # write the cell's final weights to this .safetensors file, for load_model
 
 
 def place_of(store: "Store", row: int, col: int, replicate: int = 0) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def main() -> None:
     options = parse(ReplayOptions, __doc__.split("\n\n")[0])
     console = screen(soft_wrap=True)
     with user_errors():
-        from engine.checkpoint import check_folder, save_safetensors
+        from engine.checkpoint import check_folder, is_loadable, save_safetensors
         from engine.store import open_store
 
         store = open_store(options.store)
@@ -97,8 +97,10 @@ def main() -> None:
         at = options.row, options.col
         replay = replay_cell(store, *at, options.device, options.replicate)
         if options.save_weights:
-            save_safetensors(options.save_weights, replay.weights)
-            console.print(f"weights written to {options.save_weights}")
+            known = is_loadable(replay.model) and options.save_weights.endswith(".safetensors")
+            save_safetensors(options.save_weights, replay.weights, replay.model if known else None)
+            beside = "their configuration beside them: load_model reads both" if known else "no configuration with them"
+            console.print(f"weights written to {options.save_weights}, {beside}")
     difference = compare(store, *at, replay, options.replicate)
     where = f"cell ({options.row}, {options.col}), {len(replay.losses)} steps"
     if not difference:

@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 
 
 class Replay(NamedTuple):
-    """A cell trained again. losses: fp32 [S], before each update; weights: fp32 by name, {} if not kept."""
+    """A cell trained again.
+
+    losses: fp32 [S], before each update. weights: fp32 by name, {} if not kept. model: the configuration that the
+    network's module holds, None where it holds none.
+    """
 
     losses: np.ndarray
     weights_digest: int
     weights: "dict[str, torch.Tensor]"
+    model: Any = None
 
 
 class Setup(Protocol):

@@ -4,10 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tiny import sweep, tiny
 
-from engine import replay
+from engine import load_model, replay
 from engine.config import make_config
 from engine.replay import compare, replay_cell
 from engine.store import Writer, open_store
@@ -92,6 +93,9 @@ def test_the_command_says_identical_and_writes_the_weights(tmp_path, monkeypatch
     assert code == 0 and f"cell (1, 2), 5 steps: identical, weights digest {digest:#018x}" in shown
     weights = load_file(file)
     assert weights["layers.0.mlp.up"].shape == (64, 16) and weights["embedding.weight"].dtype == np.float32
+    model, tokens = load_model(file), torch.tensor([[1, 2, 3]])
+    assert model.logits(tokens).shape == (1, 3, 320) and model.logits(tokens).dtype == torch.float32
+    assert torch.equal(model.weights["embedding.weight"], torch.from_numpy(weights["embedding.weight"]))
     losses = store.read("losses")
     losses[0, 1, 2, 0] += 1
     overwrite(store, "losses", losses)

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.checkpoint.gguf_file import load_gguf, load_smollm2, read_gguf, smollm2_file
 from engine.checkpoint.huggingface import CONFIG, load_huggingface, read_json
-from engine.checkpoint.model import LoadedModel, ModelConfig
+from engine.checkpoint.model import LoadedModel, ModelConfig, is_loadable
 from engine.checkpoint.nanochat import checkpoint_folder, load_nanochat, save_nanochat
 from engine.checkpoint.save import OURS, check_folder, load_ours, save_model, save_safetensors
 from engine.checkpoint.tokenizer_files import load_tokenizer
@@ -23,6 +23,7 @@ __all__ = [
     "LoadedModel",
     "ModelConfig",
     "check_folder",
+    "is_loadable",
     "load_gguf",
     "load_model",
     "load_smollm2",

@@ -34,6 +34,11 @@ def family_name(config: ModelConfig) -> str:
     return next(name for name, family in FAMILIES.items() if type(config) is family.config)
 
 
+def is_loadable(config: Any) -> bool:
+    """Whether `load_model` knows a configuration's network."""
+    return any(type(config) is family.config for family in FAMILIES.values())
+
+
 def make_module(config: ModelConfig) -> nn.Module:
     """The network with parameters on the meta device and its tables on the CPU."""
     with torch.device("meta"):
