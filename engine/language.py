@@ -265,17 +265,24 @@ def launch_rows(made: Plan, device: torch.device, asked: str, ranks: int, stored
 
 
 def check_groups(run: Run, network: Network) -> None:
-    """Raise ValueError for a group's value that no trained tensor takes, such as that of a tied unembedding."""
+    """Raise ValueError for a group's value that no trained tensor takes: a tied unembedding's, momentum under AdamW."""
     frozen = frozen_parameters(run.config, network)
     if len(frozen) == len(network.shapes):
         raise ValueError(f"freeze is {run.config.training.freeze!r}, which leaves nothing to train; freeze less")
     groups = {own[0] for name, own in network.groups.items() if name not in frozen}
+    chosen = by_group(run.config.training.optimizer, run.config.family.groups)
     for name in run.given:
         base, _, group = name.partition(".")
-        if group and not any(run.source(base, each) == name for each in groups):
+        takers = [each for each in sorted(groups) if group and run.source(base, each) == name]
+        if group and not takers:
             raise ValueError(
                 f"{name} changes nothing: no trained tensor of {run.config.network!r} takes it (a tied one follows its "
                 f"first group); the groups are {', '.join(sorted(groups))}"
+            )
+        if takers and not any(base in OPTIMIZERS[chosen[each]].hyper for each in takers):
+            raise ValueError(
+                f"{name} changes nothing: {', '.join(takers)} is trained by {chosen[takers[0]]}, which has no {base}; "
+                f"leave it out, or give that group another --optimizer"
             )
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import setup, tiny
 
 from engine.config import PRESETS, Run, make_config, resolve
 from engine.family import FAMILIES
@@ -167,3 +168,12 @@ def test_a_run_is_what_a_configuration_and_its_cells_make():
     assert isinstance(run, Run) and run.shape == (1, 4, 3)
     assert run.values("batch").tolist() == [1, 2, 3] and run.values("tokens").tolist() == [1e5]
     assert run.given == {"lr", "batch", "tokens"}
+
+
+def test_a_groups_value_that_its_optimizer_does_not_read_is_refused(tmp_path):
+    mixed = {"optimizer": "adamw,embedding=sgd"}
+    with pytest.raises(
+        ValueError, match=r"momentum\.mlp changes nothing: mlp is trained by adamw, which has no momentum"
+    ):
+        setup(tiny(tmp_path, **mixed, **{"momentum.mlp": 0.9}))
+    assert setup(tiny(tmp_path, **mixed, **{"momentum.embedding": 0.9})).slots
