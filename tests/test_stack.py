@@ -15,7 +15,7 @@ from engine import plan
 from engine.models import gpt, llama, normal_weights, parameter_shapes
 from engine.schedule import multiplier
 from engine.stack import ALIGNMENT, Stack
-from engine.step import Trainer
+from engine.step import Trainer, frozen_parameters
 
 CPU = torch.device("cpu")
 KEY = torch.zeros(2, dtype=torch.int64)
@@ -54,6 +54,8 @@ def alone(trainer: Trainer, made, hyper: dict, optimizer: str) -> list[float]:
     scale = hyper["init_scale"]
     weights = {n: (w * scale if w.ndim > 1 else w).clone().requires_grad_() for n, w in initial.items()}
     groups, peaks = [], []
+    for name in frozen_parameters(made.run.config, network):
+        weights[name].requires_grad_(False)
     for name, weight in weights.items():
         peaks.append(hyper[f"lr.{network.groups[name][0]}"])
         groups.append({"params": [weight], "lr": peaks[-1]})
@@ -93,6 +95,26 @@ def test_each_replica_of_a_stack_trains_as_alone_under_torch_adamw(tmp_path, cha
     np.testing.assert_allclose(np.stack([got[slot] for slot in range(len(hypers))]), expected, **LOSSES)
     # the settings matter: no two replicas trained alike
     assert len({tuple(row) for row in expected}) == len(hypers)
+
+
+@pytest.mark.parametrize("frozen", ["embedding", "mlp", "attention,unembedding"])
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1.0, 0.5, 2.0)])
+def test_beside_frozen_parameters_the_others_train_as_alone(tmp_path, frozen, scales):
+    """Shared by all replicas where starts are equal, else each its own; a frozen one is no part of the norm."""
+    axes = {"x": "init_scale:lin:0.5:2:4"} if len(set(scales)) > 1 else {"init_scale": 1.0}
+    rates = {f"lr.{group}" for group in frozen.split(",")}  # refused, as they would change nothing
+    fixed = {name: value for name, value in (SWEPT | axes).items() if name not in rates}
+    made = setup(tiny(tmp_path, freeze=frozen, clip=1.0, **fixed))
+    trainer = made.new_trainer(3)
+    assert trainer.stack.shares_frozen == (len(set(scales)) == 1)
+    own = zip((0.0, 1e-3, 1e-2), scales, strict=True)
+    hypers = [hyper_of(made, lr=1e-2, clip=clip, init_scale=scale) for clip, scale in own]
+    work = [plan.Trajectory(hyper, STEPS, (plan.Mark(STEPS, (slot,)),)) for slot, hyper in enumerate(hypers)]
+    got = {h.slot: h.losses for poll in trainer.train(work) for h in poll}
+    expected = np.array([alone(trainer, made, hyper, "adamw") for hyper in hypers])
+    np.testing.assert_allclose(np.stack([got[slot] for slot in range(3)]), expected, **LOSSES)
+    # the limits matter: no two replicas trained alike
+    assert len({tuple(row) for row in expected}) == 3
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
