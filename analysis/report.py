@@ -20,7 +20,7 @@ from analysis.charts import Series, chart
 from analysis.classify import Labelling
 from analysis.dimension import nulls, parse_fit
 from analysis.maps import Map, analyse
-from analysis.noise import exponent_of, read_noise, verdict
+from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
 from analysis.rules import rules, sentences
 from engine.command import parse, screen, user_errors
@@ -87,15 +87,15 @@ def noise_html(store: Replicate, labelling: Labelling) -> str:
     for path in [store.path, *store.children()]:
         current = store if path == store.path else open_map(path)
         floors = read_noise(current, labelling)
-        exponent = exponent_of(current, labelling) if floors else 1.0
+        depth = depth_of(current)
         rows += [
             (
                 path.name if path != store.path else "this map",
                 f.variant,
                 f"{f.near} / {f.away}",
                 f"{f.labels_near:.2%} / {f.labels_away:.2%}",
-                f"{f.flips_near:.2%} / {f.flips_away:.2%}",
-                verdict(f, exponent),
+                f"{percent_words(f.flips_near, f.flips_near_interval)} / {f.flips_away:.2%}",
+                verdict(f, depth),
             )
             for f in floors
         ]
