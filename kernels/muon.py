@@ -179,7 +179,8 @@ def _nesterov_kernel(
     m += (1 - mu) * (g - m)
     x = m - (1 - mu) * (m - g)
     tl.store(x_ptr + replica * n + at, x.to(x_ptr.dtype.element_ty), mask=inside)
-    tl.store(momentum_ptr + replica * momentum_stride + at, m, mask=inside & tl.load(active_ptr + replica))
+    kept = at < tl.where(tl.load(active_ptr + replica), n, 0)
+    tl.store(momentum_ptr + replica * momentum_stride + at, m, mask=kept)
 
 
 def nesterov_triton_(gradient: Tensor, momentum: Tensor, x_RMN: Tensor, scalars: MuonScalars) -> None:
