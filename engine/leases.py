@@ -63,7 +63,7 @@ class Leases:
             if before and not self.expired(before[-1], now):
                 continue
             path = self.folder / f"{chunk.replicate}-{chunk.start}.{len(before)}"
-            with suppress(FileExistsError), path.open("x") as file:
+            with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
                 file.write(self.owner)
                 taken.append(chunk)
                 with self.guard:
@@ -81,7 +81,7 @@ class Leases:
 
     def holder(self, chunk: Chunk) -> str:
         """Who leased a chunk last."""
-        return self.attempts()[chunk.replicate, chunk.start][-1].read_text()
+        return self.attempts()[chunk.replicate, chunk.start][-1].read_text("utf-8")
 
     def beat(self) -> None:
         """Show a sign of life now and then."""
