@@ -54,6 +54,11 @@ class LanguageSetup:
         return "at any width" if batch_invariant(self.run, self.device) else "in the same launch"
 
     @property
+    def width(self) -> int:
+        """Runs that train at once."""
+        return self.slots
+
+    @property
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a cell."""
         return {"data": self.corpus.digest}
@@ -256,8 +261,7 @@ def launch_rows(made: Plan, device: torch.device, asked: str, ranks: int, stored
                 "here; leave it out, or sweep into another --store"
             )
         return chunk, launch
-    shared_out = -(-rows // ranks)
-    chunk = min(plan.automatic_chunk_rows(made, device.type), shared_out)
+    chunk = min(plan.automatic_chunk_rows(made, device.type), plan.shared_rows(rows, ranks))
     if asked != "auto":
         chunk = min(int(asked), rows, chunk if exact else rows)
         return chunk, int(asked)

@@ -50,6 +50,10 @@ class Setup(Protocol):
     launches: "list[Launch]"
 
     @property
+    def width(self) -> int:
+        """Runs that train at once, so that a launch should hold as many."""
+
+    @property
     def exact(self) -> str:
         """What a cell's bits depend on: 'at any width', or 'in the same launch'."""
 
