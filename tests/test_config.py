@@ -149,7 +149,10 @@ BAD = [
     ({"lr.0": 0.1}, "lr.0 is 0.1, but this sweep of 'gpt' does not read it"),
     ({"lr": 0.1}, "lr is an axis, and --lr is 0.1; leave out one of the two"),
     ({"x": "beta1:linear:0:0.9:4", "optimizer": "sgd"}, "axis 'beta1' changes nothing in this sweep"),
-    ({"y": "lr.matrix:log:1:2:3", "lr.mlp": 0.1, "lr.attention": 0.1}, "axis lr.matrix changes nothing: no parameter group"),
+    (
+        {"y": "lr.matrix:log:1:2:3", "lr.mlp": 0.1, "lr.attention": 0.1},
+        "axis lr.matrix changes nothing: no parameter group",
+    ),
     ({"y": "lr.embedding:log:1:2:3", "freeze": "embedding"}, "axis lr.embedding changes nothing: no parameter group"),
     ({"network": "two_layer", "y": "lr:log:1:2:3", "lr.0": 1.0}, "axis lr changes nothing: no parameter group"),
     ({"network": "two_layer", "problem": "no/such.npz"}, "problem file 'no/such.npz' does not exist"),

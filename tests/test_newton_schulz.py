@@ -16,6 +16,7 @@ from kernels.muon import (
 )
 from kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, newton_schulz_reference, newton_schulz_triton
 from kernels.split_master import split_master
+from kernels.symmetric import symmetric_product
 
 pytestmark = pytest.mark.kernel
 
@@ -122,3 +123,21 @@ def test_sums_of_squares_are_right_and_batch_invariant(rows):
     torch.testing.assert_close(total_triton(sums), x.double().square().sum((1, 2)).float(), rtol=1e-6, atol=0)
     assert torch.equal(sums_of_squares_triton(x[3:4], rows)[0], sums[3])
     assert torch.equal(total_triton(sums[3:4])[0], total_triton(sums)[3])
+
+
+# ---- products with one's own transpose
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(24, 40), (200, 33)])
+def test_symmetric_products_equal_float64s_and_are_batch_invariant(tall, m, n):
+    a = normal(0, 3, n, m) if tall else normal(0, 3, m, n)
+    wide = a.double()
+    true = wide.mT @ wide if tall else wide @ wide.mT
+    gram = symmetric_product(a, tall)
+    assert (gram - true).norm() / true.norm() < 1e-6  # fp32 sums of 40 products
+    assert torch.equal(gram, gram.mT) and torch.equal(symmetric_product(a[1:2], tall)[0], gram[1])
+    squared = symmetric_product(gram, extra=gram, alpha=0.5, beta=-2.0)
+    true = 0.5 * gram.double() @ gram.double() - 2 * gram.double()
+    assert (squared - true).norm() / true.norm() < 1e-6
+    assert torch.equal(squared, squared.mT)
