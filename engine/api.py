@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from contextlib import closing
@@ -18,7 +19,7 @@ from engine.files import FolderLock
 from engine.grid import Cells
 from engine.launch import train_missing
 from engine.options import RunOptions
-from engine.outcome import NOT_COMPUTED
+from engine.outcome import DONE, NOT_COMPUTED
 from engine.provenance import other_arithmetic, provenance
 from engine.ranks import Rank, choose_device, this_rank
 from engine.store import (
@@ -106,12 +107,23 @@ def run_sweep(
     with closing(open_or_create(setup, path, stored, rank, identity)) as writer:
         if not options.quiet and rank.index == 0:
             announce(setup, path, stored)
-        train_missing(setup, writer, rank, options.quiet, track)
+        try:
+            train_missing(setup, writer, rank, options.quiet, track)
+        except KeyboardInterrupt as stop:
+            stop.add_note(kept(writer, rank))
+            raise
         rank.barrier()
     if rank.index == 0 and finish is not None:
         finish(path)
     track.finish(path)
     return path
+
+
+def kept(store: Store, rank: Rank) -> str:
+    """What an interrupted sweep has, said by the first rank; others may still be writing."""
+    done, all_of_them = int((store.status == DONE).sum()), math.prod(store.run.shape)
+    least = "at least " if rank.count > 1 else ""
+    return f"{least}{done:,} of {all_of_them:,} cells kept, the same command goes on" if rank.index == 0 else ""
 
 
 def open_resumable(path: Path) -> Store:

@@ -36,10 +36,8 @@ class Progress:
         plan = setup.plan
         missing = [plan.missing(launch, self.arrays["status"]) for launch in todo]
         self.cells = self.done_before + sum(map(len, missing))  # of this rank
-        self.total = sum(
-            plan.work_in(plan.cells_in(launch) if setup.exact != "at any width" else cells).costs.sum()
-            for launch, cells in zip(todo, missing, strict=True)
-        )
+        status = self.arrays["status"]
+        self.total = sum(plan.work_in(setup.to_train(launch, status)).costs.sum() for launch in todo)
         self.best = {name: math.inf for name in setup.run.config.workload.labelled if MEASUREMENTS[name].best}
         self.seen = 0.0  # work done, or saved because a run ended early
         self.trained = 0.0
