@@ -5,7 +5,7 @@ import sys
 import threading
 from argparse import Action
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from io import TextIOWrapper
 from types import FrameType
@@ -130,13 +130,9 @@ def fail(message: str) -> NoReturn:
 def user_errors() -> Iterator[None]:
     """Turn what a user or the machine's disk did wrong into one line on stderr and exit code 2.
 
-    Ctrl-C, SIGTERM and SIGHUP end the command as well, after whatever is being kept: exit code 130, 143, 129. One that
-    was started to ignore a signal (nohup) still does.
+    Ctrl-C is one line as well, and exit code 130; so is whatever signal `hearing_signals` hears, and 128 more than its
+    number.
     """
-    heard = {each: signal.getsignal(each) for each in SIGNALS if threading.current_thread() is threading.main_thread()}
-    heard = {each: handler for each, handler in heard.items() if handler != signal.SIG_IGN}
-    for each in heard:
-        signal.signal(each, interrupt)
     try:
         yield
     except (ValueError, OSError) as error:
@@ -146,8 +142,23 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         said = " ".join(getattr(stop, "__notes__", ["the same command goes on from what is stored"]))
         if said:
-            screen(stderr=True, soft_wrap=True).print(f"interrupted: {said}", style="yellow")
+            with suppress(OSError):  # a terminal that hung up takes no words
+                screen(stderr=True, soft_wrap=True).print(f"interrupted: {said}", style="yellow")
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+
+
+@contextmanager
+def hearing_signals() -> Iterator[None]:
+    """Raise `Interrupted` for Ctrl-C, SIGTERM and SIGHUP while there are results to keep.
+
+    A process that was started to ignore a signal (nohup) still does. Only the main thread hears signals.
+    """
+    heard = {each: signal.getsignal(each) for each in SIGNALS if threading.current_thread() is threading.main_thread()}
+    for each, handler in heard.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(each, interrupt)
+    try:
+        yield
     finally:
         for each, handler in heard.items():
             signal.signal(each, handler)

@@ -28,9 +28,7 @@ CPU_SLOTS, GPU_SLOTS = 64, 256  # replicas beyond which a wider stack gains noth
 CPU_FLOPS = 2e10  # a second, typical of two cores
 GPU_FLOPS, GPU_BYTES = 733e12, 3.0e12  # a second, of an H100
 OF_ROOFLINE = 0.75  # that a step typically reaches of these
-WAVE_SECONDS = (
-    30.0  # that a wave takes on a CPU by CPU_FLOPS, at most (or one run's): half of what may be lost at a kill
-)
+WAVE_SECONDS = 30.0  # that a wave (or one run) may take on a CPU by CPU_FLOPS: what an interruption costs, at most
 
 
 @dataclass
@@ -56,7 +54,14 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        return "at any width" if batch_invariant(self.run, self.device) else "in the same wave"
+        if batch_invariant(self.run, self.device):
+            return "at any width"
+        return "in the same wave" if self.wave else "in the same launch"
+
+    @property
+    def width(self) -> int:
+        """Runs that train at once."""
+        return self.slots
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -252,7 +257,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         fit = plan.slots_that_fit(memory, memory_budget(device))
         most = cpu_slots(works, network) if device.type == "cpu" else GPU_SLOTS
         slots = plan.even_slots(widest.lengths, min(options.slots or most, fit))
-        wave = 0 if exact else slots
+        wave = slots if device.type == "cpu" else 0
     return LanguageSetup(
         run, made, device, network, corpus, memory, chunk_rows, launches, slots, wave, len(widest.runs)
     )
@@ -284,8 +289,7 @@ def launch_rows(made: Plan, device: torch.device, asked: str, ranks: int, stored
                 "here; leave it out, or sweep into another --store"
             )
         return chunk, launch
-    shared_out = -(-rows // ranks)
-    chunk = min(plan.automatic_chunk_rows(made, device.type), shared_out)
+    chunk = min(plan.automatic_chunk_rows(made, device.type), plan.shared_rows(rows, ranks))
     if asked != "auto":
         chunk = min(int(asked), rows, chunk if exact else rows)
         return chunk, int(asked)

@@ -50,8 +50,12 @@ class Setup(Protocol):
     launches: "list[Launch]"
 
     @property
+    def width(self) -> int:
+        """Runs that train at once, so that a launch should hold as many."""
+
+    @property
     def exact(self) -> str:
-        """What a cell's bits depend on: 'at any width', or 'in the same wave'."""
+        """What a cell's bits depend on: 'at any width', 'in the same wave' or launch."""
 
     @property
     def inputs(self) -> dict[str, str]:
