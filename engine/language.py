@@ -303,6 +303,7 @@ def check_groups(run: Run, network: Network) -> None:
         raise ValueError(f"freeze is {run.config.training.freeze!r}, which leaves nothing to train; freeze less")
     groups = {own[0] for name, own in network.groups.items() if name not in frozen}
     chosen = by_group(run.config.training.optimizer, run.config.family.groups)
+    check_matrices(run, network, chosen, frozen)
     for name in run.given:
         base, _, group = name.partition(".")
         takers = [each for each in sorted(groups) if group and run.source(base, each) == name]
@@ -315,6 +316,19 @@ def check_groups(run: Run, network: Network) -> None:
             raise ValueError(
                 f"{name} changes nothing: {', '.join(takers)} is trained by {chosen[takers[0]]}, which has no {base}; "
                 f"leave it out, or give that group another --optimizer"
+            )
+
+
+def check_matrices(run: Run, network: Network, chosen: dict[str, str], frozen: set[str]) -> None:
+    """Raise ValueError for a group with a vector or a table of tokens whose optimizer takes matrices only."""
+    tables = network.tables
+    for name, (group, *_) in network.groups.items():
+        shape, optimizer = network.shapes[name], chosen[group]
+        if OPTIMIZERS[optimizer].matrices_only and name not in frozen and (len(shape) != 2 or name in tables):
+            what = "a table with a row for each token" if name in tables else f"no matrix, its shape is {shape}"
+            raise ValueError(
+                f"optimizer {optimizer} of group {group!r} takes matrices between hidden units, but {name} is {what}; "
+                f"give that group another one, {group}=adamw in --optimizer"
             )
 
 
@@ -363,7 +377,7 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     shared_frozen = same_seed and len(run.values("init_scale")) == 1
     batch = int(run.values("batch").max())
     accumulator = 4 if batch > config.training.micro_batch else 0
-    states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape) for span in spans)
+    states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape, span.rows) for span in spans)
     longest = int(made.steps.max())
     state = trained * (4 + compute + accumulator) + states + 4 * longest
     state += 0 if shared_frozen else frozen * compute

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.config import SweepConfig
 from engine.data import Tokenizer
-from engine.models import gpt, llama, parameter_shapes
+from engine.models import Embedding, gpt, llama, parameter_shapes
 from engine.tokenizer import ByteTokenizer
 
 
@@ -40,6 +40,12 @@ class Network(NamedTuple):
     def parameters(self) -> int:
         """Parameters of one replica."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @property
+    def tables(self) -> set[str]:
+        """Names of the parameters that are tables, with a row for each token or position."""
+        kinds = Embedding, nn.Embedding
+        return {f"{name}.weight" for name, module in self.module.named_modules() if isinstance(module, kinds)}
 
     def in_groups(self, groups: list[str], parents: Mapping[str, str]) -> set[str]:
         """Parameters of some groups, or of groups whose parent is among them."""

@@ -149,7 +149,7 @@ class Trainer:
         places: dict[str, dict[tuple[str, str], slice]] = {}
         for span in self.stack.spans:
             optimizer, places[span.name] = self.optimizers[span.group], {}
-            for name, size in OPTIMIZERS[optimizer].init(span.shape).items():
+            for name, size in OPTIMIZERS[optimizer].init(span.shape, span.rows).items():
                 start = sizes.get((optimizer, name), 0)
                 places[span.name][optimizer, name] = slice(start, start + size)
                 sizes[optimizer, name] = start + -(-size // 64) * 64
@@ -209,8 +209,9 @@ class Trainer:
             if self.clips:
                 scale_R = self.clip_scale(gradients)
                 steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
-            for place, gradient in enumerate(gradients):
-                self.update(place, gradient, steps)
+            for group, step in steps.items():
+                own = [place for place, span in enumerate(self.stack.spans) if span.group == group]
+                self.update({place: gradients[place] for place in own}, group, step)
         else:
             main, beside = torch.cuda.current_stream(), self.optimizer_stream
             place_of = {span.name: place for place, span in enumerate(self.stack.spans)}
@@ -220,7 +221,8 @@ class Trainer:
                 kept.append(gradient)
                 beside.wait_stream(main)
                 with torch.cuda.stream(beside):
-                    self.update(place_of[span.name], accumulated(span, gradient), steps)
+                    place = place_of[span.name]
+                    self.update({place: accumulated(span, gradient)}, span.group, steps[span.group])
 
             sum_R, gradients = self.stack.losses_and_gradients(*batch, update_beside)
             main.wait_stream(beside)
@@ -259,12 +261,16 @@ class Trainer:
         # NaN norms give NaN factors: a comparison that fails must not hide them
         return torch.where(norm_R <= limit_R, 1.0, limit_R / norm_R).float()
 
-    def update(self, place: int, gradient: Tensor, steps: dict[str, Step]) -> None:
-        """The optimizer's step of one trained parameter."""
-        span, stack = self.stack.spans[place], self.stack
-        remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
-        parameter = Parameter(span.name, span.shape, span.rows, stack.weight_RP[:, span.slice], remainder)
-        OPTIMIZERS[self.optimizers[span.group]].update(parameter, gradient, self.state[place], steps[span.group])
+    def update(self, gradients: dict[int, Tensor], group: str, step: Step) -> None:
+        """The optimizer's step of some trained parameters of a group, by their place."""
+        stack, parameters = self.stack, []
+        for place, gradient in gradients.items():
+            span = stack.spans[place]
+            remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
+            weight = stack.weight_RP[:, span.slice]
+            own = span.name, span.shape, span.rows, weight, remainder, gradient, self.state[place]
+            parameters.append(Parameter(*own))
+        OPTIMIZERS[self.optimizers[group]].update(parameters, step)
 
     # ---- what the scheduler asks of a device
 
