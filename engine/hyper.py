@@ -40,6 +40,8 @@ class HyperParameter:
     """whether it may be given for one parameter group"""
     at_evaluation: float | None = None
     """acts in the forward: its value on the probe; None: the run's own"""
+    off: float | None = None
+    """acts in the forward, which does without it where every cell has this value"""
 
 
 HYPER_PARAMETERS: dict[str, HyperParameter] = {
@@ -100,6 +102,14 @@ HYPER_PARAMETERS: dict[str, HyperParameter] = {
     ),
     "normuon_beta2": HyperParameter(
         "optimizer", "decay of NorMuon's second moment", 0.9, high=1.0 - 1e-7, by_group=True
+    ),
+    "dropout": HyperParameter(
+        "forward",
+        "share of the residual stream's additions that is dropped, behind the embedding and each half of a layer",
+        0.0,
+        high=1.0 - 1e-6,
+        at_evaluation=0.0,
+        off=0.0,
     ),
     "label_smoothing": HyperParameter(
         "forward",

@@ -341,13 +341,13 @@ def check_batching(run: Run, network: Network) -> None:
         return
     weights = {name: torch.stack([weight] * 2).requires_grad_() for name, weight in network.initial(0).items()}
     tokens_RBT = torch.zeros(2, 1, run.config.training.context, dtype=torch.int64)
-    hyper_R = {name: torch.zeros(2) for name in forward_names(run.config)}
+    hyper_R = {name: torch.zeros(2) for name in forward_names(run)}
 
     def one(weights, tokens_BT, hyper, key):
         return torch.func.functional_call(network.module, weights, (tokens_BT, tokens_BT, hyper, key))
 
     try:
-        losses = torch.func.vmap(one)(weights, tokens_RBT, hyper_R, torch.zeros(2, 2, dtype=torch.int64))
+        losses = torch.func.vmap(one)(weights, tokens_RBT, hyper_R, torch.zeros(2, 3, dtype=torch.int64))
         losses.sum().backward()
     except RuntimeError as error:  # torch has no class of its own for this
         text = " ".join(str(error).split())

@@ -18,8 +18,9 @@ class Network(NamedTuple):
     """A network and its surroundings.
 
     module: `forward(tokens_BT, targets_BT, hyper, key) -> summed loss`, 0-dim fp32, parameters on the meta device;
-    hyper holds the family's forward hyper-parameters, 0-dim fp32 each, key is (seed, step), int64 [2]. shapes: of its
-    parameters. groups: the groups of each, the one whose hyper-parameters it takes first; a tied tensor has two.
+    hyper holds the family's forward hyper-parameters, 0-dim fp32 each, key is (seed, step, first row of the batch),
+    int64 [3]. shapes: of its parameters. groups: the groups of each, the one whose hyper-parameters it takes first; a
+    tied tensor has two.
     initial: seed -> fp32 CPU weights. tokenizer: what its vocabulary stands for. flops_per_token: of training.
     activation_bytes: (tokens, bytes per element) -> bytes a replica. same_start: whether `initial` is the same for
     every seed. fused: rows (first, last + 1) of the matrices that lie in one parameter.

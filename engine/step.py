@@ -136,7 +136,7 @@ class Trainer:
         overlaps = all(OPTIMIZERS[self.optimizers[span.group]].overlaps for span in self.stack.spans)
         beside = compute_bound and overlaps and not self.clips
         self.optimizer_stream = torch.cuda.Stream(device, priority=LOW) if beside else None
-        forward = forward_names(self.config)
+        forward = forward_names(run)
         self.probe = Probe(self.stack, corpus, self.micro_batch, family.row_losses, forward, device)
         self.graphs = Graphs(self.micro_step, self.probe.piece)
         if device.type == "cuda":
@@ -192,7 +192,7 @@ class Trainer:
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
         forward_R = {name: hyper_R[name] for name in self.probe.hyper_E}
-        key_R2 = torch.stack([self.seeds_R, self.step_R * self.micros_R + self.micro_R], 1)
+        key_R3 = torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class Trainer:
             accumulate_(piece, gradient, fresh_R, active_R)
             return piece
 
-        batch = tokens_RBT, targets_RBT, forward_R, key_R2, count_R
+        batch = tokens_RBT, targets_RBT, forward_R, key_R3, count_R
         if self.optimizer_stream is None:
             sum_R, gradients = self.stack.losses_and_gradients(*batch)
             gradients = [accumulated(*each) for each in zip(self.stack.spans, gradients, strict=True)]
@@ -379,14 +379,15 @@ def frozen_parameters(config: SweepConfig, network: Network) -> set[str]:
     return network.in_groups(groups, config.family.groups)
 
 
-def forward_names(config: SweepConfig) -> tuple[str, ...]:
-    """Hyper-parameters that the network's forward reads."""
-    return tuple(name for name in config.family.hyper if HYPER_PARAMETERS[name].acts == "forward")
+def forward_names(run: Run) -> tuple[str, ...]:
+    """Hyper-parameters that the network's forward reads, without those that are off in every cell."""
+    names = [name for name in run.config.family.hyper if HYPER_PARAMETERS[name].acts == "forward"]
+    return tuple(name for name in names if (run.column(name) != HYPER_PARAMETERS[name].off).any())
 
 
 def hyper_rows(run: Run, stack: Stack, optimizers: dict[str, str]) -> tuple[list[str], list[str]]:
     """Names of the slots' hyper-parameters: learning rates, which are scheduled, and all of them, those first."""
-    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run.config)]
+    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run)]
     for group in dict.fromkeys(span.group for span in stack.spans):
         rates.append(run.source("lr", group))
         others += [run.source(name, group) for name in OPTIMIZERS[optimizers[group]].hyper if name != "lr"]

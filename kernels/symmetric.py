@@ -21,7 +21,7 @@ SMALL = Tile(64, 64, 32, 4, 3)  # fp32, and sides below a whole tile
 
 @triton.jit
 def _piece(
-    product, c_ptr, mirror_ptr, extra_ptr, mirrored, matrix, row, column, m, alpha, beta,
+    product, c_ptr, mirror_ptr, extra_ptr, diagonal, matrix, row, column, m, alpha, beta,
     c_K, c_row, extra_K, extra_row,
     BLOCK: tl.constexpr, HALF: tl.constexpr, ADD: tl.constexpr, DTYPE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -31,8 +31,10 @@ def _piece(
         product = alpha * product + beta * addend.to(tl.float32)
     piece = product.to(DTYPE)
     _store(c_ptr, piece, matrix, row, column, m, m, c_K, c_row, BLOCK, HALF, TMA)
-    if mirrored:
-        _store(mirror_ptr, piece.T, matrix, column, row, m, m, c_K, c_row, HALF, BLOCK, TMA)
+    # a tile on the diagonal has no other side: it is sent below the last row, where nothing is stored. No branch,
+    # which would keep the loop over tiles from being flattened.
+    across = tl.where(diagonal, m, column)
+    _store(mirror_ptr, piece.T, matrix, across, row, m, m, c_K, c_row, HALF, BLOCK, TMA)
 
 
 @triton.jit
@@ -59,13 +61,13 @@ def _symmetric_tile(
         right = _operand(a_ptr, matrix, at, column, n, m, a_K, a_row, BLOCK_N, BLOCK, not TALL, TMA, WIDEN)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     first, second = product.reshape(BLOCK, 2, HALF).permute(0, 2, 1).split()
-    mirrored = row != column
+    diagonal = row == column
     _piece(
-        first, c_ptr, mirror_ptr, extra_ptr, mirrored, matrix, row, column, m, alpha, beta,
+        first, c_ptr, mirror_ptr, extra_ptr, diagonal, matrix, row, column, m, alpha, beta,
         c_K, c_row, extra_K, extra_row, BLOCK, HALF, ADD, DTYPE, TMA_STORE,
     )  # fmt: skip
     _piece(
-        second, c_ptr, mirror_ptr, extra_ptr, mirrored, matrix, row, column + HALF, m, alpha, beta,
+        second, c_ptr, mirror_ptr, extra_ptr, diagonal, matrix, row, column + HALF, m, alpha, beta,
         c_K, c_row, extra_K, extra_row, BLOCK, HALF, ADD, DTYPE, TMA_STORE,
     )  # fmt: skip
 

@@ -83,7 +83,7 @@ def test_every_hyper_parameter_can_be_fixed_by_a_flag_of_its_name():
         "floor",
         "clip",
     }
-    for name in (*read, "tokens", "batch", "seed", "init_scale", "label_smoothing"):
+    for name in (*read, "tokens", "batch", "seed", "init_scale", "label_smoothing", "dropout"):
         value = HYPER_PARAMETERS[name].low + 1
         config, _ = read_arguments("", [*given, f"--{name}", str(value)])
         assert config.hyper == {name: value}, name
