@@ -14,6 +14,7 @@ import ctypes
 import gc
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from engine.optim import OPTIMIZERS, Parameter, Step, by_group
 from engine.plan import Mark, Trajectory, start_names
 from engine.schedule import SCHEDULES, multiplier
 from engine.scheduler import Ready, Scheduler
+from engine.sharpness import critical_sharpness
 from engine.stack import Flat, Span, Stack
 from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
@@ -107,7 +109,9 @@ class Trainer:
 
         self.largest_batch = int(run.values("batch").max())
         self.seed_row = {seed: row for row, seed in enumerate(seeds)}
-        orders = [batch_order(seed, len(corpus.tokens), longest * self.largest_batch) for seed in seeds]
+        # the batch behind the last step is looked at by a measurement
+        rows = (longest + 1) * self.largest_batch
+        orders = [batch_order(seed, len(corpus.tokens), rows) for seed in seeds]
         self.order = torch.from_numpy(np.stack(orders)).to(device)
         self.tokens = torch.from_numpy(corpus.tokens).to(device)
         self.targets = torch.from_numpy(corpus.targets).to(device)
@@ -192,7 +196,6 @@ class Trainer:
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
         forward_R = {name: hyper_R[name] for name in self.probe.hyper_E}
-        key_R3 = torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
@@ -202,7 +205,7 @@ class Trainer:
             accumulate_(piece, gradient, fresh_R, active_R)
             return piece
 
-        batch = tokens_RBT, targets_RBT, forward_R, key_R3, count_R
+        batch = tokens_RBT, targets_RBT, forward_R, self.keys(), count_R
         if self.optimizer_stream is None:
             sum_R, gradients = self.stack.losses_and_gradients(*batch)
             gradients = [accumulated(*each) for each in zip(self.stack.spans, gradients, strict=True)]
@@ -238,6 +241,10 @@ class Trainer:
         self.nonfinite_R.copy_(torch.where(bad_R, self.step_R, self.nonfinite_R))
         self.step_R.add_(update_R)
         self.micro_R.copy_(torch.where(update_R, 0, torch.where(active_R, self.micro_R + 1, self.micro_R)))
+
+    def keys(self) -> Tensor:
+        """What random numbers of this micro-step are keyed by: seed, step and first row of the batch, int64 [R, 3]."""
+        return torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
 
     def steps_of_groups(self, hyper_R: dict[str, Tensor], update_R: Tensor) -> dict[str, Step]:
         """What each parameter group's optimizer needs for the slots whose batch is complete, clipping left out."""
@@ -323,7 +330,8 @@ class Trainer:
                 losses, stopped = trace[: mark.step], each.nonfinite_step
                 steps = mark.step if stopped < 0 else stopped + 1
                 batch, weights = int(hyper["batch"]), lambda slot=each.slot: self.stack.master_weights(slot)
-                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights)
+                sharpness = partial(critical_sharpness, self, each.slot)
+                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights, sharpness)
                 workload = self.config.family.workload
                 values = {name: own.compute[workload](reading) for name, own in wanted.items()}
                 measured.append(Measured(mark, each.slot, values, losses))
