@@ -92,3 +92,5 @@ def train_missing(setup: Setup, writer: Writer, rank: Rank, quiet: bool, track: 
                 buffer.flush()
             watch.launched(launch)
             track.launch(watch)
+    if rank.index == 0:
+        writer.timed(watch.seconds, watch.done * rank.count)
