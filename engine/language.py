@@ -55,6 +55,11 @@ class LanguageSetup:
         return "at any width" if batch_invariant(self.run, self.device) else "in the same launch"
 
     @property
+    def width(self) -> int:
+        """Runs that train at once."""
+        return self.slots
+
+    @property
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a cell."""
         return {"data": self.corpus.digest}
@@ -254,8 +259,7 @@ def launch_rows(made: Plan, device: torch.device, asked: str, ranks: int, stored
                 "here; leave it out, or sweep into another --store"
             )
         return chunk, launch
-    shared_out = -(-rows // ranks)
-    chunk = min(plan.automatic_chunk_rows(made, device.type), shared_out)
+    chunk = min(plan.automatic_chunk_rows(made, device.type), plan.shared_rows(rows, ranks))
     if asked != "auto":
         chunk = min(int(asked), rows, chunk if exact else rows)
         return chunk, int(asked)
@@ -269,6 +273,7 @@ def check_groups(run: Run, network: Network) -> None:
         raise ValueError(f"freeze is {run.config.training.freeze!r}, which leaves nothing to train; freeze less")
     groups = {own[0] for name, own in network.groups.items() if name not in frozen}
     chosen = by_group(run.config.training.optimizer, run.config.family.groups)
+    check_matrices(run, network, chosen, frozen)
     for name in run.given:
         base, _, group = name.partition(".")
         takers = [each for each in sorted(groups) if group and run.source(base, each) == name]
@@ -284,6 +289,19 @@ def check_groups(run: Run, network: Network) -> None:
             )
 
 
+def check_matrices(run: Run, network: Network, chosen: dict[str, str], frozen: set[str]) -> None:
+    """Raise ValueError for a group with a vector or a table of tokens whose optimizer takes matrices only."""
+    tables = network.tables
+    for name, (group, *_) in network.groups.items():
+        shape, optimizer = network.shapes[name], chosen[group]
+        if OPTIMIZERS[optimizer].matrices_only and name not in frozen and (len(shape) != 2 or name in tables):
+            what = "a table with a row for each token" if name in tables else f"no matrix, its shape is {shape}"
+            raise ValueError(
+                f"optimizer {optimizer} of group {group!r} takes matrices between hidden units, but {name} is {what}; "
+                f"give that group another one, {group}=adamw in --optimizer"
+            )
+
+
 def check_batching(run: Run, network: Network) -> None:
     """Raise ValueError naming the operator for which torch.func.vmap has no rule, by one tiny step of two replicas.
 
@@ -293,13 +311,13 @@ def check_batching(run: Run, network: Network) -> None:
         return
     weights = {name: torch.stack([weight] * 2).requires_grad_() for name, weight in network.initial(0).items()}
     tokens_RBT = torch.zeros(2, 1, run.config.training.context, dtype=torch.int64)
-    hyper_R = {name: torch.zeros(2) for name in forward_names(run.config)}
+    hyper_R = {name: torch.zeros(2) for name in forward_names(run)}
 
     def one(weights, tokens_BT, hyper, key):
         return torch.func.functional_call(network.module, weights, (tokens_BT, tokens_BT, hyper, key))
 
     try:
-        losses = torch.func.vmap(one)(weights, tokens_RBT, hyper_R, torch.zeros(2, 2, dtype=torch.int64))
+        losses = torch.func.vmap(one)(weights, tokens_RBT, hyper_R, torch.zeros(2, 3, dtype=torch.int64))
         losses.sum().backward()
     except RuntimeError as error:  # torch has no class of its own for this
         text = " ".join(str(error).split())
@@ -329,7 +347,7 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     shared_frozen = same_seed and len(run.values("init_scale")) == 1
     batch = int(run.values("batch").max())
     accumulator = 4 if batch > config.training.micro_batch else 0
-    states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape) for span in spans)
+    states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape, span.rows) for span in spans)
     longest = int(made.steps.max())
     state = trained * (4 + compute + accumulator) + states + 4 * longest
     state += 0 if shared_frozen else frozen * compute

@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: launches are shared out, replicas never communicate."""
+"""The processes that torchrun starts: they lease chunks of one store, replicas never communicate."""
 
 import os
 from dataclasses import dataclass

@@ -14,13 +14,10 @@ from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 from engine import plan
 from engine.api import run_sweep
 from engine.config import hyper_names, make_config
-from engine.launch import missing_launches
 from engine.optim import OPTIMIZERS
 from engine.options import RunOptions
 from engine.outcome import DONE, NOT_COMPUTED, Thresholds
-from engine.plan import Chunk
 from engine.progress import Progress
-from engine.ranks import Rank
 from engine.schedule import SCHEDULES
 from engine.step import Trainer
 from engine.store import Writer, open_store
@@ -188,18 +185,6 @@ def test_the_live_map_and_the_final_one_have_the_same_labels(tmp_path, network):
         store = sweep(config, tmp_path / "s", rows_per_launch="2")
     assert np.array_equal(watched[-1].codes(), store.labels(Thresholds()))
     assert len(np.unique(watched[-1].codes())) > 1
-
-
-def test_ranks_share_the_launches_between_them(tmp_path):
-    config = tiny(tmp_path, y="lr:log:1e-3:1e-1:5", x="tokens:linear:32:48:2")
-    sweep(config, tmp_path / "s", rows_per_launch="1")
-    for row in range(5):
-        forget(tmp_path / "s", row)
-    made = setup(config, rows_per_launch="1")
-    writer = Writer(tmp_path / "s")
-    shares = [list(missing_launches(made, writer, Rank(index, 2))) for index in range(2)]
-    writer.close()
-    assert shares == [[(Chunk(0, row, row + 1),) for row in rows] for rows in ((0, 2, 4), (1, 3))]
 
 
 DRIVER = """
