@@ -5,7 +5,7 @@ device. A micro-step is a fixed sequence of device work with no host synchronisa
 graph. `engine.scheduler` says what is in which slot.
 
 A cell's numbers do not depend on its neighbours where every operator of the network is batch-invariant: that holds
-on a GPU with the kernels of this project. On a CPU the same launch, run again, gives the same bits.
+on a GPU with the kernels of this project. On a CPU the same runs, side by side again, give the same bits.
 
 Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameters, S step, n elements of a parameter.
 """

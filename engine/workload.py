@@ -55,7 +55,7 @@ class Setup(Protocol):
 
     @property
     def exact(self) -> str:
-        """What a cell's bits depend on: 'at any width', or 'in the same launch'."""
+        """What a cell's bits depend on: 'at any width', 'in the same wave' or launch."""
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -64,6 +64,9 @@ class Setup(Protocol):
     @property
     def attributes(self) -> dict[str, Any]:
         """What the store says of it."""
+
+    def to_train(self, launch: "Launch", status: np.ndarray) -> np.ndarray:
+        """Flat indices of the cells of a launch that are trained: those missing, and whichever that takes."""
 
     def train(
         self, launch: "Launch", status: np.ndarray, progress: Callable[[float, float], None]

@@ -87,7 +87,7 @@ def test_an_added_piece_is_swept_resumed_replayed_labelled_drawn_and_reported(tm
     }
     assert np.isfinite(whole["weight_norm"][np.isfinite(whole["val_loss"])]).all()
     store = open_store(path)
-    assert store.attributes["exact"] == "in the same launch"
+    assert store.attributes["exact"] == "in the same wave"
     forget(path, 1)
     train(store=str(path), replicates=2, **SWEEPS[kind], **flags)
     store = open_store(path)
