@@ -100,12 +100,18 @@ class Recommendation:
         column = self.column(tokens)
         if column is None:
             return self.best.cell if self.best else None
-        if math.isnan(column.best.value):
-            return None
-        grid = self.store.run.cells
-        assert isinstance(grid, Grid)
+        return None if math.isnan(column.best.value) else self.place(column)
+
+    def cells(self) -> list[tuple[int, ...]]:
+        """The swept cell nearest each column's best rate, or the best cell."""
+        if not self.columns:
+            return [self.best.cell] if self.best else []
+        return [self.place(column) for column in self.columns if math.isfinite(column.best.value)]
+
+    def place(self, column: Column) -> tuple[int, ...]:
+        """The cell of a column that is nearest its best rate."""
         places = {self.lr: column.nearest, self.other: column.index}
-        return tuple(places[name] for name in grid.dims)
+        return tuple(places[name] for name in self.store.run.cells.dims)
 
     def budget(self, tokens: float) -> Column:
         """`column` of a budget that was asked for."""
@@ -276,6 +282,17 @@ def range_text(ends: tuple[float, float], rates: np.ndarray) -> str:
 # ---- from a store
 
 
+def why_not(store: Store) -> str:
+    """Why a store recommends nothing, in one line; '' where it does."""
+    if missing := [name for name in store.config.workload.labelled if name not in store]:
+        return (
+            f"{store.path} has no {', '.join(missing)}; expected the probe before and after, by which rates are told "
+            "apart; sweep again into another --store"
+        )
+    measured = (store.status == DONE).any()
+    return "" if measured else f"{store.path} has no measured cell yet; expected some; run the sweep"
+
+
 def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendation:
     """What a store recommends.
 
@@ -283,16 +300,11 @@ def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendat
         ValueError: nothing is measured, or the store has no probe of the untrained weights (format 1).
     """
     workload = store.config.workload
-    if missing := [name for name in workload.labelled if name not in store]:
-        raise ValueError(
-            f"{store.path} has no {', '.join(missing)}; expected the probe before and after, by which rates are told "
-            "apart; sweep again into another --store"
-        )
+    if reason := why_not(store):
+        raise ValueError(reason)
     codes = store.labels(thresholds or Thresholds())
     score = store.read(workload.ranks).astype(float)
     done, trained = store.status == DONE, trains(codes)
-    if not done.any():
-        raise ValueError(f"{store.path} has no measured cell yet; expected some; run the sweep")
     cell = best_cell(store, np.where(done & trained, score, np.inf), done)
     if not is_rate_map(store):
         return Recommendation(store, "", "", np.empty(0), (), cell, "")
