@@ -150,6 +150,8 @@ class Recommendation:
         where = f"For {at} {long_name(self.other)}" if self.by_tokens else f"At {long_name(self.other)} {at}"
         if tokens is not None and abs(tokens / column.at - 1) > 1e-3:
             where += f" (swept; the nearest to {tokens:,.0f})"
+        if (epochs := self.epochs(column)) > 1:
+            where += f", which are {epochs:.2g} epochs"
         if math.isnan(column.best.value):
             return f"{where}: no {lr} trains in {'this seed' if column.seeds == 1 else 'all seeds'}"
         if column.edge:
@@ -166,6 +168,13 @@ class Recommendation:
             safe = f"safe up to {bound_text(column.safe, self.rates)}{below}{held if column.seeds > 1 else ''}"
         draw = "one seed, which is one draw" if column.seeds == 1 else f"{column.seeds} seeds"
         return f"{where}, {answer}; {near}; {safe}; {draw}"
+
+    def epochs(self, column: Column) -> float:
+        """How often a column's longest run sees the data; 0 where the store does not say how much there is."""
+        epochs = self.store.epochs
+        if epochs is None:
+            return 0.0
+        return float(epochs.take(column.index, axis=1 + self.store.run.cells.dims.index(self.other)).max())
 
     def cell_words(self) -> str:
         """The best cell's answer."""
