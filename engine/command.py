@@ -108,9 +108,9 @@ class Parser(ArgumentParser):
                 group.title, group.description = group.description.strip().rstrip("."), None
 
 
-def plainness(option: str) -> tuple[bool, ...]:
-    """Sorts an option's spellings: --lr.mlp, --lr-mlp, --lr_mlp, -y; its negation last."""
-    return option.startswith("--no"), not option.startswith("--"), "." not in option, "_" in option
+def plainness(option: str) -> tuple[int, ...]:
+    """Sorts an option's spellings: --lr.mlp, --lr-mlp, --lr_mlp, -y; shorter aliases first, its negation last."""
+    return option.startswith("--no"), not option.startswith("--"), "." not in option, "_" in option, len(option)
 
 
 def spellings(name: str) -> list[str]:

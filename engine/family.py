@@ -46,6 +46,8 @@ class Family:
     row_losses: bool = False
     """whether its forward takes `by_row=True` and then returns each row's summed loss [B]; else the probe is
     evaluated one row at a time"""
+    start: str = "random initial weights"
+    """what training starts from, in a few words"""
     zoom_precision: str = ""
     """what sequences of zooms are trained in; '' for the map's own"""
     formats: tuple[str, ...] = field(default=())
@@ -159,6 +161,7 @@ FAMILIES: dict[str, Family] = {
         build=build_smollm2,
         hyper=("label_smoothing", "dropout"),
         title=lambda options: "135M, pretrained",
+        start="its pretrained weights",
         batch_invariant=True,
         row_losses=True,
         formats=("gguf",),

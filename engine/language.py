@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from engine import plan
+from engine.amount import amount_of, amount_words, epochs_words
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
 from engine.network import Network
@@ -72,7 +73,8 @@ class LanguageSetup:
     def attributes(self) -> dict[str, Any]:
         """What the store says of it."""
         probe = (self.corpus.validation_targets >= 0).sum()
-        return {"slots": self.slots, "wave": self.wave, "data": self.corpus.description, "probe_tokens": int(probe)}
+        amount = {"amount": amount_of(self.corpus), "data": self.corpus.description}
+        return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | amount
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
         """A trainer of these data."""
@@ -140,7 +142,7 @@ class LanguageSetup:
             "network", f"{run.config.title}, {self.network.parameters:,} parameters, {run.config.swept.precision}"
         )
         table.add_row("data", self.corpus.description)
-        table.add_row("epochs", epochs(self.corpus, self.plan))
+        table.add_row("epochs", epochs_words(self.plan, amount_of(self.corpus)))
         table.add_row(
             "memory",
             f"{memory.stack(self.slots) / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
@@ -171,7 +173,9 @@ class LanguageSetup:
 
     def announce(self) -> list[str]:
         """Lines for the start of a sweep."""
-        lines = []
+        training = self.run.config.training
+        amount = amount_of(self.corpus)
+        lines = [f"data: {amount_words(training.data, amount)}; epochs: {epochs_words(self.plan, amount)}"]
         if self.widest > self.slots:
             how = "each wave when the one before has ended" if self.wave else "and slots are refilled"
             lines.append(f"a launch is {self.widest} trajectories; {self.slots} replicas train at once, {how}")
@@ -181,12 +185,6 @@ class LanguageSetup:
         if not batch_invariant(self.run, self.device):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
-
-
-def epochs(corpus: Corpus, made: Plan) -> str:
-    """How often the longest run sees the data."""
-    most = float((made.steps * made.cost).max()) / corpus.tokens.size
-    return f"up to {most:.3g} of {corpus.tokens.size:,} tokens" + ("; longer runs see data again" if most > 1 else "")
 
 
 def batch_invariant(run: Run, device: torch.device) -> bool:
