@@ -1,6 +1,6 @@
 """The command `fractal`: everything this project does, a word each. `fractal sweep` is `engine/sweep.py`, and so on."""
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
 import sys
@@ -32,6 +32,7 @@ COMMANDS = {
         "engine.sweep", "train a grid of hyper-parameters, many runs at once, and map it", {"finish": draw}
     ),
     "replay": Command("engine.replay", "train one stored cell again and compare, bit for bit; save its weights"),
+    "recommend": Command("analysis.recommend", "which learning rate, for each budget, with its interval over seeds"),
     "zoom": Command("analysis.zoom", "train a part of a map again, denser, once or many times in a row"),
     "rules": Command(
         "analysis.rules", "rules of thumb over seeds: where half and 90% of runs train, best and safe rates"

@@ -3,7 +3,7 @@
 Three panels side by side (analysis/panels.py), or each alone.
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 The arguments are read by engine/options.py, the sweep itself is `engine.api.run_sweep`.
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
 from collections.abc import Callable, Sequence
