@@ -165,7 +165,7 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank, w
         if lock.warning:
             warn(lock.warning)
         if setup.run.replicates > Store(path).run.replicates:
-            Writer(path).grow(setup.run.replicates)
+            Writer(path).grow(setup.run.replicates, int(setup.plan.steps.max()))
     rank.barrier()
     return Writer(path, lock)
 

@@ -12,8 +12,9 @@ import pytest
 from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 
 from engine import plan
-from engine.api import run_sweep
+from engine.api import prepare_stored, run_sweep
 from engine.config import hyper_names, make_config
+from engine.data import batch_order
 from engine.launch import missing_launches
 from engine.optim import OPTIMIZERS
 from engine.options import RunOptions
@@ -36,6 +37,8 @@ PAIRS = (
     ("init_scale:log:0.5:2:2", "label_smoothing:linear:0:0.5:2"),
     ("seed:linear:0:1:2", "batch:linear:2:4:2"),
     ("eps:log:1e-8:1e-1:2", "weight_decay.mlp:linear:0:2:2"),
+    ("unique_tokens:linear:8:24:2", "tokens:linear:32:64:2"),
+    ("epochs:linear:1:3:2", "lr:log:1e-3:1e-1:2"),
 )
 
 
@@ -151,6 +154,27 @@ def test_more_replicates_train_only_the_missing_ones(tmp_path, monkeypatch):
     assert {run.hyper["seed"] for work in trained for run in work} == {1, 2}
     assert_equal_bits({name: array[:1] for name, array in three.items()}, one)
     assert_equal_bits(three, arrays(sweep(config.change(replicates=3), tmp_path / "at once")))
+
+
+def test_supervised_budgets_are_reached_by_every_seed_and_seeds_may_be_added(tmp_path):
+    config = tiny(tmp_path, y="lr:log:1e-3:1e-2:2", x="tokens:linear:40:120:3", count="supervised", unique_tokens=60)
+    sweep(config, tmp_path / "s")
+    store = sweep(config.change(replicates=3), tmp_path / "s")
+    counts, unique = store.run.counts, plan.unique_rows(store.run)
+    for seed, col in np.ndindex(3, 3):
+        steps, rows = store.read("steps")[seed, 0, col], int(unique[seed, 0, 0])
+        first = counts[batch_order(seed, len(counts), rows)]
+        assert first.sum() >= 60 > first[:-1].sum()
+        seen = counts[batch_order(seed, len(counts), 2 * steps, rows)]
+        assert seen.sum() >= [40, 80, 120][col] > seen[:-2].sum()
+    assert_equal_bits(arrays(store), arrays(sweep(config.change(replicates=3), tmp_path / "at once")))
+    again = prepare_stored(store, "cpu").replay(17)
+    assert again.weights_digest == store.read("weights_digest")[2, 1, 2]
+
+
+def test_more_unique_tokens_than_there_are_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unique_tokens goes up to 200, but the data have 192 \(tokens\) in 24 rows"):
+        setup(tiny(tmp_path, unique_tokens=200))
 
 
 def test_a_resumed_sweep_keeps_the_stored_coordinates(tmp_path):
