@@ -232,7 +232,8 @@ def check_swept(run: Run) -> None:
             raise ValueError(f"{name} is an axis, and --{name} is {run.config.hyper[name]:g}; leave out one of the two")
         if not run.config.workload.reads(run, name):
             raise ValueError(
-                f"axis {name} changes nothing: every parameter group has a value of its own; sweep something else"
+                f"axis {name} changes nothing: no parameter group that trains takes its value from it; sweep something "
+                "else"
             )
     for name, rule in HYPER_PARAMETERS.items():
         every = {name, *rule.follows}

@@ -21,7 +21,8 @@ class RunOptions:
     store: str = ""  # the Zarr store to make or resume (default: results/<network>-<axes>-<data>-<hash>)
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
     rows_per_launch: str = "auto"  # grid rows trained at once; auto: about 16 runs on a CPU, all that fit on a GPU
-    slots: int = 0  # replicas trained at once (0: what fits)
+    workers: int = 1  # processes that train this sweep together, each started by this command, on any machine
+    slots: int = 0  # replicas trained at once (0: what fits; on a CPU, waves of half a minute)
     figures: bool = True  # draw the maps and print the summary at the end
     quiet: bool = False  # no progress
     dry_run: bool = False  # print launches, stacks, memory, FLOPs and a time estimate, then stop
