@@ -28,6 +28,7 @@ RANGES = {
     "beta2": "linear:0:0.9",
     "eps": "log:1e-8:1e-3",
     "label_smoothing": "linear:0:0.5",
+    "dropout": "linear:0:0.5",
     "unique_tokens": "log:300:5000",
     "epochs": "log:0.5:8",
 }
