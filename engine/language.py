@@ -402,7 +402,7 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     accumulator = 4 if batch > config.training.micro_batch else 0
     states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape, span.rows) for span in spans)
     longest = int(made.steps.max())
-    state = trained * (4 + compute + accumulator) + states + 4 * longest + 4 * most_rows(made)
+    state = trained * (4 + compute + accumulator) + states + 4 * (longest + most_rows(made) + batch)
     state += 0 if shared_frozen else frozen * compute
     tokens = config.training.micro_batch * config.training.context
     activations = network.activation_bytes(tokens, compute)
