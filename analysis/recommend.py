@@ -5,6 +5,9 @@ safe rate, and up to where every seed trains (rates and intervals are those of a
 swept rates is named: there a number is a bound. Maps that are no learning rate against something get their best cell.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

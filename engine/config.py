@@ -31,7 +31,7 @@ class Swept:
     x: str = ""  # columns, written alike (default: the network's)
     points: str = ""  # a .csv of points instead of a grid, a column for each hyper-parameter
     replicates: int = 1  # seeds every cell is trained with: seed, seed + 1, ...
-    precision: str = "auto"  # of the network's (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
+    precision: str = "auto"  # %(legal)s (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
     trace: str = "auto"  # on: store every step's loss; off; auto: on except for two_layer
     measure: str = ""  # measured at every mark beside the rest: sharpness (a backward and some ten forward passes)
 
