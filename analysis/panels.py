@@ -13,6 +13,7 @@ from analysis.axes import extent, ticks
 from analysis.boundary import map_edges
 from analysis.classify import counts, measured, trains
 from analysis.colours import LABEL_COLOURS, colour_scale, convergence_rgba, equalise, label_rgba
+from analysis.overlay import draw_best, draw_epochs
 from engine.store import Replicate
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import: the drawing functions import what they use
@@ -51,6 +52,7 @@ def draw_frame(axes: "Axes", store: Replicate, title: str) -> None:
     x, y = extent(store.grid.x), extent(store.grid.y)
     axes.set(xlim=x, ylim=y)
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, lw=0, zorder=0, **MISSING_STYLE))
+    draw_epochs(axes, store)
     for axis, set_ticks, set_label in (
         (store.grid.x, axes.set_xticks, axes.set_xlabel),
         (store.grid.y, axes.set_yticks, axes.set_ylabel),
@@ -105,7 +107,7 @@ def draw_labels(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     draw_frame(axes, store, "Label")
     draw_cells(axes, store, label_rgba(thinned(codes)))
     draw_boundary(axes, store, codes, "black", "white")
-    patches = []
+    patches: list[Any] = draw_best(axes, store)
     for name, count in counts(codes).items():
         style: dict[str, Any] = (
             MISSING_STYLE if name == "missing" else {"facecolor": LABEL_COLOURS[name], "edgecolor": "#777777"}
