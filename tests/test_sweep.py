@@ -219,7 +219,7 @@ def test_a_list_of_points_is_swept_and_resumed(tmp_path):
     forget(tmp_path / "s", 1)
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     (tmp_path / "p.csv").write_text("lr,beta1,tokens\n1e-2,0.9,64\n1e-1,0.5,48\n4e-2,0.1,96\n")
-    with pytest.raises(ValueError, match="holds other values than when"):
+    with pytest.raises(ValueError, match="holds a sweep with points of other content"):
         sweep(config, tmp_path / "s")
 
 
