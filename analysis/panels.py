@@ -23,6 +23,8 @@ from analysis.colours import (
     label_rgba,
     scale_rgba,
 )
+from analysis.overlay import draw_best, draw_epochs
+from analysis.stability import draw_stability
 from engine.grid import Axis
 from engine.store import Replicate
 
@@ -152,6 +154,7 @@ def draw_frame(axes: "Axes", store: Replicate, title: str) -> None:
     x, y = extent(store.grid.x), extent(store.grid.y)
     axes.set(xlim=x, ylim=y)
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, lw=0, zorder=0, **MISSING_STYLE))
+    draw_epochs(axes, store)
     for axis, set_ticks, set_label in (
         (store.grid.x, axes.set_xticks, axes.set_xlabel),
         (store.grid.y, axes.set_yticks, axes.set_ylabel),
@@ -205,7 +208,7 @@ def draw_labels(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     draw_frame(axes, store, "Label")
     draw_cells(axes, store, label_rgba(thinned(codes)))
     draw_boundary(axes, store, codes, "black", "white")
-    patches = []
+    patches: list[Any] = draw_best(axes, store)
     for name, count in counts(codes).items():
         style: dict[str, Any] = (
             MISSING_STYLE if name == "missing" else {"facecolor": LABEL_COLOURS[name], "edgecolor": "#777777"}
@@ -239,6 +242,7 @@ def draw_loss(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     draw_frame(axes, store, "Held-out loss" if held_out else "Last loss")
     draw_cells(axes, store, rgba)
     draw_boundary(axes, store, codes, "white", "black")
+    draw_stability(axes, store)
     bar = colour_bar(axes, ScalarMappable(norm, scale), extend="max")
     bar.ax.axvline(first, color="black", lw=1.2)
     bar.ax.text(first, 1.2, "start", ha="center", va="bottom", size="small", transform=bar.ax.get_xaxis_transform())
