@@ -67,7 +67,7 @@ BLOCKS: dict[tuple[str, str], list[Tiles]] = {
 }  # fmt: skip
 
 
-def calls(name: str) -> tuple[dict[str, Callable], dict[str, Callable]]:
+def calls(name: str) -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:
     """Ours and the peers', forward and backward, on random data of a case."""
     R, B, T, H, G, K, qk_norm = SHAPES[name]
     qkv = torch.randn(R, B, T, (H + 2 * G) * K, device="cuda", dtype=torch.bfloat16)
@@ -75,7 +75,7 @@ def calls(name: str) -> tuple[dict[str, Callable], dict[str, Callable]]:
     angle = torch.rand(T, K // 2, device="cuda").expand(R, -1, -1)
     settings = (angle.cos(), angle.sin(), H, G, qk_norm, 1e-6)
     o, logsumexp = attention.attention_op(qkv, *settings)
-    ours = {
+    ours: dict[str, Callable[[], object]] = {
         "forward": partial(attention.attention_op, qkv, *settings),
         "backward": partial(
             attention.attention_backward_op, upstream, qkv, *settings[:2], o, logsumexp, *settings[2:]
@@ -84,7 +84,7 @@ def calls(name: str) -> tuple[dict[str, Callable], dict[str, Callable]]:
     heads = qkv.flatten(0, 1).unflatten(-1, (-1, K)).transpose(1, 2)
     q, k, v = (part.contiguous().requires_grad_() for part in heads.split([H, G, G], 1))
     upstream = upstream.flatten(0, 1).unflatten(-1, (H, K)).transpose(1, 2)
-    peers = {}
+    peers: dict[str, Callable[[], object]] = {}
     for peer, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention-2", SDPBackend.FLASH_ATTENTION)):
         forward = partial(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=H > G)
         peers[f"forward by {peer}"] = partial(with_backend, backend, forward)
@@ -118,19 +118,23 @@ def time_case(name: str) -> list[dict]:
     R, B, T, H, _, K, _ = SHAPES[name]
     ours, peers = calls(name)
     one_block = T <= 128
-    ways = {(kind, "as chosen", ()): call for kind, call in ours.items()}
-    ways |= {(kind, "", ()): call for kind, call in peers.items()}
+    ways: dict[tuple[str, str, Tiles | None], Callable[[], object]] = {}
+    ways |= {(kind, "as chosen", None): call for kind, call in ours.items()}
+    ways |= {(kind, "", None): call for kind, call in peers.items()}
     for (kind, choice), tiles in (ONE_BLOCK if one_block else BLOCKS).items():
         for tile in tiles:
             ways[kind, choice, tile] = partial(with_tile, ours[kind], choice, tile, one_block)
     compile_ahead(*ways.values())
     rows = []
-    for (kind, choice, tile), ms in zip(ways, milliseconds_in_turn([[call] for call in ways.values()]), strict=True):
+    times = milliseconds_in_turn([[call] for call in ways.values()])
+    for (kind, choice, asked_tile), ms in zip(ways, times, strict=True):
         products = {"forward": 1, "backward": 2.5, "both": 3.5}[kind.split()[0]]
         teraflops = products * 2e-9 * R * B * H * T * T * K / ms
-        print(f"{name:16}{kind:28}{choice:16}{tile!s:20}{ms:9.4f} ms{teraflops:7.0f} TFLOP/s", flush=True)
         named = f"{kind} {choice}".strip()
-        sizes = dict(zip(("block_q", "block_k", "num_warps", "num_stages"), tile or (0, 0, 0, 0), strict=True))
+        label = "x".join(map(str, asked_tile)) if asked_tile else ""
+        print(f"{name:16}{named:32}{label:20}{ms:9.4f} ms{teraflops:7.0f} TFLOP/s", flush=True)
+        columns = ("block_q", "block_k", "num_warps", "num_stages")
+        sizes: dict[str, object] = dict(zip(columns, asked_tile or (0, 0, 0, 0), strict=True))
         rows.append({"kernel": named, "case": name} | sizes | {"max_registers": 0, "ms": round(ms, 5)})
     return rows
 

@@ -104,9 +104,8 @@ def compile_one(job: tuple[str, Tile]) -> str:
     """Into the on-disk cache, from a process of its own; says why where a tile does not fit."""
     form, tile = job
     try:
-        # without half tiles, with some behind the last whole wave, and with last columns that are half tiles
-        for replicas, columns in ((132, 512), (2, 512), (132, 512 + 64)):
-            a, b, out = operands(replicas, form, 256, columns, 256)
+        for replicas in (2, 132):  # with half tiles behind the last whole wave, and without
+            a, b, out = operands(replicas, form, 256, 256, 256)
             stacked_matmul(a, b, form, tile=tile, out=out)
     except (OutOfResources, RuntimeError) as error:
         return f"{form} {tuple(tile)}: {str(error)[:200]}"

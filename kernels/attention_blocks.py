@@ -30,21 +30,21 @@ TURNED_ROWS = 32  # times that one program turns
 def forward_tiles(K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a program, from one replica's head dim and dtype alone."""
     if dtype == torch.bfloat16:
-        return (128, 128, 8, 2) if K <= 64 else (128, 64, 8, 2)
+        return (64, 64, 4, 3)
     return (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
 
 
 def queries_tiles(K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """As `forward_tiles`, for dq."""
     if dtype == torch.bfloat16:
-        return (128, 64, 8, 2)
+        return (64, 64, 4, 3) if K <= 64 else (128, 64, 8, 3)
     return (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
 
 
 def keys_tiles(K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """As `forward_tiles`, for dk and dv."""
     if dtype == torch.bfloat16:
-        return (64, 128, 8, 2)
+        return (64, 64, 4, 3) if K <= 64 else (32, 64, 4, 3)
     return (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
 
 
@@ -55,7 +55,7 @@ def forward_blocks(
     T, H, G = shape["T"], shape["H"], shape["G"]
     block_q, block_k, warps, stages = forward_tiles(shape["K"], qkv_RBTC.dtype)
     k_turned = _turned(qkv_RBTC, tables, eps, shape, first=H)
-    _forward_kernel[(o_RBTD[..., 0, 0].numel() * H * triton.cdiv(T, block_q),)](
+    _attention_blocks_forward_kernel[(o_RBTD[..., 0, 0].numel() * H * triton.cdiv(T, block_q),)](
         qkv_RBTC,
         *tables,
         _heads(k_turned, block_k),
@@ -88,7 +88,7 @@ def backward_blocks(
     delta_RBHT = torch.empty_like(logsumexp_RBHT)
 
     block_q, block_k, warps, stages = queries_tiles(K, qkv_RBTC.dtype)
-    _backward_queries_kernel[(rows * H * triton.cdiv(T, block_q),)](
+    _attention_blocks_queries_kernel[(rows * H * triton.cdiv(T, block_q),)](
         qkv_RBTC,
         *tables,
         _heads(turned, block_k),
@@ -105,7 +105,7 @@ def backward_blocks(
         num_stages=stages,
     )
     block_q, block_k, warps, stages = keys_tiles(K, qkv_RBTC.dtype)
-    _backward_keys_kernel[(rows * G * triton.cdiv(T, block_k),)](
+    _attention_blocks_keys_kernel[(rows * G * triton.cdiv(T, block_k),)](
         qkv_RBTC,
         *tables,
         _heads(turned, block_q),
@@ -127,7 +127,7 @@ def _turned(qkv_RBTC: Tensor, tables: tuple, eps: float, shape: dict, first: int
     rows = qkv_RBTC[..., 0, 0].numel()
     half = _half(K)
     turned = qkv_RBTC.new_empty(rows, heads, T, 2 * half)
-    _turn_kernel[(rows * triton.cdiv(T, TURNED_ROWS),)](
+    _attention_turn_kernel[(rows * triton.cdiv(T, TURNED_ROWS),)](
         qkv_RBTC, *tables, turned, eps, **shape, FIRST=first, ROWS=TURNED_ROWS, HALF=half, num_warps=4
     )
     return turned
@@ -171,7 +171,7 @@ def _halves(y):
 
 
 @triton.jit
-def _turn_kernel(
+def _attention_turn_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, turned_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     QK_NORM: tl.constexpr, SCALE: tl.constexpr,
@@ -218,7 +218,7 @@ def _forward_loop(
 
 
 @triton.jit
-def _forward_kernel(
+def _attention_blocks_forward_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, k_ptr, v_ptr, o_ptr, logsumexp_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     QK_NORM: tl.constexpr, SCALE: tl.constexpr,
@@ -276,7 +276,7 @@ def _queries_loop(
 
 
 @triton.jit
-def _backward_queries_kernel(
+def _attention_blocks_queries_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, k_ptr, v_ptr, o_ptr, do_ptr, logsumexp_ptr, delta_ptr,
     dqkv_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
@@ -354,7 +354,7 @@ def _keys_loop(
 
 
 @triton.jit
-def _backward_keys_kernel(
+def _attention_blocks_keys_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, q_ptr, do_ptr, logsumexp_ptr, delta_ptr, dqkv_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
     QK_NORM: tl.constexpr, SCALE: tl.constexpr,

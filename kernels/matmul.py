@@ -5,7 +5,6 @@ Dimensions: R replica; M, N, K the sides of a matrix product c [M, N] = a [M, K]
 One kernel computes every product, forward and backward, with the replica as the outermost part of
 its grid. The order of every sum follows from one replica's shape and dtype (kernels/tiles.py), never
 from R: tiles of the last wave may be taken by halves, which changes who adds, not in what order.
-Last columns that fill at most half of a tile are a half tile too.
 Transposed operands are read through their strides. On bf16 whose rows are whole 16-byte units the
 tensor-map engine (TMA) moves the tiles, which also keeps reads inside one replica: what the kernels
 name a_ptr, b_ptr, c_ptr, extra_ptr is then a tensor descriptor.
@@ -98,10 +97,10 @@ def _finish(
 
 
 @triton.jit
-def _place(tile, m, n, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr, TAIL: tl.constexpr):
-    """Replica, first row and first column of a tile; TAIL: columns that fill no tile are left to half tiles."""
+def _place(tile, m, n, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr):
+    """Replica, first row and first column of a tile."""
     tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = n // COLUMNS if TAIL else tl.cdiv(n, COLUMNS)
+    tiles_n = tl.cdiv(n, COLUMNS)
     replica = tile // (tiles_m * tiles_n)
     tile = tile % (tiles_m * tiles_n)
     group = tile // (GROUP_M * tiles_n)
@@ -118,10 +117,10 @@ def _tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
-    WIDEN: tl.constexpr, TAIL: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCK_N // 2
-    replica, row, column = _place(tile, m, n, BLOCK_M, BLOCK_N + HALF if WIDE else BLOCK_N, GROUP_M, TAIL)
+    replica, row, column = _place(tile, m, n, BLOCK_M, BLOCK_N + HALF if WIDE else BLOCK_N, GROUP_M)
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     third = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
@@ -154,22 +153,17 @@ def _tile(
 
 @triton.jit
 def _half_tile(
-    half, whole, halves, a_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, m, n, k, alpha, beta,
+    tile, right, a_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
-    WIDEN: tl.constexpr, TAIL: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Half of a tile's columns, with the same bits: of those behind the whole ones, then of the last columns."""
+    """The left (right = 0) or right (right = 1) half of `_tile`'s columns, with the same bits."""
     HALF: tl.constexpr = BLOCK_N // 2
-    replica, row, column = _place(whole + half // 2, m, n, BLOCK_M, BLOCK_N, GROUP_M, TAIL)
-    column += half % 2 * HALF
-    if TAIL:
-        tiles_m = tl.cdiv(m, BLOCK_M)
-        replica = tl.where(half < halves, replica, (half - halves) // tiles_m)
-        row = tl.where(half < halves, row, (half - halves) % tiles_m * BLOCK_M)
-        column = tl.where(half < halves, column, n // BLOCK_N * BLOCK_N)
+    replica, row, column = _place(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    column += right * HALF
     product = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         at = step * BLOCK_K
@@ -183,20 +177,16 @@ def _half_tile(
     )  # fmt: skip
 
 
-# With and without half tiles one compiled kernel each for any R.
-@triton.jit(do_not_specialize=["whole", "halves", "tails"])
+@triton.jit(do_not_specialize=["whole", "halves"])  # with and without halves one compiled kernel each for any R
 def _stacked_matmul_kernel(
-    a_ptr, b_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, whole, halves, tails, m, n, k, alpha, beta,
+    a_ptr, b_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, whole, halves, m, n, k, alpha, beta,
     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     WIDE: tl.constexpr, FORM: tl.constexpr, EPILOGUE: tl.constexpr, SCALED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_STORE: tl.constexpr,
-    WIDEN: tl.constexpr, PERSISTENT: tl.constexpr, HALVES: tl.constexpr, TAIL: tl.constexpr,
+    WIDEN: tl.constexpr, PERSISTENT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """The first `whole` tiles, as `halves` half tiles those behind them, and `tails` half tiles of last columns.
-
-    HALVES: there are half tiles. TAIL: the last columns are half tiles.
-    """
+    """The first `whole` tiles, and as `halves` half tiles those behind them (HALVES: there are some)."""
     if PERSISTENT:
         # Flattened, the next tile's loads begin during this one's end. With the two products of a
         # wide tile the flattened loop would make the tensor cores wait for each instruction.
@@ -205,39 +195,34 @@ def _stacked_matmul_kernel(
                 tile, a_ptr, b_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, m, n, k, alpha, beta,
                 a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, WIDE, FORM, EPILOGUE, SCALED,
-                DTYPE, PRECISION, TMA, TMA_STORE, WIDEN, TAIL,
+                DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
             )  # fmt: skip
         if HALVES:
-            # Programs that took one whole tile less go first.
-            first = (tl.program_id(0) + tl.num_programs(0) - whole % tl.num_programs(0)) % tl.num_programs(0)
-            for half in tl.range(first, halves + tails, tl.num_programs(0), flatten=True):
+            for half in tl.range(tl.program_id(0), halves, tl.num_programs(0), flatten=True):
                 _half_tile(
-                    half, whole, halves, a_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, m, n, k, alpha, beta,
+                    whole + half // 2, half % 2, a_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, m, n, k, alpha, beta,
                     a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
                     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, FORM, EPILOGUE, SCALED,
-                    DTYPE, PRECISION, TMA, TMA_STORE, WIDEN, TAIL,
+                    DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
                 )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), a_ptr, b_ptr, b_half_ptr, c_ptr, extra_ptr, scale_ptr, m, n, k, alpha, beta,
             a_R, a_row, b_R, b_row, c_R, c_row, extra_R, extra_row,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, WIDE, FORM, EPILOGUE, SCALED,
-            DTYPE, PRECISION, TMA, TMA_STORE, WIDEN, TAIL,
+            DTYPE, PRECISION, TMA, TMA_STORE, WIDEN,
         )  # fmt: skip
 
 
-def _programs(tiles: int, tails: int, tile: Tile, device: torch.device) -> tuple[int, int, int]:
-    """Programs, tiles they take whole, and half tiles: the last wave is halved where that ends earlier."""
+def _programs(tiles: int, tile: Tile, device: torch.device) -> tuple[int, int, int]:
+    """Programs, tiles they take whole, and half tiles: the last wave is halved where that makes it half as long."""
     if not tile.residents:
         return tiles, tiles, 0
     processors = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     places = processors * tile.residents
     rest = tiles % places
-    # times of half tiles: programs without a whole tile in the last wave take two tails meanwhile
-    in_whole = 2 + triton.cdiv(max(tails - 2 * (places - rest), 0), places)
-    in_halves = triton.cdiv(2 * rest + tails, places)
-    halves = 2 * rest if rest and in_halves < in_whole and not tile.wide else 0
-    return min(places, max(tiles - halves // 2, halves + tails)), tiles - halves // 2, halves
+    halves = 2 * rest if 2 * rest <= places and not tile.wide else 0
+    return (places if tiles >= places else max(rest, halves)), tiles - halves // 2, halves
 
 
 def stacked_matmul(
@@ -290,10 +275,8 @@ def stacked_matmul(
     block_c = (tile.block_m, tile.block_n // 2)
     if extra is not None:
         extra = _aligned(extra) if tma_store else dense_replicas(extra)
-    rows_of_tiles = c.shape[0] * triton.cdiv(m, tile.block_m)
-    tails = rows_of_tiles if tile.has_tail(n) else 0
-    tiles = rows_of_tiles * (n // tile.columns if tails else triton.cdiv(n, tile.columns))
-    programs, whole, halves = _programs(tiles, tails, tile, a.device)
+    tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.columns)
+    programs, whole, halves = _programs(tiles, tile, a.device)
     other = c if extra is None else extra
     _stacked_matmul_kernel[(programs,)](
         _described(a, block_a) if tma else a,
@@ -302,13 +285,13 @@ def stacked_matmul(
         _described(c, block_c) if tma_store else c,
         _described(other, block_c) if tma_store else other,
         scale_R,
-        whole, halves, tails, m, n, k, alpha, beta,
+        whole, halves, m, n, k, alpha, beta,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
         c.stride(0), c.stride(1), other.stride(0), other.stride(1),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         WIDE=tile.wide, FORM=form, EPILOGUE=epilogue, SCALED=scale_R is not None,
         DTYPE=DTYPES[a.dtype], PRECISION=precision, TMA=tma, TMA_STORE=tma_store,
-        WIDEN=INTERPRETED, PERSISTENT=tile.residents > 0, HALVES=halves + tails > 0, TAIL=tails > 0,
+        WIDEN=INTERPRETED, PERSISTENT=tile.residents > 0, HALVES=halves > 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return c

@@ -35,11 +35,6 @@ class Tile(NamedTuple):
     def columns(self) -> int:
         return self.block_n * 3 // 2 if self.wide else self.block_n
 
-    def has_tail(self, n: int) -> bool:
-        """Whether the last of n columns are a half tile."""
-        persistent = self.residents > 0 and not self.wide
-        return persistent and n > self.block_n and 0 < n % self.block_n <= self.block_n // 2
-
 
 TABLE = Path(__file__).with_name("tuned_tiles.json")
 TUNED = {key: Tile(*values) for key, values in json.loads(TABLE.read_text("utf-8")).items()} if TABLE.exists() else {}
@@ -76,8 +71,6 @@ def default_tile(m: int, n: int) -> Tile:
     def rate(tile: Tile) -> float:
         padded_m = -(-m // tile.block_m) * tile.block_m
         padded_n = -(-n // tile.columns) * tile.columns
-        if tile.has_tail(n):
-            padded_n -= tile.block_n // 2
         return SHAPES[tile] * m * n / (padded_m * padded_n)
 
     return max(SHAPES, key=rate)
