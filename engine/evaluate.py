@@ -53,8 +53,8 @@ class Probe:
         self.targets = torch.from_numpy(targets.reshape(shape)).to(device)
         evaluated = evaluated_at_once(stack.weight_RP[0].nbytes, stack.replicas)
         self.counts = tuple(2**power for power in reversed(range(evaluated.bit_length())))
-        # As many slots at a mark as the whole stack is evaluated for; on a CPU, where idle slots cost as much, all.
-        self.most = stack.replicas // 2 + 1 if device.type == "cuda" else stack.replicas
+        # Slots at a mark from which the whole stack is evaluated; on a CPU, where idle slots cost as much, all.
+        self.most = -(-3 * stack.replicas // 4) if device.type == "cuda" else stack.replicas
         self.weight_EP = torch.empty_like(stack.weight_RP[: self.counts[0]])
         self.frozen_EF = stack.frozen_RF if stack.shares_frozen else torch.empty_like(stack.frozen_RF[: self.counts[0]])
         self.hyper_R = {name: torch.zeros(stack.replicas, device=device) for name in hyper}
