@@ -10,6 +10,9 @@ causal half of 4 T^2 K a head forward, and 2.5 times that backward. The fastest 
 R replica, B batch, T time, H query heads, G key/value heads, K head dim.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from benchmarks.arguments import asked
 
 TITLE = "Times the candidate tiles of the attention kernels."

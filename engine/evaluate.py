@@ -58,7 +58,7 @@ class Probe:
         self.weight_EP = torch.empty_like(stack.weight_RP[: self.counts[0]])
         self.frozen_EF = stack.frozen_RF if stack.shares_frozen else torch.empty_like(stack.frozen_RF[: self.counts[0]])
         self.hyper_R = {name: torch.zeros(stack.replicas, device=device) for name in hyper}
-        self.key_R2 = torch.zeros(stack.replicas, 2, dtype=torch.int64, device=device)
+        self.key_R3 = torch.zeros(stack.replicas, 3, dtype=torch.int64, device=device)
         self.sums_RPB = torch.zeros(stack.replicas, *self.tokens.shape[:2], device=device)
         self.place_1 = torch.zeros(1, dtype=torch.int64, device=device)  # the next piece
 
@@ -111,11 +111,11 @@ class Probe:
         copied = count != WHOLE_STACK
         weights = stack.views(self.weight_EP[first], stack.spans) if copied else stack.weights
         frozen = stack.frozen(self.frozen_EF[first] if copied and not stack.shares_frozen else stack.frozen_RF)
-        sums_RPB, key_R2 = self.sums_RPB[first], self.key_R2[first]
-        tokens_RBT = self.tokens[self.place_1].expand(len(key_R2), -1, -1)
-        targets_RBT = self.targets[self.place_1].expand(len(key_R2), -1, -1)
+        sums_RPB, key_R3 = self.sums_RPB[first], self.key_R3[first]
+        tokens_RBT = self.tokens[self.place_1].expand(len(key_R3), -1, -1)
+        targets_RBT = self.targets[self.place_1].expand(len(key_R3), -1, -1)
         hyper_R = {name: buffer_R[first] for name, buffer_R in self.hyper_R.items()}
         options = {"by_row": True} if self.by_row else {}
-        sums = stack.losses(weights, frozen, tokens_RBT, targets_RBT, hyper_R, key_R2, **options)
-        sums_RPB.index_copy_(1, self.place_1, sums.view(len(key_R2), 1, -1))
+        sums = stack.losses(weights, frozen, tokens_RBT, targets_RBT, hyper_R, key_R3, **options)
+        sums_RPB.index_copy_(1, self.place_1, sums.view(len(key_R3), 1, -1))
         self.place_1.copy_((self.place_1 + 1) % len(self.tokens))

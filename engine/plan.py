@@ -26,7 +26,8 @@ PROBE_SHARE = 0.15  # of training's cost, that the probe may cost where its size
 MOST_PROBE_ROWS = 1024
 CHUNK_BYTES = 2**26  # traces in one stored chunk, at most
 LAUNCH_BYTES = 2**29  # traces in one launch, which the host holds, at most
-CPU_RUNS = 16  # trajectories that an interrupted launch repeats on a CPU, about
+CPU_RUNS = 16  # trajectories of a launch on a CPU, about
+CHUNKS_A_WORKER = 4  # that several processes on one sweep find, at least
 WAVES = 64  # waves of slots from which the last one's emptiness does not matter
 
 
@@ -232,6 +233,11 @@ def launches(plan: Plan, chunk_rows: int, rows: int, together: bool) -> list[Lau
     lines = [[chunk for line in chunks for chunk in line]] if together else chunks
     count = max(-(-rows // chunk_rows), 1)
     return [tuple(line[start : start + count]) for line in lines for start in range(0, len(line), count)]
+
+
+def shared_rows(rows: int, workers: int) -> int:
+    """Rows of a chunk, at most: several a worker, so that the one that ends early can take more."""
+    return rows if workers == 1 else -(-rows // (CHUNKS_A_WORKER * workers))
 
 
 def automatic_launch_rows(plan: Plan, chunk_rows: int, ranks: int) -> int:

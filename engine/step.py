@@ -5,7 +5,7 @@ device. A micro-step is a fixed sequence of device work with no host synchronisa
 graph. `engine.scheduler` says what is in which slot.
 
 A cell's numbers do not depend on its neighbours where every operator of the network is batch-invariant: that holds
-on a GPU with the kernels of this project. On a CPU the same launch, run again, gives the same bits.
+on a GPU with the kernels of this project. On a CPU the same runs, side by side again, give the same bits.
 
 Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameters, S step, n elements of a parameter.
 """
@@ -31,6 +31,7 @@ from engine.optim import OPTIMIZERS, Parameter, Step, by_group
 from engine.plan import Mark, Trajectory, start_names
 from engine.schedule import SCHEDULES, multiplier
 from engine.scheduler import Ready, Scheduler
+from engine.sharpness import critical_sharpness
 from engine.stack import Flat, Span, Stack
 from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
@@ -108,7 +109,9 @@ class Trainer:
 
         self.largest_batch = int(run.values("batch").max())
         self.seed_row = {seed: row for row, seed in enumerate(seeds)}
-        orders = [batch_order(seed, len(corpus.tokens), longest * self.largest_batch) for seed in seeds]
+        # the batch behind the last step is looked at by a measurement
+        rows = (longest + 1) * self.largest_batch
+        orders = [batch_order(seed, len(corpus.tokens), rows) for seed in seeds]
         self.order = torch.from_numpy(np.stack(orders)).to(device)
         self.tokens = torch.from_numpy(corpus.tokens).to(device)
         self.targets = torch.from_numpy(corpus.targets).to(device)
@@ -131,13 +134,13 @@ class Trainer:
         self.loss_R = torch.zeros(slots, device=device)
         self.losses_RS = torch.full((slots, longest), torch.nan, device=device)
 
-        # Large networks on a GPU: an update of a parameter overlaps with the rest of the backward, unless clipping
-        # needs all gradients first. Products have precedence: an update runs where they leave room on a multiprocessor.
+        # Large networks on a GPU: an update of a parameter overlaps with the rest of the backward where its optimizer
+        # may, unless clipping needs all gradients first. Products have precedence: an update runs where they leave
+        # room on a multiprocessor.
         compute_bound = device.type == "cuda" and network.parameters >= COMPUTE_BOUND
-        overlaps = all(OPTIMIZERS[self.optimizers[span.group]].overlaps for span in self.stack.spans)
-        beside = compute_bound and overlaps and not self.clips
+        beside = compute_bound and any(map(self.overlaps, self.stack.spans)) and not self.clips
         self.optimizer_stream = torch.cuda.Stream(device, priority=LOW) if beside else None
-        forward = forward_names(self.config)
+        forward = forward_names(run)
         self.probe = Probe(self.stack, corpus, self.micro_batch, family.row_losses, forward, device)
         self.graphs = Graphs(self.micro_step, self.probe.piece)
         if device.type == "cuda":
@@ -150,7 +153,7 @@ class Trainer:
         places: dict[str, dict[tuple[str, str], slice]] = {}
         for span in self.stack.spans:
             optimizer, places[span.name] = self.optimizers[span.group], {}
-            for name, size in OPTIMIZERS[optimizer].init(span.shape).items():
+            for name, size in OPTIMIZERS[optimizer].init(span.shape, span.rows).items():
                 start = sizes.get((optimizer, name), 0)
                 places[span.name][optimizer, name] = slice(start, start + size)
                 sizes[optimizer, name] = start + -(-size // 64) * 64
@@ -193,7 +196,6 @@ class Trainer:
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
         forward_R = {name: hyper_R[name] for name in self.probe.hyper_R}
-        key_R2 = torch.stack([self.seeds_R, self.step_R * self.micros_R + self.micro_R], 1)
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
@@ -203,29 +205,35 @@ class Trainer:
             accumulate_(piece, gradient, fresh_R, active_R)
             return piece
 
-        batch = tokens_RBT, targets_RBT, forward_R, key_R2, count_R
+        batch = tokens_RBT, targets_RBT, forward_R, self.keys(), count_R
+        spans = self.stack.spans
         if self.optimizer_stream is None:
             sum_R, gradients = self.stack.losses_and_gradients(*batch)
-            gradients = [accumulated(*each) for each in zip(self.stack.spans, gradients, strict=True)]
-            if self.clips:
-                scale_R = self.clip_scale(gradients)
-                steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
-            for place, gradient in enumerate(gradients):
-                self.update(place, gradient, steps)
+            left = dict(enumerate(gradients))
         else:
             main, beside = torch.cuda.current_stream(), self.optimizer_stream
-            place_of = {span.name: place for place, span in enumerate(self.stack.spans)}
+            place_of = {span.name: place for place, span in enumerate(spans)}
             kept = []  # keep alive until the streams join: the allocator may reuse it
 
             def update_beside(span: Span, gradient: Tensor) -> None:
-                kept.append(gradient)
-                beside.wait_stream(main)
-                with torch.cuda.stream(beside):
-                    self.update(place_of[span.name], accumulated(span, gradient), steps)
+                if self.overlaps(span):
+                    kept.append(gradient)
+                    beside.wait_stream(main)
+                    with torch.cuda.stream(beside):
+                        self.update({place_of[span.name]: accumulated(span, gradient)}, span.group, steps[span.group])
 
             sum_R, gradients = self.stack.losses_and_gradients(*batch, update_beside)
             main.wait_stream(beside)
-            del kept, gradients
+            del kept
+            left = {place: each for place, each in enumerate(gradients) if not self.overlaps(spans[place])}
+        left = {place: accumulated(spans[place], gradient) for place, gradient in left.items()}
+        if self.clips:
+            scale_R = self.clip_scale(list(left.values()))
+            steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
+        for group, step in steps.items():
+            own = {place: gradient for place, gradient in left.items() if spans[place].group == group}
+            self.update(own, group, step)
+        del gradients, left
 
         self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
         loss_R = self.loss_R / count_R
@@ -237,6 +245,14 @@ class Trainer:
         self.nonfinite_R.copy_(torch.where(bad_R, self.step_R, self.nonfinite_R))
         self.step_R.add_(update_R)
         self.micro_R.copy_(torch.where(update_R, 0, torch.where(active_R, self.micro_R + 1, self.micro_R)))
+
+    def overlaps(self, span: Span) -> bool:
+        """Whether a parameter's update may run beside the rest of the backward."""
+        return OPTIMIZERS[self.optimizers[span.group]].overlaps
+
+    def keys(self) -> Tensor:
+        """What random numbers of this micro-step are keyed by: seed, step and first row of the batch, int64 [R, 3]."""
+        return torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
 
     def steps_of_groups(self, hyper_R: dict[str, Tensor], update_R: Tensor) -> dict[str, Step]:
         """What each parameter group's optimizer needs for the slots whose batch is complete, clipping left out."""
@@ -260,12 +276,16 @@ class Trainer:
         # NaN norms give NaN factors: a comparison that fails must not hide them
         return torch.where(norm_R <= limit_R, 1.0, limit_R / norm_R).float()
 
-    def update(self, place: int, gradient: Tensor, steps: dict[str, Step]) -> None:
-        """The optimizer's step of one trained parameter."""
-        span, stack = self.stack.spans[place], self.stack
-        remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
-        parameter = Parameter(span.name, span.shape, span.rows, stack.weight_RP[:, span.slice], remainder)
-        OPTIMIZERS[self.optimizers[span.group]].update(parameter, gradient, self.state[place], steps[span.group])
+    def update(self, gradients: dict[int, Tensor], group: str, step: Step) -> None:
+        """The optimizer's step of some trained parameters of a group, by their place."""
+        stack, parameters = self.stack, []
+        for place, gradient in gradients.items():
+            span = stack.spans[place]
+            remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
+            weight = stack.weight_RP[:, span.slice]
+            own = span.name, span.shape, span.rows, weight, remainder, gradient, self.state[place]
+            parameters.append(Parameter(*own))
+        OPTIMIZERS[self.optimizers[group]].update(parameters, step)
 
     # ---- what the scheduler asks of a device
 
@@ -318,7 +338,8 @@ class Trainer:
                 losses, stopped = trace[: mark.step], each.nonfinite_step
                 steps = mark.step if stopped < 0 else stopped + 1
                 batch, weights = int(hyper["batch"]), lambda slot=each.slot: self.stack.master_weights(slot)
-                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights)
+                sharpness = partial(critical_sharpness, self, each.slot)
+                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights, sharpness)
                 workload = self.config.family.workload
                 values = {name: own.compute[workload](reading) for name, own in wanted.items()}
                 measured.append(Measured(mark, each.slot, values, losses))
@@ -374,14 +395,15 @@ def frozen_parameters(config: SweepConfig, network: Network) -> set[str]:
     return network.in_groups(groups, config.family.groups)
 
 
-def forward_names(config: SweepConfig) -> tuple[str, ...]:
-    """Hyper-parameters that the network's forward reads."""
-    return tuple(name for name in config.family.hyper if HYPER_PARAMETERS[name].acts == "forward")
+def forward_names(run: Run) -> tuple[str, ...]:
+    """Hyper-parameters that the network's forward reads, without those that are off in every cell."""
+    names = [name for name in run.config.family.hyper if HYPER_PARAMETERS[name].acts == "forward"]
+    return tuple(name for name in names if (run.column(name) != HYPER_PARAMETERS[name].off).any())
 
 
 def hyper_rows(run: Run, stack: Stack, optimizers: dict[str, str]) -> tuple[list[str], list[str]]:
     """Names of the slots' hyper-parameters: learning rates, which are scheduled, and all of them, those first."""
-    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run.config)]
+    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run)]
     for group in dict.fromkeys(span.group for span in stack.spans):
         rates.append(run.source("lr", group))
         others += [run.source(name, group) for name in OPTIMIZERS[optimizers[group]].hyper if name != "lr"]
