@@ -14,6 +14,7 @@ from analysis.boundary import map_edges
 from analysis.classify import counts, measured, trains
 from analysis.colours import LABEL_COLOURS, colour_scale, convergence_rgba, equalise, label_rgba
 from analysis.overlay import draw_best, draw_epochs
+from analysis.stability import draw_stability
 from engine.store import Replicate
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import: the drawing functions import what they use
@@ -150,6 +151,7 @@ def draw_loss(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     draw_frame(axes, store, "Held-out loss after training" if held_out else "Loss after training")
     draw_cells(axes, store, rgba)
     draw_boundary(axes, store, codes, "white", "black")
+    draw_stability(axes, store)
     bar = colour_bar(axes, ScalarMappable(norm, scale), extend="max")
     bar.ax.axvline(first, color="black", lw=1.2)
     bar.ax.text(first, 1.25, "start", ha="center", va="bottom", fontsize=7, transform=bar.ax.get_xaxis_transform())

@@ -6,9 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny import setup, sweep, tiny
 
+from analysis.stability import draw_stability, excesses
 from engine.config import make_config, resolve
+from engine.optim import OPTIMIZERS
 from engine.plan import Mark, Trajectory, hyper_of
 from engine.sharpness import along_the_update, critical_sharpness, first_rise
 
@@ -86,3 +89,30 @@ def test_it_is_stored_where_it_is_asked_for(tmp_path):
     assert "sharpness" not in sweep(config.change(measure=""), tmp_path / "t").specs
     with pytest.raises(ValueError, match="measure is 'losses'; expected one of sharpness"):
         resolve(make_config(measure="losses"), "cpu")
+
+
+@pytest.mark.parametrize(("momentum", "averaged"), [(0.0, False), (0.9, False), (0.5, True), (0.9, True)])
+@pytest.mark.parametrize("beyond", [0.99, 1.01])
+def test_the_edges_are_where_steps_along_a_parabola_grow(momentum, averaged, beyond):
+    """Of heavy-ball momentum, and of Adam's averaged one behind a frozen preconditioner."""
+    hyper = {"lr": 0.1, "momentum": momentum, "beta1": momentum}
+    curvature = beyond * OPTIMIZERS["adamw" if averaged else "sgd"].edge(hyper)
+    x, velocity = 1.0, 0.0
+    for _ in range(20_000):
+        velocity = momentum * velocity + (1 - momentum if averaged else 1) * curvature * x
+        x -= hyper["lr"] * velocity
+        if abs(x) > 1e6:
+            break
+    assert (abs(x) > 1e6) == (beyond > 1)
+
+
+def test_a_map_shows_the_lines_that_cross_it(tmp_path):
+    store = sweep(tiny(tmp_path, y="lr:log:1e-4:1e2:6", measure="sharpness"), tmp_path / "s").replicate(0)
+    critical, edge = excesses(store)
+    sharpness, rate = store.read("sharpness"), store.run.column("lr")[0]
+    np.testing.assert_allclose(np.exp(critical), sharpness * rate / 2, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(edge), sharpness * rate / 38, rtol=1e-6)
+    axes = Figure().subplots()
+    draw_stability(axes, store)
+    assert "rate = critical rate" in axes.get_legend_handles_labels()[1]
+    assert any(critical.min() < 0 < critical.max() and len(each.get_paths()) for each in axes.collections)
