@@ -7,6 +7,9 @@ runs that break above it, and a best rate that lies anywhere between two swept o
 results/recommend_coverage.csv.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import argparse
 from collections.abc import Callable
 
