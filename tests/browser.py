@@ -26,7 +26,7 @@ FLAGS = (
 
 
 class Browser:
-    """One process of Chromium; `tab` opens pages in it."""
+    """One process of Chromium, ended by `with`; `tab` opens pages in it."""
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
@@ -61,8 +61,10 @@ class Browser:
         """A page at an address."""
         return Tab(self, address)
 
-    def close(self) -> None:
-        """End the process."""
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.call("Browser.close")
         self.process.wait(20)
         self.reader.close()
@@ -74,8 +76,11 @@ class Tab:
 
     def __init__(self, browser: Browser, address: str) -> None:
         self.browser = browser
-        target = browser.call("Target.createTarget", url=address)["targetId"]
+        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        browser.call(
+            "Page.navigate", self.session, url=address
+        )  # answers when the page has taken the blank one's place
         self.wait("document.readyState === 'complete' && document.body.dataset.ready === 'yes'")
 
     def run(self, script: str) -> Any:

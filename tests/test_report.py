@@ -122,9 +122,8 @@ def opened(tmp_path_factory):
     store = language_store(folder / "s", 32, 16)
     with pytest.MonkeyPatch.context() as patch:
         path = write(patch, store)
-    browser = Browser(folder / "profile")
-    yield browser.tab(f"{path.as_uri()}#cells=5,3;20,10&layer=0"), store
-    browser.close()
+    with Browser(folder / "profile") as browser:
+        yield browser.tab(f"{path.as_uri()}#cells=5,3;20,10&layer=0"), store
 
 
 @needs_chromium
