@@ -42,6 +42,7 @@ COMMANDS = {
         "analysis.uncertainty", "how fine the border is: its uncertainty exponent from pairs of points"
     ),
     "report": Command("analysis.report", "one self-contained HTML page about a store"),
+    "export": Command("analysis.export", "a store's cells as a .csv or .parquet, one row each"),
 }
 USAGE = "usage: fractal COMMAND [options]"
 
