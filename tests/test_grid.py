@@ -95,6 +95,13 @@ def test_an_axis_reads_back_what_it_writes(text):
     assert Axis.parse(str(axis)) == axis
 
 
+def test_older_spellings_of_an_axis_are_the_same_axis():
+    axis = Axis.parse("weight_decay:lin:0:1:3")
+    assert str(axis) == "weight_decay:lin:0.0:1.0:3"
+    for text in ("weight-decay:lin:0:1:3", "weight_decay:linear:0:1:3"):
+        assert Axis.parse(text) == axis
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
