@@ -60,7 +60,8 @@ def map_title(store: Replicate) -> str:
 def data_name(store: Store) -> str:
     """The data in a word or two: a file's or package's name, '' for a workload without any."""
     data = str(store.config.flat().get("data", ""))
-    return Path(data).name or data
+    # under a locale without unicode, a file's name holds bytes that only a file system takes
+    return (Path(data).name or data).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
