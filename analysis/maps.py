@@ -60,8 +60,7 @@ def map_title(store: Replicate) -> str:
 def data_name(store: Store) -> str:
     """The data in a word or two: a file's or package's name, '' for a workload without any."""
     data = str(store.config.flat().get("data", ""))
-    # under a locale without unicode, a file's name holds bytes that only a file system takes
-    return (Path(data).name or data).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return Path(data).name or data
 
 
 @dataclass(frozen=True)
