@@ -11,6 +11,8 @@ from analysis.classify import Labelling
 from analysis.dimension import parse_fit
 from analysis.maps import Map, analyse, dimension_line, summary
 from analysis.panels import TEXT, draw_convergence, draw_labels, draw_loss, save
+from analysis.recommend import recommend
+from analysis.recommend import show as show_answer
 from engine.command import parse, screen, user_errors
 from engine.store import open_map, open_store
 
@@ -65,8 +67,9 @@ class Options(Labelling):
 
 
 def draw_store(path: Path) -> None:
-    """What a finished sweep ends with: the maps of its first replicate, and the summary."""
+    """What a finished sweep ends with: the answer first, then the maps of its first replicate, and the summary."""
     store = open_store(path)
+    show_answer(recommend(store))
     if len(store.run.cells.shape) < 2:
         screen().print(f"{path} holds a list of points, which has no map; read it with engine.open_store")
         return

@@ -118,7 +118,7 @@ def prepared(options: Options) -> LanguageSetup:
     launches = plan.launches(made, options.rows, options.rows, together=True)
     widest = len(made.work_in(made.cells_in(launches[0])).runs)
     memory = memory_of(made, network, corpus, device)
-    return LanguageSetup(run, made, device, network, corpus, memory, options.rows, launches, options.slots, widest)
+    return LanguageSetup(run, made, device, network, corpus, memory, options.rows, launches, options.slots, 0, widest)
 
 
 def measure(options: Options) -> dict[str, object]:

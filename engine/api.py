@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from engine import tracking
-from engine.command import screen, warn
+from engine.command import hearing_signals, screen, warn
 from engine.config import SweepConfig, cells_of, make_config, resolve
 from engine.dry_run import dry_run_table
 from engine.files import FolderLock, make_folders
@@ -21,7 +22,7 @@ from engine.grid import Cells
 from engine.launch import train_missing
 from engine.leases import Leases, remove_leases
 from engine.options import RunOptions
-from engine.outcome import NOT_COMPUTED
+from engine.outcome import DONE, NOT_COMPUTED
 from engine.provenance import device_name, other_arithmetic, provenance
 from engine.ranks import Rank, choose_device, this_rank
 from engine.store import (
@@ -120,16 +121,27 @@ def run_sweep(
     with closing(open_or_create(setup, path, stored, rank, identity, shared=options.workers > 1)) as writer:
         if not options.quiet and rank.index == 0:
             announce(setup, path, stored)
-        if workers == 1:
-            train_missing(setup, writer, None, 1, options.quiet, track)
-        else:
-            with closing(Leases(path, worker_name(setup.device), options.lease_seconds)) as leases:
-                train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
-        rank.barrier()
+        with hearing_signals():
+            try:
+                if workers == 1:
+                    train_missing(setup, writer, None, 1, options.quiet, track)
+                else:
+                    with closing(Leases(path, worker_name(setup.device), options.lease_seconds)) as leases:
+                        train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
+                rank.barrier()
+            except KeyboardInterrupt as stop:
+                stop.add_note(kept(writer, workers) if rank.index == 0 else "")
+                raise
     if rank.index == 0 and (workers == 1 or last_to_leave(path)) and finish is not None:
         finish(path)
     track.finish(path)
     return path
+
+
+def kept(store: Store, workers: int) -> str:
+    """What an interrupted sweep has; other workers may still be writing."""
+    done, planned = int((store.status == DONE).sum()), math.prod(store.run.shape)
+    return f"{'at least ' if workers > 1 else ''}{done:,} of {planned:,} cells kept, the same command goes on"
 
 
 def make_shared(setup: Setup, path: Path, stored: Store | None) -> None:

@@ -1,11 +1,14 @@
 """The commands' common outside: arguments from dataclasses, and one clear line for a user's fault."""
 
+import signal
 import sys
+import threading
 from argparse import Action
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -13,6 +16,15 @@ from simple_parsing import ArgumentParser, DashVariant
 from simple_parsing.help_formatter import SimpleHelpFormatter
 
 DEFAULT = " (default: %(default)s)"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a command to end
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class HelpFormatter(SimpleHelpFormatter):
@@ -60,9 +72,9 @@ class Parser(ArgumentParser):
                 action.nargs, action.metavar = None, action.metavar.strip("[]")
 
 
-def plainness(option: str) -> tuple[bool, ...]:
-    """Sorts an option's spellings: --lr.mlp, --lr-mlp, --lr_mlp, -y; its negation last."""
-    return option.startswith("--no"), not option.startswith("--"), "." not in option, "_" in option
+def plainness(option: str) -> tuple[int, ...]:
+    """Sorts an option's spellings: --lr.mlp, --lr-mlp, --lr_mlp, -y; shorter aliases first, its negation last."""
+    return option.startswith("--no"), not option.startswith("--"), "." not in option, "_" in option, len(option)
 
 
 def spellings(name: str) -> list[str]:
@@ -118,7 +130,8 @@ def fail(message: str) -> NoReturn:
 def user_errors() -> Iterator[None]:
     """Turn what a user or the machine's disk did wrong into one line on stderr and exit code 2.
 
-    An interrupt (Ctrl-C) is one line as well, and exit code 130.
+    Ctrl-C is one line as well, and exit code 130; so is whatever signal `hearing_signals` hears, and 128 more than its
+    number.
     """
     try:
         yield
@@ -126,8 +139,33 @@ def user_errors() -> Iterator[None]:
         fail(str(error))
     except MemoryError as error:
         fail(f"the machine has not enough memory ({str(error) or 'an allocation failed'}); ask for less at once")
-    except KeyboardInterrupt:
-        screen(stderr=True, soft_wrap=True).print(
-            "interrupted; the same command goes on from what is stored", style="yellow"
-        )
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        said = " ".join(getattr(stop, "__notes__", ["the same command goes on from what is stored"]))
+        if said:
+            with suppress(OSError):  # a terminal that hung up takes no words
+                screen(stderr=True, soft_wrap=True).print(f"interrupted: {said}", style="yellow")
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+
+
+@contextmanager
+def hearing_signals() -> Iterator[None]:
+    """Raise `Interrupted` for Ctrl-C, SIGTERM and SIGHUP while there are results to keep.
+
+    A process that was started to ignore a signal (nohup) still does. Only the main thread hears signals.
+    """
+    heard = {each: signal.getsignal(each) for each in SIGNALS if threading.current_thread() is threading.main_thread()}
+    for each, handler in heard.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(each, interrupt)
+    try:
+        yield
+    finally:
+        for each, handler in heard.items():
+            signal.signal(each, handler)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """End the command; further signals wait until what is to be kept has been written."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Interrupted(number)

@@ -223,7 +223,8 @@ def check_swept(run: Run) -> None:
             raise ValueError(f"{name} is an axis, and --{name} is {run.config.hyper[name]:g}; leave out one of the two")
         if not run.config.workload.reads(run, name):
             raise ValueError(
-                f"axis {name} changes nothing: every parameter group has a value of its own; sweep something else"
+                f"axis {name} changes nothing: no parameter group that trains takes its value from it; sweep something "
+                "else"
             )
     if run.replicates > 1 and "seed" in run.names:
         raise ValueError(f"replicates is {run.replicates}, but the seed is swept; leave out one of them")

@@ -40,6 +40,8 @@ class HyperParameter:
     """whether it may be given for one parameter group"""
     at_evaluation: float | None = None
     """acts in the forward: its value on the probe; None: the run's own"""
+    off: float | None = None
+    """acts in the forward, which does without it where every cell has this value"""
 
 
 HYPER_PARAMETERS: dict[str, HyperParameter] = {
@@ -84,6 +86,31 @@ HYPER_PARAMETERS: dict[str, HyperParameter] = {
     "beta2": HyperParameter("optimizer", "decay of the second moment", 0.95, high=1.0 - 1e-7, by_group=True),
     "eps": HyperParameter("optimizer", "added to the root of the second moment", 1e-8, by_group=True),
     "momentum": HyperParameter("optimizer", "decay of the velocity", 0.0, high=1.0, by_group=True),
+    "muon_momentum": HyperParameter(
+        "optimizer", "decay of Muon's momentum", 0.95, "momentum", high=1.0 - 1e-7, by_group=True
+    ),
+    "muon_momentum_start": HyperParameter(
+        "optimizer", "Muon's momentum at the first step, where it warms up", 0.85, high=1.0 - 1e-7, by_group=True
+    ),
+    "muon_momentum_warmup": HyperParameter(
+        "optimizer",
+        "steps in which Muon's momentum rises linearly from its start (0: none)",
+        0.0,
+        units="step",
+        integer=True,
+        by_group=True,
+    ),
+    "normuon_beta2": HyperParameter(
+        "optimizer", "decay of NorMuon's second moment", 0.9, high=1.0 - 1e-7, by_group=True
+    ),
+    "dropout": HyperParameter(
+        "forward",
+        "share of the residual stream's additions that is dropped, behind the embedding and each half of a layer",
+        0.0,
+        high=1.0 - 1e-6,
+        at_evaluation=0.0,
+        off=0.0,
+    ),
     "label_smoothing": HyperParameter(
         "forward",
         "share of the target spread over the vocabulary",

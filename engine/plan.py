@@ -26,7 +26,7 @@ PROBE_SHARE = 0.15  # of training's cost, that the probe may cost where its size
 MOST_PROBE_ROWS = 1024
 CHUNK_BYTES = 2**26  # traces in one stored chunk, at most
 LAUNCH_BYTES = 2**29  # traces in one launch, which the host holds, at most
-CPU_RUNS = 16  # trajectories that an interrupted launch repeats on a CPU, about
+CPU_RUNS = 16  # trajectories of a launch on a CPU, about
 CHUNKS_A_WORKER = 4  # that several processes on one sweep find, at least
 WAVES = 64  # waves of slots from which the last one's emptiness does not matter
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 
 import numpy as np
 from rich.console import Group
@@ -42,10 +43,8 @@ class Progress:
         plan = setup.plan
         missing = [plan.missing(launch, self.arrays["status"]) for launch in todo]
         self.cells = self.done_before + sum(map(len, missing))
-        self.total = sum(
-            plan.work_in(plan.cells_in(launch) if setup.exact != "at any width" else cells).costs.sum()
-            for launch, cells in zip(todo, missing, strict=True)
-        )
+        status = self.arrays["status"]
+        self.total = sum(plan.work_in(setup.to_train(launch, status)).costs.sum() for launch in todo)
         self.best = {name: math.inf for name in setup.run.config.workload.labelled if MEASUREMENTS[name].best}
         self.seen = 0.0  # work done, or saved because a run ended early
         self.trained = 0.0
@@ -63,8 +62,9 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         if self.live is not None:
-            self.live.update(self.picture(), refresh=True)
-            self.live.stop()
+            with suppress(OSError):  # a terminal that hung up shows nothing
+                self.live.update(self.picture(), refresh=True)
+                self.live.stop()
 
     def work(self, trained: float, saved: float) -> None:
         """Count work just done, and that which runs that ended early will not need."""

@@ -5,7 +5,7 @@ device. A micro-step is a fixed sequence of device work with no host synchronisa
 graph. `engine.scheduler` says what is in which slot.
 
 A cell's numbers do not depend on its neighbours where every operator of the network is batch-invariant: that holds
-on a GPU with the kernels of this project. On a CPU the same launch, run again, gives the same bits.
+on a GPU with the kernels of this project. On a CPU the same runs, side by side again, give the same bits.
 
 Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameters, S step, n elements of a parameter.
 """
@@ -136,7 +136,7 @@ class Trainer:
         overlaps = all(OPTIMIZERS[self.optimizers[span.group]].overlaps for span in self.stack.spans)
         beside = compute_bound and overlaps and not self.clips
         self.optimizer_stream = torch.cuda.Stream(device, priority=LOW) if beside else None
-        forward = forward_names(self.config)
+        forward = forward_names(run)
         self.probe = Probe(self.stack, corpus, self.micro_batch, family.row_losses, forward, device)
         self.graphs = Graphs(self.micro_step, self.probe.piece)
         if device.type == "cuda":
@@ -149,7 +149,7 @@ class Trainer:
         places: dict[str, dict[tuple[str, str], slice]] = {}
         for span in self.stack.spans:
             optimizer, places[span.name] = self.optimizers[span.group], {}
-            for name, size in OPTIMIZERS[optimizer].init(span.shape).items():
+            for name, size in OPTIMIZERS[optimizer].init(span.shape, span.rows).items():
                 start = sizes.get((optimizer, name), 0)
                 places[span.name][optimizer, name] = slice(start, start + size)
                 sizes[optimizer, name] = start + -(-size // 64) * 64
@@ -192,7 +192,7 @@ class Trainer:
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
         forward_R = {name: hyper_R[name] for name in self.probe.hyper_E}
-        key_R2 = torch.stack([self.seeds_R, self.step_R * self.micros_R + self.micro_R], 1)
+        key_R3 = torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
@@ -202,15 +202,16 @@ class Trainer:
             accumulate_(piece, gradient, fresh_R, active_R)
             return piece
 
-        batch = tokens_RBT, targets_RBT, forward_R, key_R2, count_R
+        batch = tokens_RBT, targets_RBT, forward_R, key_R3, count_R
         if self.optimizer_stream is None:
             sum_R, gradients = self.stack.losses_and_gradients(*batch)
             gradients = [accumulated(*each) for each in zip(self.stack.spans, gradients, strict=True)]
             if self.clips:
                 scale_R = self.clip_scale(gradients)
                 steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
-            for place, gradient in enumerate(gradients):
-                self.update(place, gradient, steps)
+            for group, step in steps.items():
+                own = [place for place, span in enumerate(self.stack.spans) if span.group == group]
+                self.update({place: gradients[place] for place in own}, group, step)
         else:
             main, beside = torch.cuda.current_stream(), self.optimizer_stream
             place_of = {span.name: place for place, span in enumerate(self.stack.spans)}
@@ -220,7 +221,8 @@ class Trainer:
                 kept.append(gradient)
                 beside.wait_stream(main)
                 with torch.cuda.stream(beside):
-                    self.update(place_of[span.name], accumulated(span, gradient), steps)
+                    place = place_of[span.name]
+                    self.update({place: accumulated(span, gradient)}, span.group, steps[span.group])
 
             sum_R, gradients = self.stack.losses_and_gradients(*batch, update_beside)
             main.wait_stream(beside)
@@ -259,12 +261,16 @@ class Trainer:
         # NaN norms give NaN factors: a comparison that fails must not hide them
         return torch.where(norm_R <= limit_R, 1.0, limit_R / norm_R).float()
 
-    def update(self, place: int, gradient: Tensor, steps: dict[str, Step]) -> None:
-        """The optimizer's step of one trained parameter."""
-        span, stack = self.stack.spans[place], self.stack
-        remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
-        parameter = Parameter(span.name, span.shape, span.rows, stack.weight_RP[:, span.slice], remainder)
-        OPTIMIZERS[self.optimizers[span.group]].update(parameter, gradient, self.state[place], steps[span.group])
+    def update(self, gradients: dict[int, Tensor], group: str, step: Step) -> None:
+        """The optimizer's step of some trained parameters of a group, by their place."""
+        stack, parameters = self.stack, []
+        for place, gradient in gradients.items():
+            span = stack.spans[place]
+            remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
+            weight = stack.weight_RP[:, span.slice]
+            own = span.name, span.shape, span.rows, weight, remainder, gradient, self.state[place]
+            parameters.append(Parameter(*own))
+        OPTIMIZERS[self.optimizers[group]].update(parameters, step)
 
     # ---- what the scheduler asks of a device
 
@@ -373,14 +379,15 @@ def frozen_parameters(config: SweepConfig, network: Network) -> set[str]:
     return network.in_groups(groups, config.family.groups)
 
 
-def forward_names(config: SweepConfig) -> tuple[str, ...]:
-    """Hyper-parameters that the network's forward reads."""
-    return tuple(name for name in config.family.hyper if HYPER_PARAMETERS[name].acts == "forward")
+def forward_names(run: Run) -> tuple[str, ...]:
+    """Hyper-parameters that the network's forward reads, without those that are off in every cell."""
+    names = [name for name in run.config.family.hyper if HYPER_PARAMETERS[name].acts == "forward"]
+    return tuple(name for name in names if (run.column(name) != HYPER_PARAMETERS[name].off).any())
 
 
 def hyper_rows(run: Run, stack: Stack, optimizers: dict[str, str]) -> tuple[list[str], list[str]]:
     """Names of the slots' hyper-parameters: learning rates, which are scheduled, and all of them, those first."""
-    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run.config)]
+    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run)]
     for group in dict.fromkeys(span.group for span in stack.spans):
         rates.append(run.source("lr", group))
         others += [run.source(name, group) for name in OPTIMIZERS[optimizers[group]].hyper if name != "lr"]

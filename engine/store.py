@@ -19,6 +19,7 @@ import numpy as np
 import zarr
 from zarr.errors import ZarrUserWarning
 
+from engine.amount import epochs_of
 from engine.config import Run, SweepConfig, cells_of, make_config
 from engine.files import DurableStore, FolderLock, make_folders, place_folder
 from engine.grid import Grid, Points
@@ -148,6 +149,12 @@ class Store:
     def status(self) -> np.ndarray:
         """Status codes [replicate, *cells] (engine.outcome)."""
         return self.read("status")
+
+    @property
+    def epochs(self) -> np.ndarray | None:
+        """How often each cell's budget sees the data [replicate, *cells]; None where the store holds no size of it."""
+        amount = self.attributes.get("amount")
+        return None if amount is None else epochs_of(self.config.workload.plan(self.run), amount)
 
     @property
     def figures(self) -> Path:
@@ -371,6 +378,14 @@ class Writer(Store):
         self.group.update_attributes({"configuration": run.config.flat(), "configuration_hash": run.config.hash})
         consolidate(self.path)
         self.config, self.run = run.config, run
+
+    def timed(self, seconds: float, cells: int) -> None:
+        """Add to what training took: what more replicates would cost follows from it."""
+        before = self.attributes.get("took", {"seconds": 0.0, "cells": 0})
+        took = {"seconds": before["seconds"] + seconds, "cells": before["cells"] + cells}
+        self.attributes["took"] = took
+        self.group.update_attributes({"took": took})
+        consolidate(self.path)
 
     def write_chunk(self, chunk: Chunk, block: Mapping[str, np.ndarray]) -> None:
         """Write a chunk of every array given, each [rows, ...]; `status` last."""

@@ -209,6 +209,10 @@ class TwoLayerSetup:
         """What the store says of it."""
         return {}
 
+    def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
+        """Those missing."""
+        return self.plan.missing(launch, status)
+
     def train(
         self, launch: Launch, status: np.ndarray, progress: Callable[[float, float], None]
     ) -> Iterator[list[tuple[np.ndarray, dict[str, np.ndarray]]]]:

@@ -55,7 +55,7 @@ class Setup(Protocol):
 
     @property
     def exact(self) -> str:
-        """What a cell's bits depend on: 'at any width', or 'in the same launch'."""
+        """What a cell's bits depend on: 'at any width', 'in the same wave' or launch."""
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -64,6 +64,9 @@ class Setup(Protocol):
     @property
     def attributes(self) -> dict[str, Any]:
         """What the store says of it."""
+
+    def to_train(self, launch: "Launch", status: np.ndarray) -> np.ndarray:
+        """Flat indices of the cells of a launch that are trained: those missing, and whichever that takes."""
 
     def train(
         self, launch: "Launch", status: np.ndarray, progress: Callable[[float, float], None]
@@ -99,6 +102,10 @@ class Workload:
     label: Callable[[Arrays, np.ndarray, Thresholds], np.ndarray]
     labelled: tuple[str, ...]
     """measurements that `label` reads, beside `status`"""
+    ranks: str
+    """the measurement by which a cell is better the lower it is"""
+    setting: "Callable[[Run], str]"
+    """how it trains what is not swept, in a few words, for a sentence that holds for this alone"""
     traces: bool
     """whether --trace auto stores every loss"""
     unit: str
@@ -124,7 +131,7 @@ class LanguageOptions:
     packing: str = "cut"  # cut: documents end to end, cut every context; best-fit: whole documents, rows filled up
     data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
     validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
-    optimizer: str = "adamw"  # adamw or sgd; by parameter group: adamw,embedding=sgd
+    optimizer: str = "adamw"  # adamw, sgd, lion, muon or normuon; by parameter group: adamw,matrix=muon
     freeze: str = ""  # parameter groups that are not trained, with commas between
     schedule: str = "constant"  # constant, cosine, wsd (warm-up, stable, decay) or linear (to zero)
     micro_batch: int = 0  # sequences a forward pass; larger batches accumulate gradients (0: chosen from the batches)
@@ -213,6 +220,18 @@ def check_steps(run: "Run") -> None:
         )
 
 
+def language_setting(run: "Run") -> str:
+    """Optimizer, batch, schedule and data."""
+    training = run.config.training
+    batch = f"{run.config.value('batch'):g}" if "batch" not in run.names else "the batch"
+    said = [training.optimizer, f"{batch} x {training.context} tokens a step", f"{training.schedule} schedule"]
+    said += [f"{name} {value:g}" for name, value in run.config.hyper.items() if name not in ("tokens", "batch")]
+    said += [f"{training.freeze} frozen"] if training.freeze else []
+    from engine.amount import short_name
+
+    return ", ".join([*said, f"on {short_name(training.data)}"])
+
+
 def prepare_language(run: "Run", device: "torch.device", options: Any, ranks: int, stored: "Store | None") -> "Setup":
     """`engine.language.prepare`."""
     from engine.language import prepare
@@ -271,6 +290,14 @@ def two_layer_reads(run: "Run", name: str) -> bool:
     return name.partition(".")[0] != "lr" or name in (run.source("lr", "0"), run.source("lr", "1"))
 
 
+def two_layer_setting(run: "Run") -> str:
+    """Steps and points."""
+    training = run.config.training
+    points = f"{training.minibatch} of {training.data_points}" if training.minibatch else f"all {training.data_points}"
+    given = [f"{name} {value:g}" for name, value in run.config.hyper.items()]
+    return ", ".join([f"{training.steps} steps of gradient descent", f"{points} points a step", *given])
+
+
 def prepare_two_layer(run: "Run", device: "torch.device", options: Any, ranks: int, stored: "Store | None") -> "Setup":
     """`engine.two_layer.prepare`."""
     from engine.two_layer import prepare
@@ -307,6 +334,8 @@ WORKLOADS: dict[str, Workload] = {
             "first_loss", "nonfinite_step", "val_first", "val_loss", "loss_min", "loss_max", "loss_noise",
             "val_difference_se",
         ),
+        ranks="val_loss",
+        setting=language_setting,
         traces=True,
         unit="tokens",
         keeps_weights=True,
@@ -321,6 +350,8 @@ WORKLOADS: dict[str, Workload] = {
         plan=plan_two_layer,
         label=measure_label,
         labelled=("first_loss", "nonfinite_step", "measure"),
+        ranks="measure",
+        setting=two_layer_setting,
         traces=False,
         unit="steps",
         keeps_weights=False,

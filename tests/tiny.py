@@ -48,6 +48,16 @@ def sweep(config: SweepConfig, path: Path, **options) -> Store:
     return open_store(path)
 
 
+def flags(config: SweepConfig, path: Path) -> list[str]:
+    """The command line that gives a configuration and a store."""
+    default = make_config(config.network).flat()
+    words = ["--network", config.network, "--store", str(path), "--device", "cpu", "--quiet"]
+    for name, value in config.flat().items():
+        if value != default.get(name):
+            words += ["--" + name, str(value)]
+    return words
+
+
 def setup(config: SweepConfig, **options) -> Setup:
     """What a sweep of this configuration would train with on the CPU."""
     return prepare(config, cells_of(config), RunOptions(device="cpu", **options), 1, None)
