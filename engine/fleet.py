@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from engine.command import parser, user_errors
 from engine.config import SweepConfig, cells_of
 from engine.options import RunOptions, read_arguments
@@ -33,6 +35,10 @@ class Watched(NamedTuple):
     plan: Plan
     launches: list[Launch]
     exact: str = "at any width"
+
+    def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
+        """Flat indices of a launch's cells that are still to train."""
+        return self.plan.missing(launch, status)
 
 
 class Order(NamedTuple):

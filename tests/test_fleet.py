@@ -43,6 +43,7 @@ def test_nodes_of_a_ray_cluster_join_and_are_lost_and_the_store_is_that_of_one(t
         words = ["--ray", cluster.address, "--at-most", "2", "--store", str(path), *FLAGS]
         command = pool.submit(fleet.main, words)
         while not path.exists() or not (open_store(path).status == DONE).any():
+            assert not command.done(), command.result()
             time.sleep(0.05)
         node.kill_all_processes(check_alive=False, allow_graceful=False)
         assert not (open_store(path).status == DONE).all(), "the first node was not lost before the end"
