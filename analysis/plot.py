@@ -3,6 +3,9 @@
 Three panels side by side (analysis/panels.py), or each alone.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -5,6 +5,9 @@ safe rate, and up to where every seed trains (rates and intervals are those of a
 swept rates is named: there a number is a bound. Maps that are no learning rate against something get their best cell.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,12 +103,18 @@ class Recommendation:
         column = self.column(tokens)
         if column is None:
             return self.best.cell if self.best else None
-        if math.isnan(column.best.value):
-            return None
-        grid = self.store.run.cells
-        assert isinstance(grid, Grid)
+        return None if math.isnan(column.best.value) else self.place(column)
+
+    def cells(self) -> list[tuple[int, ...]]:
+        """The swept cell nearest each column's best rate, or the best cell."""
+        if not self.columns:
+            return [self.best.cell] if self.best else []
+        return [self.place(column) for column in self.columns if math.isfinite(column.best.value)]
+
+    def place(self, column: Column) -> tuple[int, ...]:
+        """The cell of a column that is nearest its best rate."""
         places = {self.lr: column.nearest, self.other: column.index}
-        return tuple(places[name] for name in grid.dims)
+        return tuple(places[name] for name in self.store.run.cells.dims)
 
     def budget(self, tokens: float) -> Column:
         """`column` of a budget that was asked for."""
@@ -144,6 +153,8 @@ class Recommendation:
         where = f"For {at} {long_name(self.other)}" if self.by_tokens else f"At {long_name(self.other)} {at}"
         if tokens is not None and abs(tokens / column.at - 1) > 1e-3:
             where += f" (swept; the nearest to {tokens:,.0f})"
+        if (epochs := self.epochs(column)) > 1:
+            where += f", which are {epochs:.2g} epochs"
         if math.isnan(column.best.value):
             return f"{where}: no {lr} trains in {'this seed' if column.seeds == 1 else 'all seeds'}"
         if column.edge:
@@ -160,6 +171,13 @@ class Recommendation:
             safe = f"safe up to {bound_text(column.safe, self.rates)}{below}{held if column.seeds > 1 else ''}"
         draw = "one seed, which is one draw" if column.seeds == 1 else f"{column.seeds} seeds"
         return f"{where}, {answer}; {near}; {safe}; {draw}"
+
+    def epochs(self, column: Column) -> float:
+        """How often a column's longest run sees the data; 0 where the store does not say how much there is."""
+        epochs = self.store.epochs
+        if epochs is None:
+            return 0.0
+        return float(epochs.take(column.index, axis=1 + self.store.run.cells.dims.index(self.other)).max())
 
     def cell_words(self) -> str:
         """The best cell's answer."""
@@ -276,6 +294,17 @@ def range_text(ends: tuple[float, float], rates: np.ndarray) -> str:
 # ---- from a store
 
 
+def why_not(store: Store) -> str:
+    """Why a store recommends nothing, in one line; '' where it does."""
+    if missing := [name for name in store.config.workload.labelled if name not in store]:
+        return (
+            f"{store.path} has no {', '.join(missing)}; expected the probe before and after, by which rates are told "
+            "apart; sweep again into another --store"
+        )
+    measured = (store.status == DONE).any()
+    return "" if measured else f"{store.path} has no measured cell yet; expected some; run the sweep"
+
+
 def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendation:
     """What a store recommends.
 
@@ -283,16 +312,11 @@ def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendat
         ValueError: nothing is measured, or the store has no probe of the untrained weights (format 1).
     """
     workload = store.config.workload
-    if missing := [name for name in workload.labelled if name not in store]:
-        raise ValueError(
-            f"{store.path} has no {', '.join(missing)}; expected the probe before and after, by which rates are told "
-            "apart; sweep again into another --store"
-        )
+    if reason := why_not(store):
+        raise ValueError(reason)
     codes = store.labels(thresholds or Thresholds())
     score = store.read(workload.ranks).astype(float)
     done, trained = store.status == DONE, trains(codes)
-    if not done.any():
-        raise ValueError(f"{store.path} has no measured cell yet; expected some; run the sweep")
     cell = best_cell(store, np.where(done & trained, score, np.inf), done)
     if not is_rate_map(store):
         return Recommendation(store, "", "", np.empty(0), (), cell, "")

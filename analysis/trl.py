@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.config import hyper_names
+from engine.hyper import HYPER_PARAMETERS
 from engine.plan import hyper_of
 from engine.schedule import SLACK
 from engine.store import Store
@@ -24,6 +26,10 @@ SCHEDULERS: dict[str, Callable[[Hyper, int], tuple[str, dict[str, Any]]]] = {
         {"num_decay_steps": round(hyper["decay"] * steps), "min_lr_ratio": hyper["floor"], "decay_type": "linear"},
     ),
 }
+SAID = {
+    "lr", "tokens", "batch", "seed", "warmup", "decay", "floor", "clip", "weight_decay", "beta1", "beta2", "eps",
+    "label_smoothing",
+}  # fmt: skip
 PACKINGS = {"cut": "wrapped", "best-fit": "bfd"}
 NOTES = (
     "of conversations only replies were learned: assistant_only_loss=True",
@@ -37,7 +43,7 @@ def trl_arguments(store: Store, cell: tuple[int, ...]) -> dict[str, Any]:
 
     Raises:
         ValueError: a run that TRL cannot repeat: no language model, another optimizer than AdamW on all parameters,
-            rates of parameter groups, scaled initial weights, a schedule that it has not.
+            values of parameter groups, a hyper-parameter or a schedule that it has not.
     """
     config, flat = store.config, int(np.ravel_multi_index((0, *cell), store.run.shape))
     if "tokens" not in config.workload.hyper(config):
@@ -45,12 +51,13 @@ def trl_arguments(store: Store, cell: tuple[int, ...]) -> dict[str, Any]:
     hyper = {name: float(values[0]) for name, values in hyper_of(store.run, np.array([flat])).items()}
     training, steps = config.training, int(store.config.workload.plan(store.run).steps.ravel()[flat])
     groups = [name for name in store.run.given if "." in name]
-    other = [
+    unsaid = [name for name in hyper_names(config) if name not in SAID and "." not in name]
+    other = [f"{name} {hyper[name]:g}" for name in unsaid if hyper[name] != HYPER_PARAMETERS[name].default]
+    other += [
         f"{name} {value}"
         for name, value, legal in (
             ("optimizer", training.optimizer, ("adamw",)),
             ("freeze", training.freeze, ("",)),
-            ("init_scale", hyper["init_scale"], (1.0,)),
             ("schedule", training.schedule, tuple(SCHEDULERS)),
             ("groups' own values", ", ".join(sorted(groups)), ("",)),
         )

@@ -15,6 +15,9 @@ norm must have the same bits. Forms of a network:
 Needs a CUDA GPU. Exit code 0 if everything is equal, 1 if not. Letters: R replica, T time, S step.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import gc
 import sys
 from collections.abc import Iterator

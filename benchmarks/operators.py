@@ -7,6 +7,9 @@ benchmarks/results/operators.csv. `rate` is TFLOP/s for matrix products, else TB
 the bytes that must move; `ratio` is the peer's time over the kernel's.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from benchmarks.arguments import asked
 
 TITLE = "Matrix, loss, optimizer and Newton-Schulz kernels against cuBLAS, torch and the copy bandwidth."

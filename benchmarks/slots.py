@@ -5,6 +5,9 @@ Every cell of the grid is a run of its own (its schedule depends on its end), an
 is split into steps, held-out losses, and the rest: polling, refilling and storing.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import tempfile
 import time
 from contextlib import ExitStack, closing

@@ -16,6 +16,7 @@ from uuid import uuid4
 from engine import tracking
 from engine.command import hearing_signals, screen, warn
 from engine.config import SweepConfig, cells_of, make_config, resolve
+from engine.data.corpus import parse_mix
 from engine.dry_run import dry_run_table
 from engine.files import FolderLock, make_folders
 from engine.grid import Cells
@@ -29,7 +30,7 @@ from engine.store import (
     VERSION,
     Store,
     Writer,
-    check_same_inputs,
+    changed_inputs,
     check_same_run,
     create_store,
     open_store,
@@ -63,13 +64,22 @@ def sweep(store: str = "", *, device: str = "auto", quiet: bool = True, **values
 
 
 def default_store(config: SweepConfig, cells: Cells) -> Path:
-    """results/<network>-<axes>-<data>-<hash>: sweeps of other cells, data or settings never meet."""
-    flat = config.flat() | {"cells": str(cells)}
-    decides = {name: value for name, value in flat.items() if name not in ("replicates", "y", "x")}
-    short = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    """results/<network>-<axes>-<data>-<hash>: sweeps of other cells, data or settings never meet.
+
+    Local files count by content, so that data which were edited are other data.
+    """
+    flat = config.flat()
+    decides = {name: value for name, value in flat.items() if name not in ("replicates", "y", "x", "points")}
+    digest = hashlib.sha256(json.dumps([decides, str(cells)], sort_keys=True).encode())
+    for values in cells.columns.values():
+        digest.update(values.tobytes())
+    for name, _ in parse_mix(flat.get("data", "")) if flat.get("data") else ():
+        if Path(name).is_file():
+            with open(name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     data = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(flat.get("data", ""))).stem).strip("-")
     axes = cells.dims if len(cells.dims) > 1 else ("points",)
-    return Path("results", "-".join(filter(None, (config.network, *axes, data, short))))
+    return Path("results", "-".join(filter(None, (config.network, *axes, data, digest.hexdigest()[:8]))))
 
 
 def run_sweep(
@@ -104,8 +114,7 @@ def run_sweep(
     rank.barrier()
     setup = prepare(config, asked, options, workers, stored)
     if stored is not None:
-        check_same_run(path, stored.run, setup.run)
-        check_same_inputs(stored, setup.inputs, asked)
+        check_same_run(path, stored.run, setup.run, changed_inputs(stored, setup.inputs, asked))
         check_same_arithmetic(stored, setup)
     if options.dry_run:
         if rank.index == 0:
@@ -189,7 +198,7 @@ def prepare_stored(store: Store, device: str) -> Setup:
     """What trains the cells of a store again. Raises ValueError where its inputs are no longer the same."""
     options = RunOptions(device=device)
     setup = store.config.workload.prepare(store.run, choose_device(device), options, 1, store)
-    check_same_inputs(store, setup.inputs, None)
+    check_same_run(store.path, store.run, setup.run, changed_inputs(store, setup.inputs, None))
     return setup
 
 

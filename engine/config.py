@@ -19,6 +19,7 @@ import numpy as np
 from engine.family import ALIASES, Family, family_of
 from engine.grid import Cells, Grid, Points
 from engine.hyper import HYPER_PARAMETERS, check_value, declared, source
+from engine.measure import MEASUREMENTS
 from engine.workload import Workload, workload_of
 
 
@@ -30,8 +31,9 @@ class Swept:
     x: str = ""  # columns, written alike (default: the network's)
     points: str = ""  # a .csv of points instead of a grid, a column for each hyper-parameter
     replicates: int = 1  # seeds every cell is trained with: seed, seed + 1, ...
-    precision: str = "auto"  # of the network's (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
+    precision: str = "auto"  # %(legal)s (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
     trace: str = "auto"  # on: store every step's loss; off; auto: on except for two_layer
+    measure: str = ""  # measured at every mark beside the rest: sharpness (a backward and some ten forward passes)
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ def resolve(config: SweepConfig, device: str, cells: Cells | None = None) -> Run
     expect("precision", swept.precision, family.precisions)
     expect("trace", swept.trace, ("on", "off"))
     at_least("replicates", swept.replicates, 1)
+    for name in swept.measure.split(",") if swept.measure else ():
+        expect("measure", name, tuple(n for n, m in MEASUREMENTS.items() if m.asked and family.workload in m.compute))
     config = replace(config, swept=swept, shape=family.resolve(config.shape))
     run = Run(config, cells)
     check_swept(run)

@@ -15,7 +15,7 @@ Letters: R replica, n elements of one parameter of one replica.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +110,8 @@ class Optimizer:
     overlaps: bool = False
     """whether an update may run beside the rest of the backward: only where none of its in-place torch operations
     bumps the weights' shared version counter, which trips autograd's check"""
+    edge: Callable[[Mapping[str, Any]], Any] | None = None
+    """hyper-parameters -> the (preconditioned) curvature beyond which its steps along a quadratic grow"""
     matrices_only: bool = False
     """whether it takes nothing but matrices between hidden units: no vectors, no table with a row for each token"""
 
@@ -307,9 +309,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
         adamw_update,
         adamw_prepare,
         overlaps=True,
+        edge=lambda hyper: (2 + 2 * hyper["beta1"]) / ((1 - hyper["beta1"]) * hyper["lr"]),
     ),
     "sgd": Optimizer(
-        "gradient descent with heavy-ball momentum", ("lr", "weight_decay", "momentum"), sgd_init, sgd_update
+        "gradient descent with heavy-ball momentum",
+        ("lr", "weight_decay", "momentum"),
+        sgd_init,
+        sgd_update,
+        edge=lambda hyper: (2 + 2 * hyper["momentum"]) / hyper["lr"],
     ),
     "lion": Optimizer("the sign of a momentum", ("lr", "weight_decay", "beta1", "beta2"), lion_init, lion_update),
     "muon": Optimizer(

@@ -11,6 +11,8 @@ from engine.config import PRESETS, SweepConfig, Swept, hyper_names, make_config
 from engine.family import ALIASES, FAMILIES, family_of
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
+from engine.optim import OPTIMIZERS
+from engine.schedule import SCHEDULES
 from engine.workload import WORKLOADS, workload_of
 
 
@@ -51,11 +53,14 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     family = family_of(network)
     if network != preset.network:
         preset = make_config(network)
-    reader = parser(description)
+    reader = parser(description, usage="%(prog)s [options]", epilog=examples(network))
+    reader.legal = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": family.precisions}
     group = reader.add_argument_group("Which network")
-    group.add_argument("--preset", default="default", help=f"where the defaults below come from: {', '.join(PRESETS)}")
+    group.add_argument(
+        "--preset", metavar="str", default="default", help=f"where the defaults below come from: {', '.join(PRESETS)}"
+    )
     known = "; ".join(f"{name}: {each.help}" for name, each in FAMILIES.items())
-    group.add_argument("--network", default=network, help=f"{known} (each has flags of its own: --network NAME --help)")
+    group.add_argument("--network", metavar="str", default=network, help=known)
     reader.add_arguments(Swept, dest="swept", default=preset.swept)
     if fields(family.options):
         reader.add_arguments(family.options, dest="shape", default=preset.shape)
@@ -92,10 +97,29 @@ def add_hyper(reader: Any, preset: SweepConfig) -> None:
         rule = rule_of(name)
         base, _, own = name.partition(".")
         text = f"{rule.help}{f' of {own}' if own else ''}"
+        if rule.high <= 1:
+            text += f", {rule.low:g} to {rule.high:g}"
         if name in preset.hyper or not own:
             text += f" (default: {preset.hyper.get(name, rule.default):g})"
         shown = name in read and (not own or base == "lr")
         group.add_argument(*spellings(name), dest=name, type=float, default=None, help=text if shown else SUPPRESS)
+
+
+def examples(network: str) -> str:
+    """The end of the help page: a command for every network, and the flags that only others have."""
+    lines = [
+        "An axis is name:scale:low:high:points, scale log or lin. Every network's own map:",
+        "",
+    ]
+    for name, family in FAMILIES.items():
+        y, x = family.axes
+        lines.append(f"  --network {name} --y {y} --x {x}")
+        kinds = (family.options, workload_of(family).options)
+        ours = (FAMILIES[network].options, workload_of(FAMILIES[network]).options)
+        own = [spellings(f.name)[0] for kind in kinds if kind not in ours for f in fields(kind)]
+        own += [f"--{each}" for each in family.hyper if each not in FAMILIES[network].hyper]
+        lines += [f"      which has {', '.join(own)}"] if own else []
+    return "\n".join(lines)
 
 
 def unknown_flag(unknown: list[str], network: str) -> str:

@@ -14,6 +14,7 @@ import ctypes
 import gc
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from engine.optim import OPTIMIZERS, Parameter, Step, by_group
 from engine.plan import Mark, Trajectory, start_names
 from engine.schedule import SCHEDULES, multiplier
 from engine.scheduler import Ready, Scheduler
+from engine.sharpness import critical_sharpness
 from engine.stack import Flat, Span, Stack
 from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
@@ -107,7 +109,9 @@ class Trainer:
 
         self.largest_batch = int(run.values("batch").max())
         self.seed_row = {seed: row for row, seed in enumerate(seeds)}
-        orders = [batch_order(seed, len(corpus.tokens), longest * self.largest_batch) for seed in seeds]
+        # the batch behind the last step is looked at by a measurement
+        rows = (longest + 1) * self.largest_batch
+        orders = [batch_order(seed, len(corpus.tokens), rows) for seed in seeds]
         self.order = torch.from_numpy(np.stack(orders)).to(device)
         self.tokens = torch.from_numpy(corpus.tokens).to(device)
         self.targets = torch.from_numpy(corpus.targets).to(device)
@@ -130,11 +134,11 @@ class Trainer:
         self.loss_R = torch.zeros(slots, device=device)
         self.losses_RS = torch.full((slots, longest), torch.nan, device=device)
 
-        # Large networks on a GPU: an update of a parameter overlaps with the rest of the backward, unless clipping
-        # needs all gradients first. Products have precedence: an update runs where they leave room on a multiprocessor.
+        # Large networks on a GPU: an update of a parameter overlaps with the rest of the backward where its optimizer
+        # may, unless clipping needs all gradients first. Products have precedence: an update runs where they leave
+        # room on a multiprocessor.
         compute_bound = device.type == "cuda" and network.parameters >= COMPUTE_BOUND
-        overlaps = all(OPTIMIZERS[self.optimizers[span.group]].overlaps for span in self.stack.spans)
-        beside = compute_bound and overlaps and not self.clips
+        beside = compute_bound and any(map(self.overlaps, self.stack.spans)) and not self.clips
         self.optimizer_stream = torch.cuda.Stream(device, priority=LOW) if beside else None
         forward = forward_names(run)
         self.probe = Probe(self.stack, corpus, self.micro_batch, family.row_losses, forward, device)
@@ -192,7 +196,6 @@ class Trainer:
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
         forward_R = {name: hyper_R[name] for name in self.probe.hyper_E}
-        key_R3 = torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
@@ -202,31 +205,35 @@ class Trainer:
             accumulate_(piece, gradient, fresh_R, active_R)
             return piece
 
-        batch = tokens_RBT, targets_RBT, forward_R, key_R3, count_R
+        batch = tokens_RBT, targets_RBT, forward_R, self.keys(), count_R
+        spans = self.stack.spans
         if self.optimizer_stream is None:
             sum_R, gradients = self.stack.losses_and_gradients(*batch)
-            gradients = [accumulated(*each) for each in zip(self.stack.spans, gradients, strict=True)]
-            if self.clips:
-                scale_R = self.clip_scale(gradients)
-                steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
-            for group, step in steps.items():
-                own = [place for place, span in enumerate(self.stack.spans) if span.group == group]
-                self.update({place: gradients[place] for place in own}, group, step)
+            left = dict(enumerate(gradients))
         else:
             main, beside = torch.cuda.current_stream(), self.optimizer_stream
-            place_of = {span.name: place for place, span in enumerate(self.stack.spans)}
+            place_of = {span.name: place for place, span in enumerate(spans)}
             kept = []  # keep alive until the streams join: the allocator may reuse it
 
             def update_beside(span: Span, gradient: Tensor) -> None:
-                kept.append(gradient)
-                beside.wait_stream(main)
-                with torch.cuda.stream(beside):
-                    place = place_of[span.name]
-                    self.update({place: accumulated(span, gradient)}, span.group, steps[span.group])
+                if self.overlaps(span):
+                    kept.append(gradient)
+                    beside.wait_stream(main)
+                    with torch.cuda.stream(beside):
+                        self.update({place_of[span.name]: accumulated(span, gradient)}, span.group, steps[span.group])
 
             sum_R, gradients = self.stack.losses_and_gradients(*batch, update_beside)
             main.wait_stream(beside)
-            del kept, gradients
+            del kept
+            left = {place: each for place, each in enumerate(gradients) if not self.overlaps(spans[place])}
+        left = {place: accumulated(spans[place], gradient) for place, gradient in left.items()}
+        if self.clips:
+            scale_R = self.clip_scale(list(left.values()))
+            steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
+        for group, step in steps.items():
+            own = {place: gradient for place, gradient in left.items() if spans[place].group == group}
+            self.update(own, group, step)
+        del gradients, left
 
         self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
         loss_R = self.loss_R / count_R
@@ -238,6 +245,14 @@ class Trainer:
         self.nonfinite_R.copy_(torch.where(bad_R, self.step_R, self.nonfinite_R))
         self.step_R.add_(update_R)
         self.micro_R.copy_(torch.where(update_R, 0, torch.where(active_R, self.micro_R + 1, self.micro_R)))
+
+    def overlaps(self, span: Span) -> bool:
+        """Whether a parameter's update may run beside the rest of the backward."""
+        return OPTIMIZERS[self.optimizers[span.group]].overlaps
+
+    def keys(self) -> Tensor:
+        """What random numbers of this micro-step are keyed by: seed, step and first row of the batch, int64 [R, 3]."""
+        return torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
 
     def steps_of_groups(self, hyper_R: dict[str, Tensor], update_R: Tensor) -> dict[str, Step]:
         """What each parameter group's optimizer needs for the slots whose batch is complete, clipping left out."""
@@ -323,7 +338,8 @@ class Trainer:
                 losses, stopped = trace[: mark.step], each.nonfinite_step
                 steps = mark.step if stopped < 0 else stopped + 1
                 batch, weights = int(hyper["batch"]), lambda slot=each.slot: self.stack.master_weights(slot)
-                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights)
+                sharpness = partial(critical_sharpness, self, each.slot)
+                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights, sharpness)
                 workload = self.config.family.workload
                 values = {name: own.compute[workload](reading) for name, own in wanted.items()}
                 measured.append(Measured(mark, each.slot, values, losses))

@@ -22,7 +22,7 @@ from zarr.errors import ZarrUserWarning
 from engine.amount import epochs_of
 from engine.config import Run, SweepConfig, cells_of, make_config
 from engine.files import DurableStore, FolderLock, make_folders, place_folder
-from engine.grid import Grid, Points
+from engine.grid import Axis, Grid, Points
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import MEASUREMENTS, Measurement, measurements_of
 from engine.outcome import DONE, LABELS, Thresholds
@@ -244,10 +244,12 @@ def store_attributes(path: Path) -> dict:
     return attributes
 
 
-def config_from(stored: Mapping[str, Any]) -> SweepConfig:
+def config_from(stored: dict[str, Any]) -> SweepConfig:
     """Read back `SweepConfig.flat`. Raises ValueError for fields that this version does not know."""
     try:
-        return make_config(**stored)
+        # axes as they are written now: older versions spelt lin out
+        axes = {name: str(Axis.parse(stored[name])) for name in ("y", "x") if stored.get(name)}
+        return make_config(**(stored | axes))
     except ValueError as error:
         raise ValueError(f"the stored configuration cannot be read ({error}); it comes from another version") from error
 
@@ -401,10 +403,10 @@ class Writer(Store):
             self.lock.close()
 
 
-def check_same_run(path: Path, stored: Run, asked: Run) -> None:
+def check_same_run(path: Path, stored: Run, asked: Run, changed: Iterable[str] = ()) -> None:
     """Raise ValueError naming every field in which a store's sweep differs from the asked one.
 
-    Inputs are compared by content (`check_same_inputs`). More replicates than are stored are no difference.
+    Inputs are compared by content, `changed` (`changed_inputs`). More replicates than are stored are no difference.
     """
     defaults = {name: rule.default for name, rule in HYPER_PARAMETERS.items()}
     was, now = stored.config.flat(), asked.config.flat()
@@ -414,26 +416,24 @@ def check_same_run(path: Path, stored: Run, asked: Run) -> None:
         differ.append("points")
     if now["replicates"] < was["replicates"]:
         differ.append("replicates")
-    if differ:
-        fields = "; ".join(f"{name}={values[name][0]!r}, got {values[name][1]!r}" for name in differ)
+    if differ or changed:
+        said = [f"{name}={values[name][0]!r}, got {values[name][1]!r}" for name in differ]
+        said += [f"{name} of other content, {values[name][0]!r}, got {values[name][1]!r}" for name in changed]
+        fields = "; ".join(said)
         raise ValueError(
             f"{path} holds a sweep with {fields}; give the same configuration to resume it, or --store another path"
         )
 
 
-def check_same_inputs(store: Store, inputs: Mapping[str, str], cells: Any) -> None:
-    """Raise ValueError when data, problem or points are no longer those a store's cells were trained on."""
+def changed_inputs(store: Store, inputs: Mapping[str, str], cells: Any) -> list[str]:
+    """Which of data, problem and points are no longer those that a store's cells were trained on."""
     changed = [name for name, digest in inputs.items() if store.attributes["inputs"].get(name) != digest]
     if cells is not None and not isinstance(cells, Grid):
         same = list(cells.columns) == list(store.run.names) and all(
             np.array_equal(cells.columns[name], store.run.cells.columns[name]) for name in store.run.names
         )
         changed += [] if same else ["points"]
-    for name in changed:
-        raise ValueError(
-            f"{name}={store.config.flat().get(name)!r} holds other values than when {store.path} was made; restore "
-            "them, or sweep into another --store"
-        )
+    return changed
 
 
 def empty_block(specs: Iterable[str], shape: tuple[int, ...], steps: int) -> dict[str, np.ndarray]:

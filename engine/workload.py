@@ -131,9 +131,9 @@ class LanguageOptions:
     packing: str = "cut"  # cut: documents end to end, cut every context; best-fit: whole documents, rows filled up
     data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
     validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
-    optimizer: str = "adamw"  # adamw, sgd, lion, muon or normuon; by parameter group: adamw,matrix=muon
+    optimizer: str = "adamw"  # %(legal)s; by parameter group: adamw,matrix=muon
     freeze: str = ""  # parameter groups that are not trained, with commas between
-    schedule: str = "constant"  # constant, cosine, wsd (warm-up, stable, decay) or linear (to zero)
+    schedule: str = "constant"  # %(legal)s (wsd: warm-up, stable, decay; linear: to zero)
     micro_batch: int = 0  # sequences a forward pass; larger batches accumulate gradients (0: chosen from the batches)
 
 

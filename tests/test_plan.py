@@ -26,6 +26,7 @@ RANGES = {
     "beta2": "linear:0:0.9",
     "eps": "log:1e-8:1e-3",
     "label_smoothing": "linear:0:0.5",
+    "dropout": "linear:0:0.5",
 }
 AXES = [name for name in hyper_names(make_config()) if name.partition(".")[0] in (*RANGES, "lr")]
 

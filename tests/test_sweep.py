@@ -33,7 +33,7 @@ PAIRS = (
     ("weight_decay:linear:0:2:2", "beta1:linear:0:0.9:2"),
     ("beta2:linear:0.5:0.99:2", "clip:log:0.01:1:2"),
     ("init_scale:log:0.5:2:2", "label_smoothing:linear:0:0.5:2"),
-    ("seed:linear:0:1:2", "batch:linear:2:4:2"),
+    ("seed:linear:0:1:2", "dropout:linear:0:0.5:2"),
     ("eps:log:1e-8:1e-1:2", "weight_decay.mlp:linear:0:2:2"),
 )
 
