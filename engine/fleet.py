@@ -87,8 +87,7 @@ def ray_workers(address: str, order: Order, chosen: Namespace) -> Iterator[Calla
         raise ValueError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); expected auto or host:port of one"
         ) from None
-    needs = {"num_cpus": 1} if chosen.device == "cpu" else {"num_gpus": 1}
-    task = ray.remote(max_retries=-1, **needs)(work)
+    task = ray.remote(num_cpus=1, num_gpus=0 if chosen.device == "cpu" else 1, max_retries=-1)(work)
     tasks = [task.remote(order) for _ in range(order.workers)]
 
     def running() -> bool:
