@@ -4,6 +4,9 @@ Columns: the replicate, every hyper-parameter that the sweep reads (swept or fix
 recommended one of its column, and every measurement that is one number a cell.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING

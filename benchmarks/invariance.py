@@ -99,7 +99,7 @@ class NormTrainer(Trainer):
     def __init__(self, run: Run, network: Network, corpus: Corpus, slots: int, device: torch.device, steps: int):
         # before the step is captured
         self.norms_RS = torch.full((slots, steps), torch.nan, device=device)
-        super().__init__(run, network, corpus, slots, device, steps, [0])
+        super().__init__(run, network, corpus, slots, device, steps, steps * int(run.values("batch").max()))
 
     def clip_scale(self, gradients: list[Tensor]) -> Tensor:
         place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]

@@ -43,7 +43,7 @@ from benchmarks.timing import append_rows, ready
 from engine import plan
 from engine.api import open_or_create
 from engine.config import make_config, resolve
-from engine.language import LanguageSetup, memory_of
+from engine.language import LanguageSetup, memory_of, most_rows
 from engine.launch import LaunchBuffer
 from engine.ranks import Rank, choose_device
 from engine.step import Trainer
@@ -130,7 +130,7 @@ def measure(options: Options) -> dict[str, object]:
         setup = prepared(options)
     longest = int(setup.plan.steps.max())
     setup.trainer = trainer = TimedTrainer(
-        setup.run, setup.network, setup.corpus, setup.slots, setup.device, longest, [0]
+        setup.run, setup.network, setup.corpus, setup.slots, setup.device, longest, most_rows(setup.plan)
     )
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "store")

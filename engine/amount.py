@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.plan import Plan
+from engine.plan import Plan, unique_rows
 
 if TYPE_CHECKING:
     from engine.data import Corpus
@@ -36,8 +36,8 @@ def amount_words(data: str, amount: Mapping[str, Any] | None) -> str:
 
 
 def epochs_of(plan: Plan, amount: Mapping[str, Any]) -> np.ndarray:
-    """How often each cell's run sees the data, float64 [replicate, *cells]."""
-    return plan.steps * plan.cost / amount["tokens"]
+    """How often each cell's run sees its data, float64 [replicate, *cells]."""
+    return plan.steps * plan.run.column("batch") / np.minimum(unique_rows(plan.run), amount["rows"])
 
 
 def epochs_words(plan: Plan, amount: Mapping[str, Any]) -> str:

@@ -227,7 +227,7 @@ def open_or_create(
         if not shared:
             remove_leases(path)
         if setup.run.replicates > Store(path).run.replicates:
-            Writer(path).grow(setup.run.replicates)
+            Writer(path).grow(setup.run.replicates, int(setup.plan.steps.max()))
     rank.barrier()
     return Writer(path, lock)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.family import ALIASES, Family, family_of
 from engine.grid import Cells, Grid, Points
-from engine.hyper import HYPER_PARAMETERS, check_value, declared, source
+from engine.hyper import HYPER_PARAMETERS, check_value, declared, rule_of, source
 from engine.measure import MEASUREMENTS
 from engine.workload import Workload, workload_of
 
@@ -132,6 +132,8 @@ class Run:
 
     config: SweepConfig
     cells: Cells
+    counts: np.ndarray | None = field(default=None, compare=False)
+    """what each row of the training set adds to `tokens`, int32 [N]; None: its context"""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,6 +155,10 @@ class Run:
         """(replicates, *cells)."""
         return self.replicates, *self.cells.shape
 
+    def has(self, name: str) -> bool:
+        """Whether a hyper-parameter is given or has a default."""
+        return name in self.given or rule_of(name).has_default
+
     def source(self, name: str, group: str = "") -> str:
         """The hyper-parameter that gives `name` its value in a parameter group."""
         return source(name, group, self.config.family.groups, self.given)
@@ -160,6 +166,9 @@ class Run:
     def column(self, name: str, group: str = "") -> np.ndarray:
         """A hyper-parameter's value in every cell, float64, broadcasting to [replicate, *cells]."""
         found = self.source(name, group)
+        rule = rule_of(found)
+        if found not in self.given and rule.follows and all(self.has(each) for each in rule.follows):
+            return rule.made(*[self.column(each) for each in rule.follows])
         column = self.cells.columns.get(found, np.array(self.config.value(found)))
         if name != "seed" or "seed" in self.names:
             return column[None]
@@ -229,6 +238,13 @@ def check_swept(run: Run) -> None:
             raise ValueError(
                 f"axis {name} changes nothing: no parameter group that trains takes its value from it; sweep something "
                 "else"
+            )
+    for name, rule in HYPER_PARAMETERS.items():
+        every = {name, *rule.follows}
+        if rule.follows and every <= run.given:
+            raise ValueError(
+                f"{', '.join(sorted(every))} are all given; expected all but one, which follows from the others: leave "
+                f"one out, as an axis or as a flag"
             )
     if run.replicates > 1 and "seed" in run.names:
         raise ValueError(f"replicates is {run.replicates}, but the seed is swept; leave out one of them")

@@ -6,6 +6,9 @@ So workers may join, be lost and be started again at any time; Ray runs the work
 preempted job. All machines share the folder of the store, and have this project installed.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import logging
 import os
 import sys

@@ -5,7 +5,7 @@ Flags, help texts, bounds, checks, axes, stored coordinates and the slots' devic
 (`lr.attention`); a group's value that is not given follows its parent group's, then the plain name.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,19 +42,51 @@ class HyperParameter:
     """acts in the forward: its value on the probe; None: the run's own"""
     off: float | None = None
     """acts in the forward, which does without it where every cell has this value"""
+    follows: tuple[str, ...] = ()
+    """those it is made of where each of them is given or has a default, and it is not given"""
+    made: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.multiply
+    """its value from theirs"""
+
+    @property
+    def has_default(self) -> bool:
+        """Whether the default is a legal value; else it stands for none."""
+        return self.low <= self.default <= self.high
 
 
 HYPER_PARAMETERS: dict[str, HyperParameter] = {
     "lr": HyperParameter("optimizer", "learning rate", 1e-3, "learning rate", by_group=True),
     "tokens": HyperParameter(
         "data",
-        "tokens trained on; steps = ceil(tokens / (batch * context))",
+        "tokens trained on = unique_tokens * epochs; steps = ceil(tokens / (batch * context))",
         16384.0,
         "training tokens",
         "token",
         low=1.0,
         high=1e15,
         in_kernel=False,
+        follows=("unique_tokens", "epochs"),
+    ),
+    "unique_tokens": HyperParameter(
+        "data",
+        "tokens there are to train on, in whole rows: the first of the seed's order (default: all of the data)",
+        np.inf,
+        "unique tokens",
+        "token",
+        low=1.0,
+        high=1e15,
+        in_kernel=False,
+        follows=("tokens", "epochs"),
+        made=np.divide,
+    ),
+    "epochs": HyperParameter(
+        "data",
+        "times the unique tokens are seen (default: as tokens and unique_tokens have it)",
+        0.0,
+        low=1e-9,
+        high=1e9,
+        in_kernel=False,
+        follows=("tokens", "unique_tokens"),
+        made=np.divide,
     ),
     "batch": HyperParameter(
         "data",

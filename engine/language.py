@@ -21,7 +21,7 @@ from engine.optim import OPTIMIZERS, by_group
 from engine.plan import Launch, Memory, Plan, Trajectory, Work
 from engine.stack import spans_of
 from engine.step import Trainer, forward_names, frozen_parameters
-from engine.workload import Replay
+from engine.workload import COUNTS, Replay, check_steps
 
 CPU_MEMORY = 0.5  # share of the machine's memory a stack may take on a CPU
 GPU_MEMORY = 0.9  # share of a GPU's free memory a stack may take
@@ -79,9 +79,8 @@ class LanguageSetup:
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
         """A trainer of these data."""
-        seeds = [int(seed) for seed in self.run.values("seed")]
         longest = longest or int(self.plan.steps.max())
-        return Trainer(self.run, self.network, self.corpus, slots, self.device, longest, seeds)
+        return Trainer(self.run, self.network, self.corpus, slots, self.device, longest, most_rows(self.plan))
 
     def train(
         self, launch: Launch, status: np.ndarray, progress: Callable[[float, float], None]
@@ -188,6 +187,28 @@ class LanguageSetup:
         return lines
 
 
+def counts_of(corpus: Corpus, count: str) -> np.ndarray | None:
+    """What each row adds to `tokens`, int32 [N]; None: its context."""
+    return getattr(corpus, COUNTS[count]) if COUNTS[count] else None
+
+
+def check_unique(run: Run, corpus: Corpus) -> None:
+    """Raise ValueError where a run is to see more unique tokens than there are."""
+    unique = run.column("unique_tokens")
+    most = unique[np.isfinite(unique)].max(initial=0)
+    there = corpus.tokens.size if run.counts is None else int(run.counts.sum())
+    if most > there:
+        raise ValueError(
+            f"unique_tokens goes up to {most:,.0f}, but the data have {there:,} ({run.config.training.count}) in "
+            f"{len(corpus.tokens):,} rows; expected at most as many: lower it, or raise --data-rows (0: all)"
+        )
+
+
+def most_rows(made: Plan) -> int:
+    """Rows of the data that a run reads, at most."""
+    return int((made.steps * made.run.column("batch")).max())
+
+
 def batch_invariant(run: Run, device: torch.device) -> bool:
     """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
     return device.type == "cuda" and run.config.family.batch_invariant
@@ -241,6 +262,10 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         training.packing,
     )
     check_vocabulary(corpus, network.vocabulary)
+    run = replace(run, counts=counts_of(corpus, training.count))
+    made = plan.plan_runs(run)
+    check_unique(run, corpus)
+    check_steps(run)
     exact = batch_invariant(run, device)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
@@ -362,8 +387,8 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     """Bytes a stack needs on the device.
 
     A replica: fp32 master (with bf16 compute: bf16 weight and 16-bit remainder), its optimizers' fp32 state, a gradient
-    in the compute precision, an fp32 accumulator where batches are cut, its loss trace; frozen parameters that are not
-    shared. Shared: data, their order for every seed, initial weights kept, frozen parameters otherwise.
+    in the compute precision, an fp32 accumulator where batches are cut, its loss trace, its order of the data; frozen
+    parameters that are not shared. Shared: data, initial weights kept, frozen parameters otherwise.
     """
     run, config = made.run, made.run.config
     compute = 2 if config.swept.precision == "bf16" else 4
@@ -378,7 +403,7 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     accumulator = 4 if batch > config.training.micro_batch else 0
     states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape, span.rows) for span in spans)
     longest = int(made.steps.max())
-    state = trained * (4 + compute + accumulator) + states + 4 * longest
+    state = trained * (4 + compute + accumulator) + states + 4 * (longest + most_rows(made) + batch)
     state += 0 if shared_frozen else frozen * compute
     tokens = config.training.micro_batch * config.training.context
     activations = network.activation_bytes(tokens, compute)
@@ -386,7 +411,7 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
         activations *= 2  # plain torch keeps intermediates that the kernels recompute
     seeds = len(run.values("seed"))
     initial = min(1 if network.same_start else seeds, max(2**32 // (4 * network.parameters), 1))
-    shared = corpus.tokens.nbytes * 2 + 4 * seeds * longest * batch + initial * 4 * network.parameters
+    shared = corpus.tokens.nbytes * 2 + initial * 4 * network.parameters
     shared += frozen * compute if shared_frozen else 0
     return Memory(shared, state, activations, network.parameters * compute)
 

@@ -173,19 +173,20 @@ def sgd_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
 
 
 def sgd_update(parameters: Sequence[Parameter], step: Step) -> None:
-    """One step of gradient descent with heavy-ball momentum and decoupled weight decay.
+    """One step of gradient descent with heavy-ball momentum and decoupled weight decay."""
+    momentum_update(parameters, step, "velocity", None, step.hyper_R["momentum"])
 
-    u = momentum u + g;  p = p (1 - lr wd) - lr u. Plain torch on every device: elementwise, so batch-invariant.
-    """
-    import torch
 
-    rate, decay, momentum = (step.hyper_R[name][:, None] for name in ("lr", "weight_decay", "momentum"))
-    for parameter in parameters:
-        velocity = parameter.state["velocity"]
-        moved = momentum * velocity + step.gradient(parameter.gradient_Rn)
-        stepped = parameter.master() * (1 - rate * decay) - rate * moved
-        velocity.copy_(torch.where(step.active_R[:, None], moved, velocity))
-        parameter.write(stepped, step)
+def momentum_update(
+    parameters: Sequence[Parameter], step: Step, state: str, beta1_R: "Tensor | None", beta2_R: "Tensor"
+) -> None:
+    """`kernels.momentum.momentum_step_` of every parameter, its momentum in the state buffer of that name."""
+    from kernels.momentum import MomentumScalars, momentum_step_
+
+    rate_R, decay_R = step.hyper_R["lr"], step.hyper_R["weight_decay"]
+    scalars = MomentumScalars(rate_R, decay_R, beta1_R, beta2_R, step.scale_R, step.active_R, step.nonfinite_R)
+    for each in parameters:
+        momentum_step_(each.weight_Rn, each.remainder_Rn, each.gradient_Rn, each.state[state], scalars)
 
 
 # ---- Lion
@@ -197,21 +198,8 @@ def lion_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
 
 
 def lion_update(parameters: Sequence[Parameter], step: Step) -> None:
-    """One step of Lion (Chen et al. 2023, arXiv:2302.06675). Plain torch, elementwise, so batch-invariant.
-
-    p = p (1 - lr wd) - lr sign(beta1 m + (1 - beta1) g);  m = beta2 m + (1 - beta2) g.
-    """
-    import torch
-
-    names = ("lr", "weight_decay", "beta1", "beta2")
-    rate, decay, beta1, beta2 = (step.hyper_R[name][:, None] for name in names)
-    for parameter in parameters:
-        gradient, momentum = step.gradient(parameter.gradient_Rn), parameter.state["momentum"]
-        mixed = beta1 * momentum + (1 - beta1) * gradient
-        direction = torch.where(mixed.isnan(), mixed, mixed.sign())  # the sign of NaN is 0, which would hide it
-        parameter.write(parameter.master() * (1 - rate * decay) - rate * direction, step)
-        moved = beta2 * momentum + (1 - beta2) * gradient
-        momentum.copy_(torch.where(step.active_R[:, None], moved, momentum))
+    """One step of Lion (Chen et al. 2023, arXiv:2302.06675)."""
+    momentum_update(parameters, step, "momentum", step.hyper_R["beta1"], step.hyper_R["beta2"])
 
 
 # ---- Muon
@@ -316,9 +304,12 @@ OPTIMIZERS: dict[str, Optimizer] = {
         ("lr", "weight_decay", "momentum"),
         sgd_init,
         sgd_update,
+        overlaps=True,
         edge=lambda hyper: (2 + 2 * hyper["momentum"]) / hyper["lr"],
     ),
-    "lion": Optimizer("the sign of a momentum", ("lr", "weight_decay", "beta1", "beta2"), lion_init, lion_update),
+    "lion": Optimizer(
+        "the sign of a momentum", ("lr", "weight_decay", "beta1", "beta2"), lion_init, lion_update, overlaps=True
+    ),
     "muon": Optimizer(
         "momentum, orthogonalised by five quintic steps", MUON, muon_init, muon_update, muon_prepare, matrices_only=True
     ),

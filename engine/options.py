@@ -13,7 +13,7 @@ from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.optim import OPTIMIZERS
 from engine.schedule import SCHEDULES
-from engine.workload import WORKLOADS, workload_of
+from engine.workload import COUNTS, WORKLOADS, workload_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     if network != preset.network:
         preset = make_config(network)
     reader = parser(description, usage="%(prog)s [options]", epilog=examples(network))
-    reader.legal = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": family.precisions}
+    reader.legal = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": family.precisions, "count": COUNTS}
     group = reader.add_argument_group("Which network")
     group.add_argument(
         "--preset", metavar="str", default="default", help=f"where the defaults below come from: {', '.join(PRESETS)}"
@@ -74,7 +74,9 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     parts = (found.swept, getattr(found, "shape", preset.shape), found.training)
     flat = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
     swept = [Axis.parse(axis).name for axis in (found.swept.y, found.swept.x) if axis]
-    hyper = {name: value for name, value in preset.hyper.items() if name not in swept}
+    said = {*swept, *values}
+    followed = {name for name, rule in HYPER_PARAMETERS.items() if rule.follows and said.issuperset(rule.follows)}
+    hyper = {name: value for name, value in preset.hyper.items() if name not in {*swept, *followed}}
     return make_config(network, **flat, **(hyper | values)), found.options
 
 
@@ -99,7 +101,7 @@ def add_hyper(reader: Any, preset: SweepConfig) -> None:
         text = f"{rule.help}{f' of {own}' if own else ''}"
         if rule.high <= 1:
             text += f", {rule.low:g} to {rule.high:g}"
-        if name in preset.hyper or not own:
+        if name in preset.hyper or (rule.has_default and not own):
             text += f" (default: {preset.hyper.get(name, rule.default):g})"
         shown = name in read and (not own or base == "lr")
         group.add_argument(*spellings(name), dest=name, type=float, default=None, help=text if shown else SUPPRESS)

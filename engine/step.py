@@ -7,7 +7,8 @@ graph. `engine.scheduler` says what is in which slot.
 A cell's numbers do not depend on its neighbours where every operator of the network is batch-invariant: that holds
 on a GPU with the kernels of this project. On a CPU the same runs, side by side again, give the same bits.
 
-Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameters, S step, n elements of a parameter.
+Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameters, S step, N row of a run's data,
+n elements of a parameter.
 """
 
 import ctypes
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Run, SweepConfig
-from engine.data import IGNORED, Corpus, batch_order
-from engine.evaluate import Probe
+from engine.data import IGNORED, Corpus, batch_order, rows_that_hold
+from engine.evaluate import WHOLE_STACK, Probe
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import Reading, RowLosses, measurements_of
 from engine.network import Network
@@ -41,6 +42,7 @@ LOW, HIGH = 0, -1  # priorities of CUDA streams
 COMPUTE_BOUND = 2**24  # parameters: size above which GEMMs are compute-bound, so that updates beside them pay
 INITIAL_CACHE = 4 * 2**30  # bytes of initial weights kept on the device, at most (or one seed's)
 STARTS = 4  # last starts kept as slots hold them
+ORDERS = 64  # last orders of data kept on the host
 
 
 class Measured(NamedTuple):
@@ -56,20 +58,20 @@ class Measured(NamedTuple):
 
 
 class Graphs:
-    """The two pieces of device work: plain calls on a CPU, CUDA graphs on a GPU."""
+    """The two pieces of device work: plain calls on a CPU, CUDA graphs on a GPU, an evaluation's for each count."""
 
-    def __init__(self, step: Callable[[], None], evaluate: Callable[..., None]) -> None:
+    def __init__(self, step: Callable[[], None], evaluate: Callable[[int], None]) -> None:
         self.step: Callable[[], None] = step
         self.evaluate: Callable[[int], None] = evaluate
 
-    def capture(self, digest: Callable[[], object]) -> None:
-        """Compile every kernel, then capture both; they share memory, since neither runs with the other."""
-        step, evaluate = self.step, self.evaluate
-        compile_ahead(step, evaluate, digest)  # type: ignore[arg-type]
-        stepping = capture(step)
-        evaluating = capture(evaluate, sharing=stepping)  # type: ignore[arg-type]
+    def capture(self, counts: tuple[int, ...], digest: Callable[[], object]) -> None:
+        """Compile every kernel, then capture all; they share memory, since none runs with another."""
+        evaluations = {count: partial(self.evaluate, count) for count in counts}
+        compile_ahead(self.step, *evaluations.values(), digest)
+        stepping = capture(self.step)
+        evaluating = {count: capture(each, sharing=stepping) for count, each in evaluations.items()}
         self.step = stepping.replay
-        self.evaluate = lambda count: evaluating.replay()
+        self.evaluate = lambda count: evaluating[count].replay()
 
 
 class Trainer:
@@ -83,7 +85,7 @@ class Trainer:
         slots: int,
         device: torch.device,
         longest: int,
-        seeds: list[int],
+        rows: int,
     ) -> None:
         """Allocate the stack and its data on the device.
 
@@ -91,7 +93,7 @@ class Trainer:
             run: resolved.
             slots: R.
             longest: steps of the longest run these slots will hold.
-            seeds: of the runs they will hold.
+            rows: of the data that a run of theirs reads, at most.
         """
         self.run_of, self.config, self.network = run, run.config, network
         self.device, self.slots, self.longest = device, slots, longest
@@ -108,11 +110,9 @@ class Trainer:
         self.starts: dict[tuple[float, ...], RowLosses] = {}
 
         self.largest_batch = int(run.values("batch").max())
-        self.seed_row = {seed: row for row, seed in enumerate(seeds)}
+        self.orders: dict[tuple[int, int], np.ndarray] = {}
         # the batch behind the last step is looked at by a measurement
-        rows = (longest + 1) * self.largest_batch
-        orders = [batch_order(seed, len(corpus.tokens), rows) for seed in seeds]
-        self.order = torch.from_numpy(np.stack(orders)).to(device)
+        self.order_RN = torch.zeros(slots, rows + self.largest_batch, dtype=torch.int32, device=device)
         self.tokens = torch.from_numpy(corpus.tokens).to(device)
         self.targets = torch.from_numpy(corpus.targets).to(device)
         self.supervised = torch.from_numpy(corpus.supervised).to(device)
@@ -122,10 +122,10 @@ class Trainer:
         self.clips = bool((run.column("clip") > 0).any())
 
         # an empty slot: stop is 0, so it never trains; a slot waits, inactive, at its stop
-        empty = {"step": 0, "stop": 0, "total": 1, "micro": 0, "micros": 1, "batch": 1, "seed": 0, "nonfinite": -1}
+        empty = {"step": 0, "stop": 0, "total": 1, "micro": 0, "micros": 1, "batch": 1, "nonfinite": -1}
         self.integers = torch.tensor(list(empty.values()), device=device)[:, None].repeat(1, slots)
         self.step_R, self.stop_R, self.total_R, self.micro_R = self.integers[:4]
-        self.micros_R, self.batch_R, self.seed_R, self.nonfinite_R = self.integers[4:]
+        self.micros_R, self.batch_R, self.nonfinite_R = self.integers[4:]
         self.rates, self.names = hyper_rows(run, self.stack, self.optimizers)
         self.hyper = torch.zeros(len(self.names), slots, dtype=torch.float64, device=device)
         self.hyper_R = dict(zip(self.names, self.hyper, strict=True))
@@ -145,7 +145,7 @@ class Trainer:
         self.graphs = Graphs(self.micro_step, self.probe.piece)
         if device.type == "cuda":
             first_1 = torch.zeros(1, dtype=torch.int64, device=device)
-            self.graphs.capture(lambda: self.stack.digest(first_1))
+            self.graphs.capture((WHOLE_STACK, *self.probe.counts), lambda: self.stack.digest(first_1))
 
     def state_buffers(self) -> dict[str, dict[str, tuple[Tensor, slice]]]:
         """Each trained parameter's state: buffer [R, all of its optimizer's] and its own elements there, by name."""
@@ -178,8 +178,8 @@ class Trainer:
 
     def rows(self, first_R: Tensor, within_RB: Tensor) -> Tensor:
         """Corpus rows at some places of each slot's current batch, int64 [R, B]."""
-        position_RB = (first_R[:, None] + within_RB).clamp(max=self.order.shape[1] - 1)
-        return self.order[self.seed_R[:, None], position_RB].long()
+        position_RB = (first_R[:, None] + within_RB).clamp(max=self.order_RN.shape[1] - 1)
+        return self.order_RN.gather(1, position_RB).long()
 
     def active(self) -> Tensor:
         """Slots that train in this micro-step, bool [R]."""
@@ -195,7 +195,7 @@ class Trainer:
         update_R = self.updating(active_R)
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
-        forward_R = {name: hyper_R[name] for name in self.probe.hyper_E}
+        forward_R = {name: hyper_R[name] for name in self.probe.hyper_R}
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
@@ -302,15 +302,30 @@ class Trainer:
         for buffer in self.buffers:
             buffer[slot] = 0
         stop = trajectory.marks[0].step
-        integers = (0, stop, trajectory.total, 0, self.micro_steps(trajectory), batch, self.seed_row[seed], -1)
+        integers = (0, stop, trajectory.total, 0, self.micro_steps(trajectory), batch, -1)
         self.integers[:, slot] = torch.tensor(integers).to(self.device)
         values = [hyper[name] for name in self.names]
         self.hyper[:, slot] = torch.tensor(values, dtype=torch.float64).to(self.device)
         if self.clips and hyper["clip"] == 0:
             self.hyper_R["clip"][slot] = torch.inf
+        self.order_RN[slot] = torch.from_numpy(self.order_of(seed, hyper["unique_tokens"])).to(self.device)
         self.seeds_R[slot] = seed
         self.broken_R[slot] = 0
         self.losses_RS[slot] = torch.nan
+
+    def order_of(self, seed: int, unique_tokens: float) -> np.ndarray:
+        """The rows of the data that a run reads, in order, int32 [N]; the last few are kept."""
+        counts_N = self.run_of.counts
+        if counts_N is None:
+            counts_N = np.full(len(self.tokens), self.tokens.shape[1], np.int32)
+        unique = len(counts_N)
+        if np.isfinite(unique_tokens):
+            unique = int(rows_that_hold(np.array(unique_tokens), seed, counts_N))
+        if (seed, unique) not in self.orders:
+            if len(self.orders) >= ORDERS:
+                self.orders.pop(next(iter(self.orders)))
+            self.orders[seed, unique] = batch_order(seed, len(counts_N), self.order_RN.shape[1], unique)
+        return self.orders[seed, unique]
 
     def stop_at(self, slot: int, step: int) -> None:
         """Let a slot train until it has taken `step` steps."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FORMAT = "fractal-llm sweep"
 VERSION = 2
 STATUS = Measurement("0 not computed, 1 done", "u1", 0, {})
+COUNTS = "counts"  # the array of Run.counts
 BY_CONTENT = ("data", "problem", "points")  # fields that name inputs, which are compared by what they hold
 
 
@@ -55,7 +56,7 @@ class Store:
             )
         self.config: SweepConfig = config_from(self.attributes["configuration"])
         self.group = zarr.open_group(self.path, mode="r", use_consolidated=False)
-        self.run = Run(self.config, self.stored_cells())
+        self.run = Run(self.config, self.stored_cells(), self.stored_counts())
         self.label_rule = self.config.workload.label
         self.specs = {"status": STATUS} | measurements_of(self.run)
         self.check_arrays()
@@ -74,6 +75,10 @@ class Store:
             if not self.has_metadata(name):
                 raise ValueError(f"{self.path} is half-written (coordinate {name!r}); delete it and sweep again")
         return cells.stored_as({name: np.asarray(self.array(name)[:]) for name in cells.columns})
+
+    def stored_counts(self) -> np.ndarray | None:
+        """What each row of the training set adds to `tokens`, where that is stored (`Run.counts`)."""
+        return np.asarray(self.array(COUNTS)[:]) if self.has_metadata(COUNTS) else None
 
     def has_metadata(self, name: str) -> bool:
         """Whether an array is there; zarr lets a damaged array's own error through, which names no file."""
@@ -320,6 +325,9 @@ def build_store(building: Path, run: Run, steps: int, chunk_rows: int, attribute
     coordinates = replicate_coordinates(run) | run.cells.coordinates()
     if config.swept.trace == "on":
         coordinates["step"] = ("step", np.arange(steps), {"long_name": "step"})
+    if run.counts is not None:
+        words: dict[str, Any] = {"long_name": "what a row of the training set adds to tokens", "units": "token"}
+        group.create_array(COUNTS, data=run.counts, dimension_names=("data_row",), attributes=words)
     for name, (dim, values, own) in coordinates.items():
         group.create_array(name, data=values, dimension_names=(dim,), attributes=own)
     auxiliary = " ".join(name for name, (dim, *_) in coordinates.items() if name != dim)
@@ -367,13 +375,18 @@ class Writer(Store):
         # zarr writes an object beside its place and renames it; this store syncs it too
         self.group = zarr.open_group(DurableStore(self.path), mode="r+", use_consolidated=False)
 
-    def grow(self, replicates: int) -> None:
-        """Make room for more replicates; the configuration says so last."""
-        run = Run(replace(self.config, swept=replace(self.config.swept, replicates=replicates)), self.run.cells)
-        for name in self.specs:
+    def grow(self, replicates: int, steps: int) -> None:
+        """Make room for more replicates, of runs of at most `steps` steps; the configuration says so last."""
+        run = replace(self.run, config=replace(self.config, swept=replace(self.config.swept, replicates=replicates)))
+        coordinates = replicate_coordinates(run)
+        for name, spec in self.specs.items():
             array = self.array(name)
-            array.resize((replicates, *array.shape[1:]))
-        for name, (_, values, _) in replicate_coordinates(run).items():
+            shape = (replicates, *array.shape[1:])
+            if spec.by_step:
+                shape = (*shape[:-1], max(steps, shape[-1]))
+                coordinates["step"] = ("step", np.arange(shape[-1]), {})
+            array.resize(shape)
+        for name, (_, values, _) in coordinates.items():
             array = self.array(name)
             array.resize(values.shape)
             array[:] = values

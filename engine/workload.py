@@ -133,14 +133,20 @@ class LanguageOptions:
     validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
     optimizer: str = "adamw"  # %(legal)s; by parameter group: adamw,matrix=muon
     freeze: str = ""  # parameter groups that are not trained, with commas between
+    count: str = "tokens"  # what tokens and unique_tokens count: %(legal)s (only those that are learned)
     schedule: str = "constant"  # %(legal)s (wsd: warm-up, stable, decay; linear: to zero)
     micro_batch: int = 0  # sequences a forward pass; larger batches accumulate gradients (0: chosen from the batches)
+
+
+COUNTS = {"tokens": "", "supervised": "supervised"}
+"""the field of a corpus that says what each row adds to `tokens`, by what is counted; '' where every row adds its
+context"""
 
 
 def language_hyper(config: "SweepConfig") -> tuple[str, ...]:
     """Those of the data and the start, of every optimizer that is used, and of the schedule."""
     training = config.training
-    names = ["tokens", "batch", "seed", "init_scale", "warmup", "clip"]
+    names = ["tokens", "unique_tokens", "epochs", "batch", "seed", "init_scale", "warmup", "clip"]
     for optimizer in set(by_group(training.optimizer, config.family.groups).values()):
         names += OPTIMIZERS[optimizer].hyper
     return (*names, *schedule_of(training.schedule).hyper)
@@ -183,8 +189,10 @@ def resolve_language(run: "Run", device: str) -> "Run":
         if group not in run.config.family.groups:
             raise ValueError(f"freeze has {group!r}; expected some of {', '.join(run.config.family.groups)}")
     expect("packing", training.packing, ("cut", "best-fit"))
+    expect("count", training.count, tuple(COUNTS))
     check_schedule(run)
-    check_steps(run)
+    if not COUNTS[training.count]:
+        check_steps(run)
     data = training.data if training.data == "chitchat" else resolved_data(training.data)
     training = replace(training, data=data, micro_batch=training.micro_batch or automatic_micro_batch(run))
     return replace(run, config=replace(run.config, training=training))
@@ -208,15 +216,14 @@ def check_schedule(run: "Run") -> None:
 
 def check_steps(run: "Run") -> None:
     """Raise ValueError unless every cell has two whole steps: one step says nothing about training."""
-    from engine.plan import steps_of
+    from engine.plan import planned_steps
 
-    tokens, batch, context = run.column("tokens"), run.column("batch"), run.config.training.context
-    fewest = steps_of(tokens, batch, context)
-    if fewest.min() < 2:
-        step = int(batch.max()) * context
+    if planned_steps(run).min() < 2:
+        tokens, training = run.column("tokens"), run.config.training
+        step = int(run.column("batch").max()) * training.context
         raise ValueError(
-            f"tokens starts at {tokens.min():g}, below two steps of {step} tokens (batch x context); expected more "
-            f"than {step}: raise tokens, or lower --batch or --context"
+            f"tokens starts at {tokens.min():g}, below two steps of {step} tokens (batch x context; counted are "
+            f"{training.count}); expected more: raise tokens, or lower --batch or --context"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.gradient_norm import sum_of_blocks
 from kernels.newton_schulz import POLAR_EXPRESS, QUINTIC, newton_schulz
-from kernels.split_master import NAN_BITS, join_bits, join_master, split_master
+from kernels.split_master import join_master, load_master, split_master, store_master
 
 BLOCK = 1024  # elements a program
 SUMMED = 2**28  # elements of a stack, at most: bounds what the iteration keeps, 4 such stacks at its peak
@@ -320,25 +320,13 @@ def _descend_kernel(
     if FACTOR == "column":
         u *= tl.load(factor_ptr + replica * side + at % columns, mask=inside, other=0.0)
     at += replica * stride
-    if SPLIT:
-        high = tl.load(weight_ptr + at, mask=inside, other=0.0)
-        p = join_bits(high, tl.load(remainder_ptr + at, mask=inside, other=0))
-    else:
-        p = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    p = load_master(weight_ptr, remainder_ptr, at, inside, SPLIT)
     decayed = tl.load(decay_ptr + replica) * p
     if CAUTIOUS:
         decayed = tl.where(u * p >= 0, decayed, 0.0)
     p -= tl.load(rate_ptr + replica) * u + decayed
-    bits = tl.where(p != p, NAN_BITS, p.to(tl.int32, bitcast=True))
-    seen = bits  # the weight as the network computes with it, by its bits
-    if SPLIT:
-        seen = bits + 0x8000
-        tl.store(weight_ptr + at, (seen >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
-        tl.store(remainder_ptr + at, bits.to(tl.int16), mask=inside)
-    else:
-        tl.store(weight_ptr + at, bits.to(tl.float32, bitcast=True), mask=inside)
-    largest = tl.max(tl.where(inside, seen & 0x7F800000, 0), axis=0)
-    tl.store(nonfinite_ptr + replica, 1, mask=active & (largest == 0x7F800000))
+    broken = store_master(weight_ptr, remainder_ptr, at, p, inside, SPLIT)
+    tl.store(nonfinite_ptr + replica, 1, mask=active & broken)
 
 
 def descend_triton_(

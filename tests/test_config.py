@@ -1,6 +1,7 @@
 """Configurations: what `auto` stands for, what is refused, and what is stored."""
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -157,6 +158,11 @@ BAD = [
     ({"network": "two_layer", "y": "lr:log:1:2:3", "lr.0": 1.0}, "axis lr changes nothing: no parameter group"),
     ({"network": "two_layer", "problem": "no/such.npz"}, "problem file 'no/such.npz' does not exist"),
     ({"points": "p.csv", "y": "lr:log:1:2:3"}, "points are given beside an axis"),
+    (
+        {"x": "epochs:linear:1:4:4", "unique_tokens": 1e4, "tokens": 2e4},
+        "epochs, tokens, unique_tokens are all given; expected all but one",
+    ),
+    ({"count": "words"}, "count is 'words'; expected one of tokens, supervised"),
     ({"points": "no/such.csv"}, "points file 'no/such.csv' does not exist"),
 ]
 
@@ -173,6 +179,19 @@ def test_a_run_is_what_a_configuration_and_its_cells_make():
     assert isinstance(run, Run) and run.shape == (1, 4, 3)
     assert run.values("batch").tolist() == [1, 2, 3] and run.values("tokens").tolist() == [1e5]
     assert run.given == {"lr", "batch", "tokens"}
+
+
+def test_the_third_of_tokens_unique_tokens_and_epochs_follows():
+    def values(**given):
+        run = resolve(make_config(y="lr:log:1e-3:1:2", **given), "cpu")
+        return [run.values(name).tolist() for name in ("tokens", "unique_tokens", "epochs")]
+
+    x = "batch:linear:1:2:2"
+    assert values(x=x, unique_tokens=1e3, epochs=4) == [[4000], [1000], [4]]
+    assert values(x="epochs:log:1:4:3", tokens=4096) == [[4096], [1024, 2048, 4096], [1, 2, 4]]
+    assert values(x="tokens:linear:4096:8192:2", unique_tokens=1024) == [[4096, 8192], [1024], [4, 8]]
+    assert values(x=x, unique_tokens=1024) == [[16384], [1024], [16]], "tokens has a default"
+    assert values(x=x, tokens=4096)[:2] == [[4096], [math.inf]], "whatever there is"
 
 
 def test_a_groups_value_that_its_optimizer_does_not_read_is_refused(tmp_path):

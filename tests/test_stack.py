@@ -67,7 +67,7 @@ def alone(trainer: Trainer, made, hyper: dict, optimizer: str) -> list[float]:
     losses = []
     for s in range(STEPS):
         batch = int(hyper["batch"])
-        rows = trainer.order[0, s * batch : (s + 1) * batch].long()
+        rows = trainer.order_of(int(hyper["seed"]), np.inf)[s * batch : (s + 1) * batch]
         tokens, targets = trainer.tokens[rows], trainer.targets[rows]
         smoothing = {"label_smoothing": torch.tensor(hyper["label_smoothing"], dtype=torch.float32)}
         loss = functional_call(network.module, weights, (tokens, targets, smoothing, KEY)) / (targets >= 0).sum()

@@ -137,8 +137,8 @@ def test_masked_rows_contribute_exactly_nothing(tmp_path):
     for filler in (0, 200):
         trainer = trainer_of(made, 1)
         # the fourth place of the stream is the row the mask hides in the first step
-        hidden = int(trainer.order[0, 3])
-        assert hidden not in trainer.order[0, :3].tolist()
+        *seen, hidden = trainer.order_of(0, np.inf)[:4].tolist()
+        assert hidden not in seen
         trainer.tokens = trainer.tokens.clone()
         trainer.tokens[hidden] = filler
         [[each]] = trainer.train([run(made, 1, lr=1e-2)])
@@ -146,12 +146,14 @@ def test_masked_rows_contribute_exactly_nothing(tmp_path):
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7])
-def test_a_step_sees_its_own_rows_of_the_stream(tmp_path, batch):
+@pytest.mark.parametrize(("batch", "unique"), [(1, None), (2, None), (3, 5), (7, 3)])
+def test_a_step_sees_its_own_rows_of_the_stream(tmp_path, batch, unique):
     made = setup(tiny(tmp_path, x="batch:linear:1:7:7", tokens=400))
     trainer = trainer_of(made, 2)
-    trainer.fill(1, run(made, 7, batch=batch, tokens=400.0))
-    order = batch_order(0, len(made.corpus.tokens), 100)
+    tokens = {"unique_tokens": 8.0 * unique} if unique else {}
+    trainer.fill(1, run(made, 7, batch=batch, tokens=400.0, **tokens))
+    order = batch_order(0, len(made.corpus.tokens), 100, unique)
+    assert len(set(order[:50].tolist())) == (unique or len(made.corpus.tokens))
     for step in range(7):
         rows = order[step * batch : (step + 1) * batch]
         seen = []

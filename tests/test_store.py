@@ -89,14 +89,18 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 def test_a_store_grows_by_replicates_and_keeps_what_it_has(made):
     before = arrays(open_store(made))
+    steps = before["losses"].shape[-1]
     writer = Writer(made)
-    writer.grow(3)
+    writer.grow(3, steps + 2)  # where seeds decide the steps, the new ones may take more
     writer.close()
     store = open_store(made)
     assert store.run.replicates == 3 and store.run.shape == (3, 3, 4)
     assert (store.status[1:] == 0).all() and (store.status[0] == 1).all()
     for name, array in before.items():
-        assert store.read(name, slice(0, 1)).tobytes() == array.tobytes()
+        read = store.read(name, slice(0, 1))
+        assert read[..., : array.shape[-1]].tobytes() == array.tobytes()
+        assert np.isnan(read[..., array.shape[-1] :]).all()
+    assert store.to_xarray().sizes["step"] == steps + 2
     assert store.to_xarray()["seed"].values.tolist() == [0, 1, 2]
 
 
@@ -236,7 +240,7 @@ def test_other_launches_are_refused_where_bits_depend_on_them(made, capsys):
 
 def test_fewer_replicates_than_are_stored_are_refused(made, capsys):
     writer = Writer(made)
-    writer.grow(2)
+    writer.grow(2, 1)
     writer.close()
     assert "with replicates=2, got 1" in refused(capsys, tiny(made.parent), made)
 

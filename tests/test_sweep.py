@@ -13,8 +13,9 @@ import pytest
 from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 
 from engine import plan
-from engine.api import run_sweep
+from engine.api import prepare_stored, run_sweep
 from engine.config import hyper_names, make_config
+from engine.data import batch_order
 from engine.language import CPU_FLOPS, CPU_SLOTS, WAVE_SECONDS, cpu_slots
 from engine.optim import OPTIMIZERS
 from engine.options import RunOptions
@@ -35,6 +36,8 @@ PAIRS = (
     ("init_scale:log:0.5:2:2", "label_smoothing:linear:0:0.5:2"),
     ("seed:linear:0:1:2", "dropout:linear:0:0.5:2"),
     ("eps:log:1e-8:1e-1:2", "weight_decay.mlp:linear:0:2:2"),
+    ("unique_tokens:linear:8:24:2", "tokens:linear:32:64:2"),
+    ("epochs:linear:1:3:2", "lr:log:1e-3:1e-1:2"),
 )
 
 
@@ -176,6 +179,27 @@ def test_more_replicates_train_only_the_missing_ones(tmp_path, monkeypatch):
     assert_equal_bits(three, arrays(sweep(config.change(replicates=3), tmp_path / "at once")))
 
 
+def test_supervised_budgets_are_reached_by_every_seed_and_seeds_may_be_added(tmp_path):
+    config = tiny(tmp_path, y="lr:log:1e-3:1e-2:2", x="tokens:linear:40:120:3", count="supervised", unique_tokens=60)
+    sweep(config, tmp_path / "s")
+    store = sweep(config.change(replicates=3), tmp_path / "s")
+    counts, unique = store.run.counts, plan.unique_rows(store.run)
+    for seed, col in np.ndindex(3, 3):
+        steps, rows = store.read("steps")[seed, 0, col], int(unique[seed, 0, 0])
+        first = counts[batch_order(seed, len(counts), rows)]
+        assert first.sum() >= 60 > first[:-1].sum()
+        seen = counts[batch_order(seed, len(counts), 2 * steps, rows)]
+        assert seen.sum() >= [40, 80, 120][col] > seen[:-2].sum()
+    assert_equal_bits(arrays(store), arrays(sweep(config.change(replicates=3), tmp_path / "at once")))
+    again = prepare_stored(store, "cpu").replay(17)
+    assert again.weights_digest == store.read("weights_digest")[2, 1, 2]
+
+
+def test_more_unique_tokens_than_there_are_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unique_tokens goes up to 200, but the data have 192 \(tokens\) in 24 rows"):
+        setup(tiny(tmp_path, unique_tokens=200))
+
+
 def test_a_resumed_sweep_keeps_the_stored_coordinates(tmp_path):
     store = sweep(tiny(tmp_path), tmp_path / "s")
     group = Writer(tmp_path / "s").group
@@ -195,7 +219,7 @@ def test_a_list_of_points_is_swept_and_resumed(tmp_path):
     forget(tmp_path / "s", 1)
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     (tmp_path / "p.csv").write_text("lr,beta1,tokens\n1e-2,0.9,64\n1e-1,0.5,48\n4e-2,0.1,96\n")
-    with pytest.raises(ValueError, match="holds other values than when"):
+    with pytest.raises(ValueError, match="holds a sweep with points of other content"):
         sweep(config, tmp_path / "s")
 
 
