@@ -36,9 +36,6 @@ COMMANDS = {
     "sweep": Command(
         "engine.sweep", "train a grid of hyper-parameters, many runs at once, and map it", {"finish": draw}
     ),
-    "fleet": Command(
-        "engine.fleet", "the same over a Ray cluster or SLURM, with workers that come and go", {"finish": draw}
-    ),
     "replay": Command("engine.replay", "train one stored cell again and compare, bit for bit; save its weights"),
     "recommend": Command("analysis.recommend", "which learning rate, for each budget, with its interval over seeds"),
     "zoom": Command("analysis.zoom", "train a part of a map again, denser, once or many times in a row"),
@@ -51,6 +48,9 @@ COMMANDS = {
     ),
     "report": Command("analysis.report", "one self-contained HTML page about a store"),
     "export": Command("analysis.export", "a store's cells as a .csv or .parquet, one row each"),
+    "fleet": Command(
+        "engine.fleet", "the same over a Ray cluster or SLURM, with workers that come and go", {"finish": draw}
+    ),
 }
 USAGE = "usage: fractal COMMAND [options]"
 
