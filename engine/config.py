@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.family import ALIASES, Family, family_of
+from engine.family import Family, family_of, spelt_out
 from engine.grid import Cells, Grid, Points
 from engine.hyper import HYPER_PARAMETERS, check_value, declared, source
 from engine.workload import Workload, workload_of
@@ -88,16 +88,17 @@ class SweepConfig:
         return float(self.hyper.get(found, HYPER_PARAMETERS[base].default))
 
 
-def make_config(network: str = "gpt", **values: Any) -> SweepConfig:
+def make_config(network: str = "", **values: Any) -> SweepConfig:
     """A sweep from flat values: fields of the network and its workload, and hyper-parameters by name.
+
+    network: a name of FAMILIES or ALIASES; by default pretrained where a model is given, else gpt.
 
     Raises:
         ValueError: a name that this network has no field for.
     """
-    network = ALIASES.get(network, network)
+    network, left = spelt_out(network, values)
     family = family_of(network)
     parts: list[Any] = []
-    left = dict(values)
     for kind in (Swept, family.options, workload_of(family).options):
         own = {each.name for each in fields(kind)}
         parts.append(kind(**{name: left.pop(name) for name in list(left) if name in own}))

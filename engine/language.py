@@ -15,6 +15,7 @@ from rich.table import Table
 from engine import plan
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.hyper import rule_of
 from engine.network import Network
 from engine.optim import OPTIMIZERS, by_group
 from engine.plan import Launch, Memory, Plan, Trajectory, Work
@@ -56,7 +57,8 @@ class LanguageSetup:
     @property
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a cell."""
-        return {"data": self.corpus.digest}
+        model = {} if self.network.loaded is None else {"model": self.network.loaded.digest}
+        return {"data": self.corpus.digest} | model
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -104,8 +106,8 @@ class LanguageSetup:
             for each in measured:
                 if cell in each.mark.cells:
                     digest = int(each.values["weights_digest"])
-                    weights = trainer.stack.master_weights(each.slot)
-                    return Replay(each.losses, digest, weights, getattr(self.network.module, "config", None))
+                    weights, export = trainer.stack.master_weights(each.slot), self.network.export
+                    return Replay(each.losses, digest, weights, export and export(weights))
         raise AssertionError("the launch of a cell holds no trajectory that serves it")
 
     def describe(self, table: Table, left: list[Launch], status: np.ndarray) -> float:
@@ -273,13 +275,13 @@ def check_groups(run: Run, network: Network) -> None:
     chosen = by_group(run.config.training.optimizer, run.config.family.groups)
     for name in run.given:
         base, _, group = name.partition(".")
-        takers = [each for each in sorted(groups) if group and run.source(base, each) == name]
-        if group and not takers:
+        takers = [each for each in sorted(groups) if run.source(base, each) == name]
+        if not takers and (group or (name in run.names and rule_of(name).by_group)):
             raise ValueError(
-                f"{name} changes nothing: no trained tensor of {run.config.network!r} takes it (a tied one follows its "
+                f"{name} changes nothing: no trained tensor of {run.config.title!r} takes it (a tied one follows its "
                 f"first group); the groups are {', '.join(sorted(groups))}"
             )
-        if takers and not any(base in OPTIMIZERS[chosen[each]].hyper for each in takers):
+        if group and not any(base in OPTIMIZERS[chosen[each]].hyper for each in takers):
             raise ValueError(
                 f"{name} changes nothing: {', '.join(takers)} is trained by {chosen[takers[0]]}, which has no {base}; "
                 f"leave it out, or give that group another --optimizer"

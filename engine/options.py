@@ -1,14 +1,14 @@
 """The arguments of a sweep: a request out of flags, which follow from the declarations."""
 
 import sys
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.command import fail, parser, spellings
 from engine.config import PRESETS, SweepConfig, Swept, hyper_names, make_config
-from engine.family import ALIASES, FAMILIES, family_of
+from engine.family import FAMILIES, family_of, spelt_out
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.workload import WORKLOADS, workload_of
@@ -31,24 +31,25 @@ class RunOptions:
 
 
 def read_arguments(description: str, arguments: Sequence[str] | None = None) -> tuple[SweepConfig, RunOptions]:
-    """The sweep that a command line asks for. The flags depend on --preset and --network, which are read first.
+    """The sweep that a command line asks for. Its flags depend on --preset, --network and --model, read first.
 
     Raises:
         ValueError: a preset or network that does not exist, or values that do not belong together.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = Namespace(preset="default", network=None)
     first = parser("", add_help=False)
-    first.add_argument("--preset", default="default")
-    first.add_argument("--network", default=None)
+    for name in ("preset", "network", "model"):
+        first.add_argument(f"--{name}", default="")
     chosen, _ = first.parse_known_args([each for each in given if each not in ("-h", "--help")])
-    if chosen.preset not in PRESETS:
+    if chosen.preset and chosen.preset not in PRESETS:
         raise ValueError(f"preset is {chosen.preset!r}; expected one of {', '.join(PRESETS)}")
-    preset = PRESETS[chosen.preset]
-    network = ALIASES.get(chosen.network, chosen.network) or preset.network
+    preset = PRESETS[chosen.preset or "default"]
+    network, own = spelt_out(chosen.network, {"model": chosen.model})
+    if not (chosen.network or chosen.model):
+        network = preset.network
     family = family_of(network)
     if network != preset.network:
-        preset = make_config(network)
+        preset = make_config(network, **{name: value for name, value in own.items() if value})
     reader = parser(description)
     group = reader.add_argument_group("Which network")
     group.add_argument("--preset", default="default", help=f"where the defaults below come from: {', '.join(PRESETS)}")

@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 FORMAT = "fractal-llm sweep"
 VERSION = 2
 STATUS = Measurement("0 not computed, 1 done", "u1", 0, {})
-BY_CONTENT = ("data", "problem", "points")  # fields that name inputs, which are compared by what they hold
+BY_CONTENT = (
+    "data",
+    "model",
+    "tokenizer",
+    "problem",
+    "points",
+)  # fields that name inputs, which are compared by what they hold
 
 
 class Store:

@@ -29,6 +29,7 @@ from engine.models import (
     norm_heads,
     normal_weights,
     parameter_shapes,
+    qkv_rows,
     rotary_tables,
     shorter_context,
     uniform_weights,
@@ -264,6 +265,11 @@ def parameter_groups(config: GPTConfig, name: str) -> tuple[str, ...]:
     if name.startswith("layers."):
         return (name.split(".")[2],)
     return ("smear",) if name.startswith(("smear_", "backout_")) else (name.split(".")[0],)
+
+
+def fused_rows(config: GPTConfig, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in their fused projection."""
+    return qkv_rows(config.heads, config.kv_heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: GPTConfig, seed: int) -> dict[str, Tensor]:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.models import Embedding, check_positive, check_shape, normal_weights, parameter_shapes, shorter_context
+from engine.models import (
+    Embedding,
+    check_positive,
+    check_shape,
+    normal_weights,
+    parameter_shapes,
+    qkv_rows,
+    shorter_context,
+)
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
 from kernels.linear import linear
@@ -175,6 +183,11 @@ def parameter_groups(config: GPT2Config, name: str) -> tuple[str, ...]:
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
+
+
+def fused_rows(config: GPT2Config, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in their fused projection."""
+    return qkv_rows(config.heads, config.heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: GPT2Config, seed: int) -> dict[str, Tensor]:
