@@ -15,6 +15,9 @@ What changes near the boundary says how deep a zoom can go: a map is signal whil
 there than half of what two unrelated maps would differ by.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -13,6 +13,8 @@ from analysis.axes import extent, ticks
 from analysis.boundary import map_edges
 from analysis.classify import counts, measured, trains
 from analysis.colours import LABEL_COLOURS, colour_scale, convergence_rgba, equalise, label_rgba
+from analysis.overlay import draw_best, draw_epochs
+from analysis.stability import draw_stability
 from engine.store import Replicate
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import: the drawing functions import what they use
@@ -51,6 +53,7 @@ def draw_frame(axes: "Axes", store: Replicate, title: str) -> None:
     x, y = extent(store.grid.x), extent(store.grid.y)
     axes.set(xlim=x, ylim=y)
     axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, lw=0, zorder=0, **MISSING_STYLE))
+    draw_epochs(axes, store)
     for axis, set_ticks, set_label in (
         (store.grid.x, axes.set_xticks, axes.set_xlabel),
         (store.grid.y, axes.set_yticks, axes.set_ylabel),
@@ -105,7 +108,7 @@ def draw_labels(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     draw_frame(axes, store, "Label")
     draw_cells(axes, store, label_rgba(thinned(codes)))
     draw_boundary(axes, store, codes, "black", "white")
-    patches = []
+    patches: list[Any] = draw_best(axes, store)
     for name, count in counts(codes).items():
         style: dict[str, Any] = (
             MISSING_STYLE if name == "missing" else {"facecolor": LABEL_COLOURS[name], "edgecolor": "#777777"}
@@ -148,6 +151,7 @@ def draw_loss(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
     draw_frame(axes, store, "Held-out loss after training" if held_out else "Loss after training")
     draw_cells(axes, store, rgba)
     draw_boundary(axes, store, codes, "white", "black")
+    draw_stability(axes, store)
     bar = colour_bar(axes, ScalarMappable(norm, scale), extend="max")
     bar.ax.axvline(first, color="black", lw=1.2)
     bar.ax.text(first, 1.25, "start", ha="center", va="bottom", fontsize=7, transform=bar.ax.get_xaxis_transform())

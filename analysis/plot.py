@@ -3,6 +3,9 @@
 Three panels side by side (analysis/panels.py), or each alone.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +14,8 @@ from analysis.classify import Labelling
 from analysis.dimension import parse_fit
 from analysis.maps import Map, analyse, dimension_line, summary
 from analysis.panels import TEXT, draw_convergence, draw_labels, draw_loss, save
+from analysis.recommend import recommend
+from analysis.recommend import show as show_answer
 from engine.command import parse, screen, user_errors
 from engine.store import open_map, open_store
 
@@ -65,8 +70,9 @@ class Options(Labelling):
 
 
 def draw_store(path: Path) -> None:
-    """What a finished sweep ends with: the maps of its first replicate, and the summary."""
+    """What a finished sweep ends with: the answer first, then the maps of its first replicate, and the summary."""
     store = open_store(path)
+    show_answer(recommend(store))
     if len(store.run.cells.shape) < 2:
         screen().print(f"{path} holds a list of points, which has no map; read it with engine.open_store")
         return

@@ -5,6 +5,9 @@ thumb; loss traces of clicked cells; the noise floor, where it was measured; pro
 cell the command that replays it. The page (report.html beside this file) needs no network.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import json
 import re
 import shlex

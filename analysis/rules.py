@@ -5,6 +5,9 @@ other axis, which rate is safe, how much does the rate matter, and how soon do t
 Every law stands beside the constant, and none is printed that the data do not carry (analysis/laws.py).
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

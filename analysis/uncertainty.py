@@ -6,6 +6,9 @@ Grebogi, Ott, Yorke 1985). Every eps has base points of its own, so counts are i
 fitted is fixed beforehand: sizes with at least FEWEST_EVENTS events and f of at most a quarter of the ceiling.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 import warnings
 from dataclasses import dataclass

@@ -4,6 +4,9 @@ One zoom trains a child grid over a tile (analysis/sequence.py); `--levels 30 --
 downwards, one child a level.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from dataclasses import dataclass
 from pathlib import Path
 

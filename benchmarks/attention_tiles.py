@@ -9,6 +9,9 @@ input once and each output once. The fastest tiles were written into `_forward_t
 R replica, B batch, T time, H query heads, G key/value heads, K head dim.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from benchmarks.arguments import asked
 
 TITLE = "Times the candidate tiles of the attention kernels."

@@ -4,6 +4,9 @@ Every case is one sweep, trained by both with the same flags; compared are each 
 final weights. Exit code 0 if all are equal. The machine's Python must serve both.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import os
 import subprocess
 import sys

@@ -5,6 +5,9 @@
 Run on the GPU the table is for. A tile is kept only if its result agrees with torch.bmm.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from benchmarks.arguments import asked
 
 TITLE = "Times every candidate tile of the stacked product and writes kernels/tuned_tiles.json."

@@ -18,7 +18,8 @@ import numpy as np
 
 from engine.family import Family, family_of, spelt_out
 from engine.grid import Cells, Grid, Points
-from engine.hyper import HYPER_PARAMETERS, check_value, declared, source
+from engine.hyper import HYPER_PARAMETERS, check_value, declared, rule_of, source
+from engine.measure import MEASUREMENTS
 from engine.workload import Workload, workload_of
 
 
@@ -30,8 +31,9 @@ class Swept:
     x: str = ""  # columns, written alike (default: the network's)
     points: str = ""  # a .csv of points instead of a grid, a column for each hyper-parameter
     replicates: int = 1  # seeds every cell is trained with: seed, seed + 1, ...
-    precision: str = "auto"  # of the network's (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
+    precision: str = "auto"  # %(legal)s (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
     trace: str = "auto"  # on: store every step's loss; off; auto: on except for two_layer
+    measure: str = ""  # measured at every mark beside the rest: sharpness (a backward and some ten forward passes)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class Run:
 
     config: SweepConfig
     cells: Cells
+    counts: np.ndarray | None = field(default=None, compare=False)
+    """what each row of the training set adds to `tokens`, int32 [N]; None: its context"""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -152,6 +156,10 @@ class Run:
         """(replicates, *cells)."""
         return self.replicates, *self.cells.shape
 
+    def has(self, name: str) -> bool:
+        """Whether a hyper-parameter is given or has a default."""
+        return name in self.given or rule_of(name).has_default
+
     def source(self, name: str, group: str = "") -> str:
         """The hyper-parameter that gives `name` its value in a parameter group."""
         return source(name, group, self.config.family.groups, self.given)
@@ -159,6 +167,9 @@ class Run:
     def column(self, name: str, group: str = "") -> np.ndarray:
         """A hyper-parameter's value in every cell, float64, broadcasting to [replicate, *cells]."""
         found = self.source(name, group)
+        rule = rule_of(found)
+        if found not in self.given and rule.follows and all(self.has(each) for each in rule.follows):
+            return rule.made(*[self.column(each) for each in rule.follows])
         column = self.cells.columns.get(found, np.array(self.config.value(found)))
         if name != "seed" or "seed" in self.names:
             return column[None]
@@ -203,6 +214,8 @@ def resolve(config: SweepConfig, device: str, cells: Cells | None = None) -> Run
     expect("precision", swept.precision, family.precisions)
     expect("trace", swept.trace, ("on", "off"))
     at_least("replicates", swept.replicates, 1)
+    for name in swept.measure.split(",") if swept.measure else ():
+        expect("measure", name, tuple(n for n, m in MEASUREMENTS.items() if m.asked and family.workload in m.compute))
     config = replace(config, swept=swept, shape=family.resolve(config.shape))
     run = Run(config, cells)
     check_swept(run)
@@ -224,7 +237,15 @@ def check_swept(run: Run) -> None:
             raise ValueError(f"{name} is an axis, and --{name} is {run.config.hyper[name]:g}; leave out one of the two")
         if not run.config.workload.reads(run, name):
             raise ValueError(
-                f"axis {name} changes nothing: every parameter group has a value of its own; sweep something else"
+                f"axis {name} changes nothing: no parameter group that trains takes its value from it; sweep something "
+                "else"
+            )
+    for name, rule in HYPER_PARAMETERS.items():
+        every = {name, *rule.follows}
+        if rule.follows and every <= run.given:
+            raise ValueError(
+                f"{', '.join(sorted(every))} are all given; expected all but one, which follows from the others: leave "
+                f"one out, as an axis or as a flag"
             )
     if run.replicates > 1 and "seed" in run.names:
         raise ValueError(f"replicates is {run.replicates}, but the seed is swept; leave out one of them")

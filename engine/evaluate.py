@@ -49,7 +49,7 @@ class Probe:
         self.weight_EP = torch.empty_like(stack.weight_RP[:evaluated])
         self.frozen_EF = stack.frozen_RF if stack.shares_frozen else torch.empty_like(stack.frozen_RF[:evaluated])
         self.hyper_E = {name: torch.zeros(evaluated, device=device) for name in hyper}
-        self.key_E2 = torch.zeros(evaluated, 2, dtype=torch.int64, device=device)
+        self.key_E3 = torch.zeros(evaluated, 3, dtype=torch.int64, device=device)
         self.sums_EPB = torch.zeros(evaluated, *self.tokens.shape[:2], device=device)
         self.place_1 = torch.zeros(1, dtype=torch.int64, device=device)  # the next piece
 
@@ -99,6 +99,6 @@ class Probe:
         targets_EBT = self.targets[self.place_1].expand(evaluated, -1, -1)
         hyper_E = {name: value_E[:count] for name, value_E in self.hyper_E.items()}
         options = {"by_row": True} if self.by_row else {}
-        sums = self.stack.losses(weights, frozen, tokens_EBT, targets_EBT, hyper_E, self.key_E2[:count], **options)
+        sums = self.stack.losses(weights, frozen, tokens_EBT, targets_EBT, hyper_E, self.key_E3[:count], **options)
         self.sums_EPB[:count].index_copy_(1, self.place_1, sums.view(evaluated, 1, -1))
         self.place_1.copy_((self.place_1 + 1) % len(self.tokens))

@@ -47,6 +47,8 @@ class Family:
     row_losses: bool = False
     """whether its forward takes `by_row=True` and then returns each row's summed loss [B]; else the probe is
     evaluated one row at a time"""
+    start: str = "random initial weights"
+    """what training starts from, in a few words"""
     zoom_precision: str = ""
     """what sequences of zooms are trained in; '' for the map's own"""
     formats: tuple[str, ...] = field(default=())
@@ -165,7 +167,7 @@ FAMILIES: dict[str, Family] = {
         automatic_precision=LANGUAGE_AUTOMATIC,
         axes=("lr:log:1e-4:1e1:32", "tokens:log:1e3:6e4:32"),
         build=build_gpt,
-        hyper=("label_smoothing",),
+        hyper=("label_smoothing", "dropout"),
         resolve=resolve_gpt,
         title=lambda options: f"depth {options.depth}, width {options.width}",
         batch_invariant=True,
@@ -180,9 +182,10 @@ FAMILIES: dict[str, Family] = {
         automatic_precision=LANGUAGE_AUTOMATIC,
         axes=("lr:log:1e-6:1e-1:16", "tokens:log:2048:65536:16"),
         build=build_pretrained,
-        hyper=("label_smoothing",),
+        hyper=("label_smoothing", "dropout"),
         resolve=resolve_pretrained,
         title=lambda options: Path(options.model).name,
+        start="its pretrained weights",
         batch_invariant=True,
         row_losses=True,
         formats=("huggingface", "nanochat", "gguf", "safetensors"),

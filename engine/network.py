@@ -11,7 +11,7 @@ from engine.checkpoint import LoadedModel, load_model
 from engine.checkpoint.model import make_module
 from engine.config import SweepConfig
 from engine.data import Tokenizer
-from engine.models import gpt, parameter_shapes
+from engine.models import Embedding, gpt, parameter_shapes
 from engine.tokenizer import ByteTokenizer
 
 
@@ -19,8 +19,9 @@ class Network(NamedTuple):
     """A network and its surroundings.
 
     module: `forward(tokens_BT, targets_BT, hyper, key) -> summed loss`, 0-dim fp32, parameters on the meta device;
-    hyper holds the family's forward hyper-parameters, 0-dim fp32 each, key is (seed, step), int64 [2]. shapes: of its
-    parameters. groups: the groups of each, the one whose hyper-parameters it takes first; a tied tensor has two.
+    hyper holds the family's forward hyper-parameters, 0-dim fp32 each, key is (seed, step, first row of the batch),
+    int64 [3]. shapes: of its parameters. groups: the groups of each, the one whose hyper-parameters it takes first; a
+    tied tensor has two.
     initial: seed -> CPU weights. tokenizer: what its vocabulary stands for. flops_per_token: of training.
     activation_bytes: (tokens, bytes per element) -> bytes a replica. same_start: whether `initial` is the same for
     every seed. fused: rows (first, last + 1) of the matrices that lie in one parameter. loaded: the checkpoint it is
@@ -44,6 +45,12 @@ class Network(NamedTuple):
     def parameters(self) -> int:
         """Parameters of one replica."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @property
+    def tables(self) -> set[str]:
+        """Names of the parameters that are tables, with a row for each token or position."""
+        kinds = Embedding, nn.Embedding
+        return {f"{name}.weight" for name, module in self.module.named_modules() if isinstance(module, kinds)}
 
     def in_groups(self, groups: list[str], parents: Mapping[str, str]) -> set[str]:
         """Parameters of some groups, or of groups whose parent is among them."""

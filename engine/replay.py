@@ -4,6 +4,9 @@ Where cells are batch-invariant (on a GPU) the cell trains alone, in a stack of 
 until the cell has been measured. Exit code 0 if the cell is identical, 1 if not.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

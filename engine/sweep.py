@@ -3,6 +3,9 @@
 The arguments are read by engine/options.py, the sweep itself is `engine.api.run_sweep`.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,11 +32,6 @@ def main(arguments: Sequence[str] | None = None, finish: Callable[[Path], None] 
 
 
 if __name__ == "__main__":
-
-    def draw(store: Path) -> None:
-        """A script joins what the folders keep apart: the engine imports no analysis."""
-        from analysis.plot import draw_store
-
-        draw_store(store)
+    from analysis.fractal import draw  # a script joins what the folders keep apart: the engine imports no analysis
 
     main(finish=draw)

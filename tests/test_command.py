@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import sweep, tiny, write_chat
+from tiny import flags, sweep, tiny, write_chat
 
 from engine import api, replay
 from engine.config import SweepConfig, make_config
@@ -19,16 +19,6 @@ from engine.store import open_store
 from engine.sweep import main as sweep_main
 
 ROOT = Path(__file__).parent.parent
-
-
-def flags(config: SweepConfig, path: Path) -> list[str]:
-    """The command line that gives a configuration and a store."""
-    default = make_config(config.network).flat()
-    words = ["--network", config.network, "--store", str(path), "--device", "cpu", "--quiet"]
-    for name, value in config.flat().items():
-        if value != default.get(name):
-            words += ["--" + name, str(value)]
-    return words
 
 
 def fails(capsys, main, name: str, words: list[str]) -> str:
@@ -135,7 +125,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         sweep_main()
     assert end.value.code == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on from what is stored\n"
+    assert capsys.readouterr().err == "interrupted: the same command goes on from what is stored\n"
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):

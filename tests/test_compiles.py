@@ -60,7 +60,7 @@ def compile_step(kind):
         with torch.device("meta"):
             module = llama.Llama(shape, cpu)
         network = describe(module, llama, shape, lambda seed: llama.initial_weights(shape, seed), ByteTokenizer())
-    made = step.Trainer(run, network, random_corpus(context, network.vocabulary), 2, cpu, 16, [0])
+    made = step.Trainer(run, network, random_corpus(context, network.vocabulary), 2, cpu, 16, 16)
     check_compiled(made.micro_step, made.probe.piece, lambda: made.stack.digest(torch.tensor([1])))
 
 

@@ -14,10 +14,10 @@ networks share.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kernels.attention import qkv_attention
-from kernels.norm import rms_norm
+from kernels.dropout import dropout
+from kernels.linear import linear, linear_add_norm
+from kernels.norm import add_rms_norm, rms_norm
 
 
 class Embedding(nn.Module):
@@ -34,6 +36,34 @@ class Embedding(nn.Module):
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
+
+
+class Dropout(NamedTuple):
+    """The dropouts of one forward: their rate, 0-dim fp32, and seed, step and first row of the batch, int64 [3]."""
+
+    rate: Tensor
+    key_3: Tensor
+
+    def __call__(self, x: Tensor, site: int) -> Tensor:
+        """x with elements dropped by random numbers of their own at each site."""
+        return dropout(x, self.rate, self.key_3, site)
+
+
+def dropout_of(hyper: Mapping[str, Tensor], key_3: Tensor) -> Dropout | None:
+    """The dropouts of a forward that has a rate for them."""
+    return Dropout(hyper["dropout"], key_3) if "dropout" in hyper else None
+
+
+def linear_drop_add_norm(
+    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None, eps: float, drop: Dropout | None, site: int
+) -> tuple[Tensor, Tensor]:
+    """`kernels.linear.linear_add_norm` with a dropout between the product and the addition, where there is one.
+
+    The product is then rounded before it is added, so that a rate of 0 beside others is no dropout but for that.
+    """
+    if drop is None:
+        return linear_add_norm(x, weight_OI, residual, norm_O, eps)
+    return add_rms_norm(drop(linear(x, weight_OI), site), residual, norm_O, eps)
 
 
 def weight_generator(seed: int, name: str) -> np.random.Generator:
