@@ -69,7 +69,7 @@ def along_the_update(trainer: "Trainer", slot: int) -> tuple[Callable[[float], f
     stack, own = trainer.stack, slice(slot, slot + 1)
     tokens_1BT, targets_1BT, _ = (each[own] for each in trainer.gather())
     hyper_R = dict(zip(trainer.names, trainer.hyper.float(), strict=True))
-    forward_1 = {name: hyper_R[name][own] for name in trainer.probe.hyper_E}
+    forward_1 = {name: hyper_R[name][own] for name in trainer.probe.hyper_R}
     frozen = stack.frozen(stack.frozen_RF if stack.shares_frozen else stack.frozen_RF[own])
     count = (targets_1BT != IGNORED).sum().clamp(min=1)
     key_13 = trainer.keys()[own]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.config import Run, SweepConfig
 from engine.data import IGNORED, Corpus, batch_order, rows_that_hold
-from engine.evaluate import Probe
+from engine.evaluate import WHOLE_STACK, Probe
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import Reading, RowLosses, measurements_of
 from engine.network import Network
@@ -58,20 +58,20 @@ class Measured(NamedTuple):
 
 
 class Graphs:
-    """The two pieces of device work: plain calls on a CPU, CUDA graphs on a GPU."""
+    """The two pieces of device work: plain calls on a CPU, CUDA graphs on a GPU, an evaluation's for each count."""
 
-    def __init__(self, step: Callable[[], None], evaluate: Callable[..., None]) -> None:
+    def __init__(self, step: Callable[[], None], evaluate: Callable[[int], None]) -> None:
         self.step: Callable[[], None] = step
         self.evaluate: Callable[[int], None] = evaluate
 
-    def capture(self, digest: Callable[[], object]) -> None:
-        """Compile every kernel, then capture both; they share memory, since neither runs with the other."""
-        step, evaluate = self.step, self.evaluate
-        compile_ahead(step, evaluate, digest)  # type: ignore[arg-type]
-        stepping = capture(step)
-        evaluating = capture(evaluate, sharing=stepping)  # type: ignore[arg-type]
+    def capture(self, counts: tuple[int, ...], digest: Callable[[], object]) -> None:
+        """Compile every kernel, then capture all; they share memory, since none runs with another."""
+        evaluations = {count: partial(self.evaluate, count) for count in counts}
+        compile_ahead(self.step, *evaluations.values(), digest)
+        stepping = capture(self.step)
+        evaluating = {count: capture(each, sharing=stepping) for count, each in evaluations.items()}
         self.step = stepping.replay
-        self.evaluate = lambda count: evaluating.replay()
+        self.evaluate = lambda count: evaluating[count].replay()
 
 
 class Trainer:
@@ -145,7 +145,7 @@ class Trainer:
         self.graphs = Graphs(self.micro_step, self.probe.piece)
         if device.type == "cuda":
             first_1 = torch.zeros(1, dtype=torch.int64, device=device)
-            self.graphs.capture(lambda: self.stack.digest(first_1))
+            self.graphs.capture((WHOLE_STACK, *self.probe.counts), lambda: self.stack.digest(first_1))
 
     def state_buffers(self) -> dict[str, dict[str, tuple[Tensor, slice]]]:
         """Each trained parameter's state: buffer [R, all of its optimizer's] and its own elements there, by name."""
@@ -195,7 +195,7 @@ class Trainer:
         update_R = self.updating(active_R)
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
-        forward_R = {name: hyper_R[name] for name in self.probe.hyper_E}
+        forward_R = {name: hyper_R[name] for name in self.probe.hyper_R}
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
