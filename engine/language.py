@@ -56,7 +56,7 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        if batch_invariant(self.run, self.device):
+        if batch_invariant(self.run, self.device, self.network):
             return "at any width"
         return "in the same wave" if self.wave else "in the same launch"
 
@@ -102,7 +102,7 @@ class LanguageSetup:
     def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
         """Those missing; where bits depend on the wave, the cells of every wave that misses some."""
         missing = self.plan.missing(launch, status)
-        if batch_invariant(self.run, self.device):
+        if batch_invariant(self.run, self.device, self.network):
             return missing
         waves = [cells_of(wave) for wave in self.waves(self.plan.cells_in(launch))]
         return np.sort(np.concatenate([missing[:0], *(cells for cells in waves if np.isin(cells, missing).any())]))
@@ -120,7 +120,7 @@ class LanguageSetup:
         launch = next(launch for launch in self.launches if cell in self.plan.cells_in(launch))
         waves, slots = self.waves(self.plan.cells_in(launch)), self.slots
         work = next(wave for wave in waves if cell in cells_of(wave))
-        if batch_invariant(self.run, self.device):
+        if batch_invariant(self.run, self.device, self.network):
             work, slots = [alone(work, cell)], 1
         trainer = self.new_trainer(slots)
         for measured in trainer.train(work):
@@ -184,7 +184,7 @@ class LanguageSetup:
         tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
         for name in tied:
             lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
-        if not batch_invariant(self.run, self.device):
+        if not batch_invariant(self.run, self.device, self.network):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
 
@@ -211,9 +211,9 @@ def most_rows(made: Plan) -> int:
     return int((made.steps * made.run.column("batch")).max())
 
 
-def batch_invariant(run: Run, device: torch.device) -> bool:
+def batch_invariant(run: Run, device: torch.device, network: Network) -> bool:
     """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
-    return device.type == "cuda" and run.config.family.batch_invariant
+    return device.type == "cuda" and run.config.family.batch_invariant and network.batch_invariant
 
 
 def cells_of(runs: list[Trajectory]) -> np.ndarray:
@@ -268,7 +268,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     made = plan.plan_runs(run)
     check_unique(run, corpus)
     check_steps(run)
-    exact = batch_invariant(run, device)
+    exact = batch_invariant(run, device, network)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
     memory = memory_of(made, network, corpus, device)

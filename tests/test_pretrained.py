@@ -145,9 +145,9 @@ def test_a_store_goes_on_with_no_other_checkpoint_but_with_the_same_at_another_p
     tensors = load_file(path / "model.safetensors")
     tensors["model.norm.weight"][3] += 1e-3
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"model='.*' holds other values than when .* was made"):
+    with pytest.raises(ValueError, match="holds a sweep with model of other content"):
         train(store=str(tmp_path / "s"), model=str(path), **flags)
-    with pytest.raises(ValueError, match=r"model='.*' holds other values than when .* was made"):
+    with pytest.raises(ValueError, match="holds a sweep with model of other content"):
         replay_cell(open_store(tmp_path / "s"), 0, 0, "cpu")
 
 
@@ -219,6 +219,17 @@ def test_a_model_too_large_for_the_device_is_refused_by_arithmetic(tmp_path, fla
     with pytest.raises(ValueError, match=r"one replica needs .* GiB, the device offers"):
         train(store=str(tmp_path / "s"), model=str(path), **flags)
     assert not (tmp_path / "s").exists()
+
+
+def test_only_networks_of_our_own_operators_promise_a_cells_bits_at_any_width(tmp_path):
+    exact = {"smollm2": True, "tinyllama": True, "qwen3": True, "nanochat": True, "qwen2": False, "gpt2": False}
+    for name, expected in exact.items():
+        hub.make(name).save_pretrained(tmp_path / name)
+        model = load_model(tmp_path / name)
+        assert model.family.batch_invariant(model.config) is expected, name
+    for name, expected in {"2025-10": True, "2026-01-11": False, "2026-03-14": False}.items():
+        model = load_model(write_nanochat(tmp_path / name, name))
+        assert model.family.batch_invariant(model.config) is expected, name
 
 
 def test_a_soft_cap_is_asked_for_only_where_the_tensors_leave_it_open(tmp_path):

@@ -197,6 +197,14 @@ def parameter_groups(config: GPT2Config, name: str) -> tuple[str, ...]:
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
 
 
+def batch_invariant(config: GPT2Config) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    LayerNorm and the biases are plain torch, whose sums over rows depend on the stack.
+    """
+    return False
+
+
 def fused_rows(config: GPT2Config, name: str) -> tuple[tuple[int, int], ...]:
     """Rows of q, k and v in their fused projection."""
     return qkv_rows(config.heads, config.heads, config.head_dim) if name.endswith(".qkv") else ()

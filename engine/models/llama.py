@@ -259,6 +259,14 @@ def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
 
 
+def batch_invariant(config: LlamaConfig) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    Biases are added in plain torch, and the sum over rows of their gradient depends on the stack.
+    """
+    return not (config.qkv_bias or config.output_bias)
+
+
 def fused_rows(config: LlamaConfig, name: str) -> tuple[tuple[int, int], ...]:
     """Rows of q, k and v, and of gate and up, in their fused projections."""
     if name.endswith(".gate_up"):
