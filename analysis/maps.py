@@ -10,6 +10,7 @@ from rich.table import Table
 from analysis.boundary import Critical, critical, map_edges
 from analysis.classify import Labelling, classify, convergence_value, counts
 from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls
+from engine.amount import amount_words, epochs_words
 from engine.grid import Grid
 from engine.hyper import long_name
 from engine.outcome import Thresholds, measured, trains
@@ -127,6 +128,9 @@ def summary(found: Map) -> Table:
     table.add_column()
     for name, axis in (("rows", found.store.grid.y), ("columns", found.store.grid.x)):
         table.add_row(name, f"{axis.name}, {axis.points} values, {axis.low:.4g} to {axis.high:.4g} ({axis.scale})")
+    if amount := found.store.attributes.get("amount"):
+        said, plan = amount_words(found.store.config.training.data, amount), found.store.config.workload.plan
+        table.add_row("data", f"{said}; epochs: {epochs_words(plan(found.store.run), amount)}")
     cells = found.codes.size
     table.add_row("labels", ", ".join(f"{name} {n} ({n / cells:.0%})" for name, n in counts(found.codes).items()))
     for name, text in critical_lines(found.critical) if found.critical else ():

@@ -42,12 +42,12 @@ def test_maps_without_columns_of_one_rate_have_no_line(tmp_path):
 
 def test_the_first_epoch_ends_between_the_budgets_that_see_data_once_and_again(tmp_path):
     axes, store = panel(), planted(tmp_path / "s", seeds=1)
-    store.attributes["amount"] = {"tokens": 5000, "documents": 9, "documents_in_all": 9}
+    store.attributes["amount"] = {"rows": 78, "tokens": 78 * 64, "documents": 9, "documents_in_all": 9}
     draw_epochs(axes, store.replicate(0))
     tokens = store.run.cells.x.values
     (line,) = axes.lines
-    once = tokens[tokens <= 5000].max()
-    assert np.log10(once) < line.get_xdata()[0] < np.log10(tokens[tokens > 5000].min())
+    once = tokens[tokens <= 78 * 64].max()
+    assert np.log10(once) < line.get_xdata()[0] < np.log10(tokens[tokens > 78 * 64].min())
     assert [text.get_text() for text in axes.texts] == ["up to 12 epochs", "1 epoch"]
     assert extent(store.run.cells.x)[0] < line.get_xdata()[0] and len(tokens) == COLUMNS
     assert "which are 12 epochs" in recommend(store).sentence()
@@ -56,6 +56,6 @@ def test_the_first_epoch_ends_between_the_budgets_that_see_data_once_and_again(t
 def test_data_seen_once_or_of_unknown_size_have_no_mark(tmp_path):
     axes, store = panel(), planted(tmp_path / "s", seeds=1)
     draw_epochs(axes, store.replicate(0))
-    store.attributes["amount"] = {"tokens": 60_160, "documents": 9, "documents_in_all": 9}
+    store.attributes["amount"] = {"rows": 940, "tokens": 940 * 64, "documents": 9, "documents_in_all": 9}
     draw_epochs(axes, store.replicate(0))
     assert not axes.lines and not axes.texts
