@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 from engine.command import fail, screen, version_line
 
 
-def draw(store: Path) -> None:
-    """What a sweep does when it is through."""
+def draw(store: Path, tracked: bool) -> Mapping[str, Any]:
+    """What a sweep does when it is through: answer and picture, the report where W&B takes it; the answer's values."""
     from analysis.plot import draw_store
 
-    draw_store(store)
+    found = draw_store(store)
+    if tracked:
+        from analysis.report import write_store_report
+
+        write_store_report(store)
+    return found
 
 
 class Command(NamedTuple):

@@ -15,8 +15,8 @@ from engine.outcome import LABELS
 from engine.store import Replicate
 
 MOST_CELLS = 1024  # a side; larger maps are shown every n-th cell
-MOST_STEPS = 200  # steps of a trace; longer ones are shown at as many, evenly spread
-MOST_LOSSES = 4_000_000  # losses in the file; larger stores carry the traces of every n-th cell
+MOST_STEPS = 100  # steps of a trace; longer ones are shown at as many, evenly spread
+MOST_LOSSES = 1_800_000  # losses in the file; larger stores carry the traces of every n-th cell
 OVER, NONE = 255, 0  # picture indices of a loss above the scale, and of a cell without one
 
 

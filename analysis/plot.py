@@ -8,7 +8,7 @@ if __name__ == "__main__" and not __package__:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from analysis.classify import Labelling
 from analysis.dimension import parse_fit
@@ -68,17 +68,23 @@ class Options(Labelling, Picture):
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
 
 
-def draw_store(path: Path) -> None:
-    """What a finished sweep ends with: the answer first, then the maps of its first replicate, and the summary."""
+def draw_store(path: Path) -> dict[str, Any]:
+    """What a finished sweep ends with: the answer first, then the maps of its first replicate, and the summary.
+
+    Returns:
+        The answer as plain values.
+    """
     store = open_store(path)
-    show_answer(recommend(store))
+    answer = recommend(store)
+    show_answer(answer)
     if len(store.run.cells.shape) < 2:
         screen().print(f"{path} holds a list of points, which has no map; read it with engine.open_store")
-        return
+        return answer.summary()
     labelling = Labelling()
     found = analyse(store.replicate(0), labelling, None)
     trained = trained_share(store, labelling.thresholds) if store.run.replicates > 1 else None
     show(found, save(draw(found, trained), store.figures / "map.png"))
+    return answer.summary()
 
 
 def show(found: Map, picture: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from engine.files import FolderLock, make_folders
 from engine.grid import Cells
 from engine.launch import train_missing
 from engine.leases import Leases, remove_leases
-from engine.options import RunOptions
+from engine.options import Finish, RunOptions
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.provenance import device_name, other_arithmetic, provenance
 from engine.ranks import Rank, choose_device, this_rank
@@ -85,13 +85,14 @@ def default_store(config: SweepConfig, cells: Cells) -> Path:
 def run_sweep(
     config: SweepConfig,
     options: RunOptions,
-    finish: Callable[[Path], None] | None = None,
+    finish: Finish | None = None,
     cells: Cells | None = None,
 ) -> Path:
     """Train (or resume) a whole sweep into its store; the store's path.
 
     Args:
-        finish: called by the first rank with the finished store, to draw it.
+        finish: called by the first rank with the finished store, to draw it, and whether W&B tracks it; what it finds
+            goes into the summary of W&B's run.
         cells: those of the configuration, with coordinates that are stored elsewhere.
 
     Raises:
@@ -139,9 +140,10 @@ def run_sweep(
             except KeyboardInterrupt as stop:
                 stop.add_note(kept(writer, workers) if rank.index == 0 else "")
                 raise
+    found: Mapping[str, Any] = {}
     if rank.index == 0 and (workers == 1 or last_to_leave(path)) and finish is not None:
-        finish(path)
-    track.finish(path)
+        found = finish(path, options.wandb != "off")
+    track.finish(path, found)
     return path
 
 

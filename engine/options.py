@@ -2,8 +2,9 @@
 
 import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from engine.command import fail, parser, spellings
@@ -14,6 +15,9 @@ from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.optim import OPTIMIZERS
 from engine.schedule import SCHEDULES
 from engine.workload import COUNTS, WORKLOADS, workload_of
+
+# what a sweep does with its store when it is through, told whether W&B tracks it; what W&B's summary says then
+Finish = Callable[[Path, bool], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ LOW, HIGH = 0, -1  # priorities of CUDA streams
 COMPUTE_BOUND = 2**24  # parameters: size above which GEMMs are compute-bound, so that updates beside them pay
 INITIAL_CACHE = 4 * 2**30  # bytes of initial weights kept on the device, at most (or one seed's)
 STARTS = 4  # last starts kept as slots hold them
-ORDERS = 64  # last orders of data kept on the host
+ORDERS = 16  # last orders of data kept on the host
 
 
 class Measured(NamedTuple):

@@ -6,19 +6,18 @@ The arguments are read by engine/options.py, the sweep itself is `engine.api.run
 if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from engine.command import user_errors
-from engine.options import read_arguments
+from engine.options import Finish, read_arguments
 
 
-def main(arguments: Sequence[str] | None = None, finish: Callable[[Path], None] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, finish: Finish | None = None) -> None:
     """The command.
 
     Args:
         arguments: default those of the command line.
-        finish: called with the finished store, unless --no-figures is given.
+        finish: called with the finished store and whether W&B tracks it, unless --no-figures is given.
     """
     with user_errors():
         config, options = read_arguments(

@@ -9,6 +9,7 @@ Dimensions: K matrix of the stack (replicas, layers), M rows, N columns.
 from torch import Tensor
 
 from kernels.matmul import stacked_matmul
+from kernels.symmetric import symmetric_product
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -48,11 +49,11 @@ def newton_schulz_reference(x_KMN: Tensor, coefficients: Coefficients = QUINTIC)
 
 
 def newton_schulz_triton(x_KMN: Tensor, coefficients: Coefficients = QUINTIC) -> Tensor:
-    """Three stacked products a step, on the shorter side's Gram matrix, without transposes."""
+    """Three stacked products a step, two of them symmetric, on the shorter side's Gram matrix, without transposes."""
     tall = x_KMN.shape[1] > x_KMN.shape[2]
     for a, b, c in coefficients:
-        gram = stacked_matmul(x_KMN, x_KMN, "tn" if tall else "nt")
-        polynomial = stacked_matmul(gram, gram, "nn", "add", gram, alpha=c, beta=b)
+        gram = symmetric_product(x_KMN, tall)
+        polynomial = symmetric_product(gram, extra=gram, alpha=c, beta=b)
         left, right = (x_KMN, polynomial) if tall else (polynomial, x_KMN)
         x_KMN = stacked_matmul(left, right, "nn", "add", x_KMN, alpha=1.0, beta=a)
     return x_KMN

@@ -110,8 +110,6 @@ def symmetric_product(
     c = torch.empty((matrices, m, m), dtype=a.dtype, device=a.device)
     if tile is None:
         tile = SQUARE if a.dtype == torch.bfloat16 and m > 64 else SMALL
-        if extra is not None:  # its tiles take shared memory too
-            tile = tile._replace(stages=max(2, tile.stages - 1))
     tma = a.dtype == torch.bfloat16 and a.shape[2] % 8 == 0
     tma_store = tma and m % 8 == 0
     a = _aligned(a) if tma else dense_replicas(a)
