@@ -3,12 +3,14 @@
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from engine.command import fail, parser, spellings
-from engine.config import PRESETS, SweepConfig, Swept, hyper_names, make_config
+from engine.config import PRESETS, SweepConfig, Swept, fit_preset, hyper_names, make_config
 from engine.family import FAMILIES, family_of, spelt_out
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
@@ -57,6 +59,8 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     family = family_of(network)
     if network != preset.network:
         preset = make_config(network, **{name: value for name, value in own.items() if value})
+    if any("." in name for name in preset.hyper) and not {"-h", "--help"} & set(given):
+        preset = fit_to_checkpoint(preset, chosen.model)
     reader = parser(description, usage="%(prog)s [options]", epilog=examples(network))
     reader.legal = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": family.precisions, "count": COUNTS}
     group = reader.add_argument_group("Which network")
@@ -82,6 +86,16 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     followed = {name for name, rule in HYPER_PARAMETERS.items() if rule.follows and said.issuperset(rule.follows)}
     hyper = {name: value for name, value in preset.hyper.items() if name not in {*swept, *followed}}
     return make_config(network, **flat, **(hyper | values)), found.options
+
+
+def fit_to_checkpoint(preset: SweepConfig, model: str) -> SweepConfig:
+    """A preset with values by parameter group, for the checkpoint that is given, or its own."""
+    from engine.checkpoint import load_model  # brings torch, which --help does not need
+
+    with redirect_stderr(StringIO()):  # what is said of a checkpoint is said once, where its sweep is prepared
+        loaded = load_model(model or preset.shape.model)
+    groups = {loaded.family.parameter_groups(loaded.config, name)[0] for name in loaded.weights}
+    return fit_preset(preset, loaded.config.width, groups)
 
 
 def every_name(family: Any) -> list[str]:

@@ -20,6 +20,7 @@ from engine.api import prepare_stored
 from engine.checkpoint import load_model, save_safetensors
 from engine.checkpoint.nanochat_tokenizer import NanochatTokenizer
 from engine.models import gpt
+from engine.options import read_arguments
 from engine.replay import compare, replay_cell, save_weights
 from engine.store import open_store
 from engine.sweep import main as sweep_main
@@ -219,6 +220,29 @@ def test_a_model_too_large_for_the_device_is_refused_by_arithmetic(tmp_path, fla
     with pytest.raises(ValueError, match=r"one replica needs .* GiB, the device offers"):
         train(store=str(tmp_path / "s"), model=str(path), **flags)
     assert not (tmp_path / "s").exists()
+
+
+def test_nanochats_recipe_takes_the_width_and_the_groups_of_the_checkpoint(tmp_path, flags):
+    path = write_nanochat(tmp_path / "late", "2026-03-14")
+    words = ["--preset", "nanochat-sft", "--data", flags["data"], "--context", "8", "--batch", "2", "--tokens", "64"]
+    words += ["--y", "lr.matrix:log:1e-3:1e-1:2", "--x", "lr.unembedding:log:1e-3:1e-1:2", "--validation-rows", "4"]
+    config, _ = read_arguments("", [*words, "--model", str(path)])
+    narrower = (64 / 768) ** -0.5
+    rates = {name: config.value(f"lr.{name}") for name in ("embedding", "value_embeddings", "x0_lambdas", "smear")}
+    assert rates == pytest.approx(
+        {n: 0.8 * narrower * rate for n, rate in zip(rates, (0.2, 0.1, 0.5, 0.2), strict=True)}
+    )
+    assert config.value("beta2.unembedding") == 0.96 and config.value("eps.smear") == 1e-10
+    assert config.training.optimizer == "adamw,matrix=normuon" and config.value("decay") == 0.5
+    assert "lr.unembedding" not in config.hyper and "lr.matrix" not in config.hyper
+    sweep_main([*words, "--model", str(path), "--device", "cpu", "--store", str(tmp_path / "s"), "--nofigures"])
+    assert np.isfinite(open_store(tmp_path / "s").read("val_loss")).all()
+    early = write_nanochat(tmp_path / "early", "2025-10")
+    config, _ = read_arguments("", [*words, "--model", str(early)])
+    assert not [name for name in config.hyper if name.endswith(("smear", "value_embeddings", "lambdas"))]
+    config, _ = read_arguments("", ["--preset", "fractal-sft", "--model", str(early)])
+    assert (config.training.freeze, config.training.schedule, config.value("warmup")) == ("embedding", "cosine", 0.06)
+    assert (config.training.context, config.value("tokens"), config.value("weight_decay")) == (1024, 250_000, 0.1)
 
 
 def test_only_networks_of_our_own_operators_promise_a_cells_bits_at_any_width(tmp_path):
