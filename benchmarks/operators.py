@@ -195,7 +195,13 @@ def measure_adamw() -> list[dict]:
 
 def measure_newton_schulz() -> list[dict]:
     rows = []
-    for case, shape in (("d4 R=64", (64, 1024, 256)), ("d12 R=16", (16, 3072, 768))):
+    cases = {
+        "d4 R=64": (64, 1024, 256),
+        "d12 R=16": (16, 3072, 768),
+        "d12 R=16, 6 layers": (96, 3072, 768),
+        "d12 R=16, 24 matrices": (384, 768, 768),
+    }
+    for case, shape in cases.items():
         matrix = torch.nn.functional.normalize(torch.randn(shape, device="cuda").flatten(1)).view(shape).bfloat16()
         side, length = min(shape[1:]), max(shape[1:])
         work = 5e-12 * shape[0] * (4 * side * side * length + 2 * side**3)

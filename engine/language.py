@@ -28,8 +28,11 @@ CPU_MEMORY = 0.5  # share of the machine's memory a stack may take on a CPU
 GPU_MEMORY = 0.9  # share of a GPU's free memory a stack may take
 CPU_SLOTS, GPU_SLOTS = 64, 256  # replicas beyond which a wider stack gains nothing
 CPU_FLOPS = 2e10  # a second, typical of two cores
-GPU_FLOPS, GPU_BYTES = 733e12, 3.0e12  # a second, of an H100
-OF_ROOFLINE = 0.75  # that a step typically reaches of these
+# Fitted to a replica's share of steps on an H100: d4 to d20, d12 at a context of 2,048 and SmolLM2, all within 6%
+# (benchmarks/LOG.md). Training's FLOPs and the probe's, and bytes moved, a second; bytes moved for a parameter, and for
+# a byte of activations.
+STEP_FLOPS, PROBE_FLOPS, GPU_BYTES = 630e12, 330e12, 3.0e12
+PARAMETER_BYTES, ACTIVATION_BYTES = 20, 5.6
 WAVE_SECONDS = 30.0  # that a wave (or one run) may take on a CPU by CPU_FLOPS: what an interruption costs, at most
 
 
@@ -169,9 +172,9 @@ class LanguageSetup:
         if self.device.type == "cpu":
             trained = slots * plan.makespan(steps, slots) * tokens
             return (trained + probe) * self.network.flops_per_token / CPU_FLOPS
-        step = tokens * self.network.flops_per_token / GPU_FLOPS + self.network.parameters * 28 / GPU_BYTES
-        seconds = slots * plan.makespan(steps, slots) * step + probe * self.network.flops_per_token / GPU_FLOPS
-        return seconds / OF_ROOFLINE
+        moved = PARAMETER_BYTES * self.network.parameters + ACTIVATION_BYTES * self.memory.activations
+        step = tokens * self.network.flops_per_token / STEP_FLOPS + moved / GPU_BYTES
+        return slots * plan.makespan(steps, slots) * step + probe * self.network.flops_per_token / PROBE_FLOPS
 
     def announce(self) -> list[str]:
         """Lines for the start of a sweep."""
