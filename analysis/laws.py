@@ -39,6 +39,11 @@ class BestRates:
     loss: np.ndarray  # [seed, col] the lowest loss
     basins: np.ndarray  # [basin, 2, seed, col] lowest and highest rate of the range around it within BASINS nat
 
+    def some(self, seeds: np.ndarray, cols: slice = slice(None)) -> "BestRates":
+        """Those of some seeds (bool [seed]) and columns."""
+        parts = (self.rate, self.edge, self.index, self.loss, self.basins)
+        return BestRates(*(part[..., seeds, cols] for part in parts))
+
 
 def best_rates(rates: np.ndarray, loss: np.ndarray) -> BestRates:
     """The vertex of a parabola in the log rate around each seed's and column's lowest loss, and its basins.

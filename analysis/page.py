@@ -11,7 +11,7 @@ from analysis.classify import measured, trains
 from analysis.colours import CONVERGENCE_COLOURS, LABEL_COLOURS, colour_scale, equalise
 from analysis.maps import Map
 from engine.grid import Axis
-from engine.outcome import LABELS
+from engine.outcome import LABELS, MISSING
 from engine.store import Replicate
 
 MOST_CELLS = 1024  # a side; larger maps are shown every n-th cell
@@ -124,8 +124,8 @@ def traces_json(store: Replicate, stride: int) -> dict | None:
     return {"step": packed(steps), "losses": packed(losses.astype(np.float32)), "row_stride": thin, "col_stride": thin}
 
 
-def page_data(found: Map) -> dict:
-    """Everything the page's script draws, as JSON values."""
+def page_data(found: Map, live: bool = False) -> dict:
+    """Everything the page's script draws, as JSON values; of a running sweep without its traces."""
     store, stride = found.store, -(-max(found.codes.shape) // MOST_CELLS)
     loss_index, loss = loss_layer(store, found.codes)
     convergence_index, convergence = convergence_layer(found.value)
@@ -153,5 +153,7 @@ def page_data(found: Map) -> dict:
         "layers": [label_layer(found.codes), loss, convergence],
         "values": values,
         "arrays": {name: packed(array) for name, array in thinned.items()},
-        "traces": traces_json(store, stride),
+        "traces": None if live else traces_json(store, stride),
+        "live": live,
+        "cells": [int((found.codes != MISSING).sum()), found.codes.size],
     }

@@ -107,6 +107,11 @@ def style(size: str) -> dict[Any, Any]:
     }
 
 
+def drawable(text: str) -> str:
+    """Text whose letters all are some: under a locale without unicode, names of files hold bytes that are none."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def side_by_side(count: int, size: str, title: str, caption: str) -> "tuple[Figure, list[Axes]]":
     """A figure of square panels with a title above and a caption below; call it within `style(size)`.
 
@@ -118,8 +123,8 @@ def side_by_side(count: int, size: str, title: str, caption: str) -> "tuple[Figu
     width = min(of.width, 0.8 * of.alone * count) if count > 1 else of.alone
     side = (width - count * (LEFT + APART) * em) / count
     # a letter is about half as wide as high, a bold one of the title 0.8
-    lines = textwrap.wrap(caption, int(width / em / 0.58))
-    titles = textwrap.wrap(title, int(width / em / 0.82))
+    lines = textwrap.wrap(drawable(caption), int(width / em / 0.58))
+    titles = textwrap.wrap(drawable(title), int(width / em / 0.82))
     head, foot = (1.8 * len(titles) + ABOVE) * em, (BELOW + 1.3 * len(lines)) * em
     height = head + side + foot
     figure = Figure(figsize=(width, height))

@@ -27,7 +27,7 @@ from engine.progress import clock
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
-    from analysis.laws import Estimate
+    from analysis.laws import BestRates, Estimate
     from analysis.rules import Turned
 
 SHOWN = 8  # columns in the printed table
@@ -320,17 +320,20 @@ def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendat
     cell = best_cell(store, np.where(done & trained, score, np.inf), done)
     if not is_rate_map(store):
         return Recommendation(store, "", "", np.empty(0), (), cell, "")
+    from analysis import laws
     from analysis.rules import turned
 
     found = turned(store, thresholds or Thresholds())
     log = found.lr.values > 0
     rates = found.lr.values[log]
     whole = np.logical_and.reduce(found.known, 1)  # [seed, col]
-    offset, columns = int((~log).sum()), []
+    offset, columns, fits = int((~log).sum()), [], laws.best_rates(rates, found.loss[:, log])
     for col in np.flatnonzero(whole.any(0)).tolist():
-        loss, good = (array[whole[:, col]][:, log, col] for array in (found.loss, found.trains))
-        columns.append(column_of(rates, offset, float(found.other.values[col]), col, loss, good))
-    law = law_of(found, rates, found.loss[:, log], whole)
+        seeds = whole[:, col]
+        loss, good = (array[seeds][:, log, col] for array in (found.loss, found.trains))
+        own = fits.some(seeds, slice(col, col + 1))
+        columns.append(column_of(rates, offset, float(found.other.values[col]), col, loss, good, own))
+    law = law_of(found, fits, whole)
     return Recommendation(store, found.lr.name, found.other.name, rates, tuple(columns), cell, law)
 
 
@@ -355,7 +358,15 @@ def best_cell(store: Store, score: np.ndarray, done: np.ndarray) -> BestCell | N
     return BestCell(cell, values, float(mean[cell]), int(known.max()))
 
 
-def column_of(rates: np.ndarray, offset: int, at: float, index: int, loss: np.ndarray, trained: np.ndarray) -> Column:
+def column_of(
+    rates: np.ndarray,
+    offset: int,
+    at: float,
+    index: int,
+    loss: np.ndarray,
+    trained: np.ndarray,
+    found: "BestRates",
+) -> Column:
     """What one column recommends.
 
     Args:
@@ -364,6 +375,7 @@ def column_of(rates: np.ndarray, offset: int, at: float, index: int, loss: np.nd
         at, index: of the column.
         loss: [seed, rate], NaN where a run broke.
         trained: bool [seed, rate].
+        found: `laws.best_rates` of these losses.
     """
     from analysis import laws
 
@@ -372,7 +384,6 @@ def column_of(rates: np.ndarray, offset: int, at: float, index: int, loss: np.nd
     if not np.isfinite(mean).any():
         nowhere = ((math.nan, math.nan),) * len(laws.BASINS)
         return Column(at, index, seeds, nothing, 0, math.nan, 0, nowhere, math.nan, math.nan, math.nan)
-    found = laws.best_rates(rates, loss[..., None])
     estimate = laws.over_seeds(np.log(found.rate[:, 0]))
     best = laws.Estimate(*(math.exp(each) for each in (estimate.value, estimate.low, estimate.high)))
     start, last = int(mean.argmin()), len(rates) - 1
@@ -400,14 +411,14 @@ def column_of(rates: np.ndarray, offset: int, at: float, index: int, loss: np.nd
     )
 
 
-def law_of(found: "Turned", rates: np.ndarray, loss: np.ndarray, whole: np.ndarray) -> str:
+def law_of(found: "Turned", fits: "BestRates", whole: np.ndarray) -> str:
     """How the best rate moves with the other axis, or '' where the whole columns and seeds do not carry it."""
     from analysis import laws
 
-    at, seeds = found.other.values, whole.all(1)
+    at, seeds = found.other.values, np.logical_and.reduce(whole, 1)
     if len(at) < laws.FEWEST_COLUMNS or at.min() <= 0 or seeds.sum() < laws.FEWEST_SEEDS:
         return ""
-    law = laws.best_rate_law(at, laws.best_rates(rates, loss[seeds]))
+    law = laws.best_rate_law(at, fits.some(seeds))
     if law.refused or not math.isfinite(law.exponent.low):
         return ""
     e = law.exponent

@@ -5,13 +5,14 @@ function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed.bytes), c => c.charCodeAt(0));
   return new {u1: Uint8Array, i4: Int32Array, f4: Float32Array, f8: Float64Array}[packed.dtype](bytes.buffer);
 }
-const arrays = Object.fromEntries(Object.entries(data.arrays).map(([name, packed]) => [name, unpack(packed)]));
+const unpacked = packs => Object.fromEntries(Object.entries(packs).map(([name, packed]) => [name, unpack(packed)]));
+let arrays = unpacked(data.arrays);
 const traces = data.traces && {step: unpack(data.traces.step), losses: unpack(data.traces.losses), row: data.traces.row_stride, col: data.traces.col_stride};
 const ink = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const show = v => Number.isNaN(v) ? "not finite" : Math.abs(v) >= 1e5 || (v && Math.abs(v) < 1e-3) ? v.toExponential(3) : +v.toPrecision(5) + "";
 
 // ---- the map: each layer is painted once into a cols x rows picture and drawn scaled
-const layers = data.layers.map(layer => {
+const painted = () => data.layers.map(layer => {
   const picture = document.createElement("canvas");
   picture.width = cols; picture.height = rows;
   const context = picture.getContext("2d"), image = context.createImageData(cols, rows), index = arrays[layer.array];
@@ -22,6 +23,7 @@ const layers = data.layers.map(layer => {
   context.putImageData(image, 0, 0);
   return picture;
 });
+let layers = painted();
 const map = $("map"), pad = {left: 66, right: 8, top: 8, bottom: 46};
 let layer = 0, view = {x: 0, y: 0, scale: 1}, hover = null, chosen = [];  // view: left and top of the picture in widths of the map
 
@@ -164,7 +166,7 @@ function drawTrace() {
   const canvas = $("trace"), ratio = devicePixelRatio || 1, width = canvas.clientWidth, height = 190, c = canvas.getContext("2d");
   canvas.style.height = height + "px"; canvas.width = width * ratio; canvas.height = height * ratio; c.scale(ratio, ratio);
   c.font = "12px system-ui, sans-serif"; c.fillStyle = ink("--soft");
-  if (!traces) { canvas.style.height = "24px"; canvas.height = 24 * ratio; c.scale(ratio, ratio); c.fillStyle = ink("--soft"); c.font = "12px system-ui, sans-serif"; c.fillText("The store holds no loss traces (--trace off).", 4, 16); return; }
+  if (!traces) { canvas.style.height = "24px"; canvas.height = 24 * ratio; c.scale(ratio, ratio); c.fillStyle = ink("--soft"); c.font = "12px system-ui, sans-serif"; c.fillText(data.live ? "Losses by step are in the report of the stored sweep." : "The store holds no loss traces (--trace off).", 4, 16); return; }
   const lines = [...chosen.map(cell => [cell, cell.colour]), ...(hover ? [[hover, ink("--ink")]] : [])].map(([cell, colour]) => [traceOf(cell), colour]);
   let low = Infinity, high = -Infinity, last = 1;
   for (const [losses] of lines) losses.forEach((v, i) => { if (Number.isFinite(v)) { low = Math.min(low, v); high = Math.max(high, v); last = Math.max(last, traces.step[i]); } });
@@ -207,4 +209,23 @@ selectLayer(Math.min(+asked.get("layer") || 0, layers.length - 1));
 drawTrace();
 addEventListener("resize", () => { drawMap(); drawTrace(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawMap(); drawTrace(); });
+// ---- of a running sweep: ask every second for what is new
+function take(fresh) {
+  Object.assign(data, {layers: fresh.layers, cells: fresh.cells, stamp: fresh.stamp});
+  arrays = unpacked(fresh.arrays); layers = painted();
+  $("answer-text").innerHTML = fresh.sections.answer; $("labels-text").innerHTML = fresh.sections.labels;
+  selectLayer(layer);
+  if (hover) describe(hover);
+}
+async function look() {
+  let text = "";
+  try {
+    const answer = await fetch("map.json?since=" + encodeURIComponent(data.stamp || ""));
+    if (answer.status === 200) take(await answer.json());
+    text = `${data.cells[0].toLocaleString("en")} of ${data.cells[1].toLocaleString("en")} cells`;
+  } catch (error) { text = "The server has ended; this is the last it said."; }
+  if ($("state").textContent !== text) $("state").textContent = text;
+  setTimeout(look, 1000);
+}
+if (data.live) look();
 document.body.dataset.ready = "yes";

@@ -28,7 +28,7 @@ from analysis.maps import Map, analyse
 from analysis.noise import exponent_of, read_noise, verdict
 from analysis.page import page_data
 from analysis.recommend import recommend, shown_columns, why_not
-from analysis.rules import rules, sentences
+from analysis.rules import mean_rates, rules, sentences
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
 from engine.store import Replicate, Store, open_map, open_store
@@ -84,7 +84,7 @@ def rules_html(store: Store, thresholds: Thresholds) -> str:
     if r.safe is not None:
         series.append(Series("safe", x, np.nan_to_num(r.safe.rate), "#6b7079"))
     if r.best is not None:
-        best = np.nan_to_num(np.exp(np.nanmean(np.log(r.best.rate), 0)))
+        best = np.nan_to_num(mean_rates(r.best.rate))
         series.append(Series("best", x, best, "var(--accent)", dots=True))
     drawn = any((each.y > 0).any() for each in series) and (x > 0).all()
     return table_html(sentences(r)) + (chart(series, r.found.other.name, r.found.lr.name) if drawn else "")
@@ -174,9 +174,9 @@ def write_store_report(path: Path) -> None:
         write_report(store.figures / "report.html", Labelling(), analyse(store.replicate(0), Labelling(), None))
 
 
-def report_html(found: Map, labelling: Labelling) -> str:
-    """The whole page."""
-    store, data = found.store, page_data(found)
+def report_html(found: Map, labelling: Labelling, live: bool = False) -> str:
+    """The whole page; live, it asks analysis/serve.py for what is new."""
+    store, data = found.store, page_data(found, live)
     shown = "" if data["stride"] == 1 else f"; the map below shows every {data['stride']}th row and column"
     parts = {
         "title": escape(found.title),
@@ -202,12 +202,19 @@ class Options(Labelling):
     store: str  # path of the sweep's store
     out: str = ""  # the HTML file to write (default: figures/report.html inside the store)
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
+    serve: bool = False  # show the sweep live in a browser on this machine instead, while it runs
+    port: int = 8377  # of the live page on the loopback (0: any that is free)
 
 
 def main() -> None:
     """Write the report."""
     options = parse(Options, "Write one self-contained HTML file about a store: maps, dimension, rules, traces, noise.")
     with user_errors():
+        if options.serve:
+            from analysis.serve import serve
+
+            serve(Path(options.store), options, options.port)
+            return
         store = open_map(options.store, options.replicate)
         found = analyse(store, options, parse_fit(options.fit))
         path = Path(options.out) if options.out else store.figures / "report.html"

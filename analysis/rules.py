@@ -238,6 +238,13 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
     return said
 
 
+def mean_rates(rate: np.ndarray) -> np.ndarray:
+    """Geometric mean over seeds [col] of rates [seed, col], NaN where no seed has one."""
+    known = np.isfinite(rate)
+    logs = np.log(np.where(known, rate, 1)).sum(0)
+    return np.where(known.any(0), np.exp(logs / np.maximum(known.sum(0), 1)), np.nan)
+
+
 # ---- the picture
 
 
@@ -251,7 +258,7 @@ def draw_rates(axes: "Axes", r: Rules) -> None:
     aside = (x[1] / x[0]) ** 0.12 if len(x) > 1 else 1.0
     if r.best is not None:
         axes.plot(x, r.best.rate.T, ".", ms=3, color="#9aa7b5", zorder=1)
-        axes.plot(x, np.exp(np.nanmean(np.log(r.best.rate), 0)), "o-", ms=3.5, lw=1, color="black", label="best")
+        axes.plot(x, mean_rates(r.best.rate), "o-", ms=3.5, lw=1, color="black", label="best")
     if r.safe is not None:
         axes.plot(x, r.safe.rate, "s--", ms=3, lw=1, color="#2a6ad4", label="safe")
     if r.borders is not None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from analysis.laws import best_rates
 from analysis.recommend import column_of
 from benchmarks.coverage import BASINS, Interval, append_rows, coverage_rows
 
@@ -37,7 +38,8 @@ def column_draw(random: np.random.Generator, case: str, noise: float, seeds: int
     away = np.log(rates) - truth - random.normal(0, SPREAD, (seeds, 1))
     loss = 3 + SHAPES[shape](away) + random.normal(0, noise, away.shape) + random.normal(0, 0.05, (seeds, 1))
     broke = away > 2.5
-    found = column_of(rates, 0, 0.0, 0, np.where(broke, np.nan, loss), ~broke).best
+    loss = np.where(broke, np.nan, loss)
+    found = column_of(rates, 0, 0.0, 0, loss, ~broke, best_rates(rates, loss[..., None])).best
     return {"recommended rate": (float(np.exp(truth)), found.value, found.low, found.high)}
 
 

@@ -1,5 +1,6 @@
 """Axes: their values, their tiles, and what they refuse."""
 
+import math
 import re
 
 import numpy as np
@@ -93,6 +94,13 @@ def test_integer_axes_hold_distinct_whole_numbers(low, extent, points, scale):
 def test_an_axis_reads_back_what_it_writes(text):
     axis = Axis.parse(text)
     assert Axis.parse(str(axis)) == axis
+
+
+def test_older_spellings_of_an_axis_are_the_same_axis():
+    axis = Axis.parse("weight_decay:lin:0:1:3")
+    assert str(axis) == "weight_decay:lin:0.0:1.0:3"
+    for text in ("weight-decay:lin:0:1:3", "weight_decay:linear:0:1:3"):
+        assert Axis.parse(text) == axis
 
 
 @pytest.mark.parametrize(
@@ -195,4 +203,5 @@ def test_a_bad_list_of_points_is_one_clear_line(tmp_path, text, says):
 
 def test_every_hyper_parameter_says_where_it_acts_and_lies_within_its_bounds():
     for name, rule in HYPER_PARAMETERS.items():
-        assert rule.help and rule.low <= rule.default <= rule.high, name
+        # an infinite default stands for all there is
+        assert rule.help and (rule.low <= rule.default <= rule.high or rule.default == math.inf), name

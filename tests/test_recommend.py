@@ -8,10 +8,12 @@ import pytest
 from synthetic import julia_measure, two_layer_store, write_cells
 
 from analysis import recommend as command
+from analysis.export import best_cells
 from analysis.recommend import recommend
 from benchmarks.coverage import coverage_rows
 from benchmarks.recommend_coverage import column_draw
 from engine.config import make_config
+from engine.outcome import Thresholds
 from engine.store import open_store
 
 RATES, BEST, COLUMNS = 24, 0.03, 5
@@ -165,3 +167,11 @@ def test_intervals_hold_planted_best_rates():
     # a smoke test of benchmarks/recommend_coverage.py: below 14 of 20 lies 1 in 10^4 at a coverage of 95%
     cases = [("skewed, 16 rates", 0.003), ("flat, 32 rates", 0.02)]
     assert all(row["coverage"] >= 0.7 for row in coverage_rows("recommend", column_draw, cases, [8], 20))
+
+
+def test_a_store_without_the_probe_recommends_nothing_and_says_why(tmp_path):
+    store = planted(tmp_path / "s", seeds=1)
+    del store.specs["val_first"]  # as stores of the first format are
+    with pytest.raises(ValueError, match="has no val_first; expected the probe before and after"):
+        recommend(store)
+    assert not best_cells(store, Thresholds()).any()
