@@ -48,6 +48,9 @@ COMMANDS = {
     ),
     "report": Command("analysis.report", "one self-contained HTML page about a store"),
     "export": Command("analysis.export", "a store's cells as a .csv or .parquet, one row each"),
+    "fleet": Command(
+        "engine.fleet", "the same over a Ray cluster or SLURM, with workers that come and go", {"finish": draw}
+    ),
 }
 USAGE = "usage: fractal COMMAND [options]"
 

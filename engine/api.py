@@ -104,6 +104,8 @@ def run_sweep(
         raise ValueError(f"slots is {options.slots}; expected at least 1, or 0 for what fits")
     if options.workers < 1:
         raise ValueError(f"workers is {options.workers}; expected at least 1")
+    if not options.lease_seconds > 0:
+        raise ValueError(f"lease_seconds is {options.lease_seconds:g}; expected more than 0")
     if options.workers > 1 and rank.count > 1:
         raise ValueError("workers are processes started one by one, torchrun starts its own; leave out one of them")
     workers = max(options.workers, rank.count)
@@ -134,7 +136,7 @@ def run_sweep(
                 if workers == 1:
                     train_missing(setup, writer, None, 1, options.quiet, track)
                 else:
-                    with closing(Leases(path, worker_name(setup.device))) as leases:
+                    with closing(Leases(path, worker_name(setup.device), options.lease_seconds)) as leases:
                         train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
                 rank.barrier()
             except KeyboardInterrupt as stop:

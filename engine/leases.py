@@ -1,7 +1,7 @@
 """Leases: which worker trains which chunk, among processes that share nothing but the store's folder.
 
 A worker takes a chunk by making the file `<replicate>-<start>.<attempt>`, which succeeds for exactly one of them, and
-keeps touching it. A file that has not been touched for EXPIRES seconds is a lost worker's, and the next attempt is
+keeps touching it. A file that has not been touched for long is a lost worker's, and the next attempt is
 free. Leases only save work: what is done is said by the store's status alone, and a chunk that two workers train
 after all has the same bits, which is checked.
 """
@@ -16,14 +16,13 @@ from pathlib import Path
 from engine.plan import Chunk
 
 FOLDER = ".leases"
-EXPIRES = 60.0  # seconds without a sign of life after which a worker counts as lost
-BEATS = 6  # signs of life in that time
+BEATS = 6  # signs of life in the time after which a worker without one counts as lost
 
 
 class Leases:
     """The leases of one worker on a store; a thread of its own keeps them alive until `close`."""
 
-    def __init__(self, store: Path, owner: str, expires: float = EXPIRES) -> None:
+    def __init__(self, store: Path, owner: str, expires: float) -> None:
         """
         Args:
             owner: who takes them (machine, process, device), which others say where bits differ.

@@ -30,7 +30,7 @@ def age(leases: Leases, seconds: float) -> None:
 
 
 def test_a_chunk_is_leased_to_one_worker_until_that_shows_no_sign_of_life(tmp_path):
-    with closing(Leases(tmp_path, "one")) as one, closing(Leases(tmp_path, "two")) as two:
+    with closing(Leases(tmp_path, "one", 60.0)) as one, closing(Leases(tmp_path, "two", 60.0)) as two:
         assert one.take(CHUNKS, 2) == CHUNKS[:2]
         assert two.take(CHUNKS, 3) == CHUNKS[2:5]
         assert one.take(CHUNKS, 3) == CHUNKS[5:]
@@ -43,14 +43,14 @@ def test_a_chunk_is_leased_to_one_worker_until_that_shows_no_sign_of_life(tmp_pa
 
 
 def test_a_worker_keeps_its_leases_alive_by_itself(tmp_path):
-    with closing(Leases(tmp_path, "one", expires=0.6)) as one, closing(Leases(tmp_path, "two", expires=0.6)) as two:
+    with closing(Leases(tmp_path, "one", 0.6)) as one, closing(Leases(tmp_path, "two", 0.6)) as two:
         one.take(CHUNKS, 1)
         time.sleep(1.2)
         assert two.take(CHUNKS, 1) == CHUNKS[1:2]
 
 
 def test_one_of_many_that_end_together_finds_the_leases(tmp_path):
-    Leases(tmp_path, "one").close()
+    Leases(tmp_path, "one", 60.0).close()
     assert [remove_leases(tmp_path) for _ in range(3)] == [True, False, False]
 
 
@@ -61,7 +61,7 @@ def test_shares_are_whole_stacks_the_costliest_first(tmp_path):
     writer = Writer(path)
     writer.group["status"][:] = 0
     made = setup(config, rows_per_launch="1")
-    with closing(Leases(path, "one")) as leases:
+    with closing(Leases(path, "one", 60.0)) as leases:
         first = next(leased_launches(made, writer, leases, workers=2))
     writer.close()
     work = made.plan.work_in(made.plan.cells_in(first))
@@ -73,7 +73,7 @@ def test_a_cell_of_other_bits_raises_the_alarm_and_names_cell_and_machines(tmp_p
     store = sweep(tiny(tmp_path), tmp_path / "s", rows_per_launch="1")
     chunk, rows = Chunk(0, 1, 2), slice(1, 2)
     block = {name: store.read(name, 0, rows) for name in store.specs}
-    with closing(Leases(tmp_path / "s", "host A")) as leases:
+    with closing(Leases(tmp_path / "s", "host A", 60.0)) as leases:
         leases.take([chunk], 1)
         check_same_bits(store, chunk, block, leases)
         block["weights_digest"][0, 2] ^= 1
@@ -97,18 +97,17 @@ import numpy as np
 plan = json.loads(sys.argv[1])
 sys.path.insert(0, plan["tests"])
 import tiny
-from engine import launch, leases
+from engine import launch
 from engine.outcome import DONE
 from engine.store import open_store
-launch.FLUSH, launch.WAIT, leases.EXPIRES = 0.0, 0.05, 1.0
-leases.Leases.__init__.__defaults__ = (1.0,)
+launch.FLUSH, launch.WAIT = 0.0, 0.05
 random = np.random.default_rng(plan["seed"])
 config = tiny.make_config("two_layer", **plan["sweep"])
 
 def worker():
     child = os.fork()
     if child == 0:
-        tiny.sweep(config, plan["store"], workers=3, rows_per_launch="1")
+        tiny.sweep(config, plan["store"], workers=3, rows_per_launch="1", lease_seconds=1.0)
         os._exit(0)
     return child
 
