@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.family import ALIASES, Family, family_of
+from engine.family import Family, family_of, spelt_out
 from engine.grid import Cells, Grid, Points
 from engine.hyper import HYPER_PARAMETERS, check_value, declared, rule_of, source
 from engine.measure import MEASUREMENTS
@@ -90,16 +90,17 @@ class SweepConfig:
         return float(self.hyper.get(found, HYPER_PARAMETERS[base].default))
 
 
-def make_config(network: str = "gpt", **values: Any) -> SweepConfig:
+def make_config(network: str = "", **values: Any) -> SweepConfig:
     """A sweep from flat values: fields of the network and its workload, and hyper-parameters by name.
+
+    network: a name of FAMILIES or ALIASES; by default pretrained where a model is given, else gpt.
 
     Raises:
         ValueError: a name that this network has no field for.
     """
-    network = ALIASES.get(network, network)
+    network, left = spelt_out(network, values)
     family = family_of(network)
     parts: list[Any] = []
-    left = dict(values)
     for kind in (Swept, family.options, workload_of(family).options):
         own = {each.name for each in fields(kind)}
         parts.append(kind(**{name: left.pop(name) for name in list(left) if name in own}))
@@ -262,7 +263,67 @@ def at_least(name: str, value: float, low: float) -> None:
         raise ValueError(f"{name} is {value:g}; expected at least {low:g}")
 
 
+# nanochat's rates at a width of 768, and the 0.8 of them that its fine-tuning starts with
+NANOCHAT_SFT = {
+    "unembedding": {"lr": 0.8 * 0.004, "beta1": 0.8, "beta2": 0.96, "weight_decay": 0.01},
+    "embedding": {"lr": 0.8 * 0.2, "beta1": 0.8, "beta2": 0.995, "weight_decay": 0.001},
+    "value_embeddings": {"lr": 0.8 * 0.1, "beta1": 0.8, "beta2": 0.995, "weight_decay": 0.01},
+    "residual_lambdas": {"lr": 0.8 * 0.005, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.05},
+    "x0_lambdas": {"lr": 0.8 * 0.5, "beta1": 0.96, "beta2": 0.95},
+    "smear": {"lr": 0.8 * 0.2, "beta1": 0.8, "beta2": 0.95},
+}
+WIDTH_OF_RATES = 768
+
 PRESETS: dict[str, SweepConfig] = {
     "default": make_config(),
     "smollm2-sft": make_config(network="smollm2", context=128, batch=8, beta2=0.999, data_rows=4096),
+    "nanochat-sft": make_config(
+        network="pretrained",
+        y="lr.matrix:log:1e-4:1:16",
+        x="lr.unembedding:log:1e-5:1e-1:16",
+        context=1024,
+        batch=8,
+        tokens=250_000,
+        optimizer="adamw,matrix=normuon",
+        schedule="wsd",
+        decay=0.5,
+        eps=1e-10,
+        muon_momentum_start=0.85,
+        muon_momentum=0.95,
+        muon_momentum_warmup=300,
+        **{
+            "lr.matrix": 0.8 * 0.02,
+            **{f"{name}.{group}": v for group, own in NANOCHAT_SFT.items() for name, v in own.items()},
+        },
+    ),
+    "fractal-sft": make_config(
+        network="pretrained",
+        y="lr.matrix:log:1e-6:3e-1:16",
+        x="lr.unembedding:log:1e-6:1e-1:16",
+        context=1024,
+        batch=8,
+        tokens=250_000,
+        freeze="embedding",
+        schedule="cosine",
+        warmup=0.06,
+        weight_decay=0.1,
+    ),
 }
+
+
+def fit_preset(preset: SweepConfig, width: int, groups: set[str]) -> SweepConfig:
+    """A preset for a network of some width and parameter groups.
+
+    Values of groups that the network does not have are left out; nanochat's AdamW rates grow with
+    (width / 768)^-1/2.
+    """
+    parents = preset.family.groups
+    there = groups | {parents[group] for group in groups}
+    hyper = {}
+    for name, value in preset.hyper.items():
+        base, _, group = name.partition(".")
+        if group and group not in there:
+            continue
+        scaled = base == "lr" and group in NANOCHAT_SFT
+        hyper[name] = value * (width / WIDTH_OF_RATES) ** -0.5 if scaled else value
+    return replace(preset, hyper=hyper)

@@ -16,6 +16,7 @@ from engine import plan
 from engine.amount import amount_of, amount_words, epochs_words
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.hyper import rule_of
 from engine.network import Network
 from engine.optim import OPTIMIZERS, by_group
 from engine.plan import Launch, Memory, Plan, Trajectory, Work
@@ -58,7 +59,7 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        if batch_invariant(self.run, self.device):
+        if batch_invariant(self.run, self.device, self.network):
             return "at any width"
         return "in the same wave" if self.wave else "in the same launch"
 
@@ -70,7 +71,8 @@ class LanguageSetup:
     @property
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a cell."""
-        return {"data": self.corpus.digest}
+        model = {} if self.network.loaded is None else {"model": self.network.loaded.digest}
+        return {"data": self.corpus.digest} | model
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class LanguageSetup:
     def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
         """Those missing; where bits depend on the wave, the cells of every wave that misses some."""
         missing = self.plan.missing(launch, status)
-        if batch_invariant(self.run, self.device):
+        if batch_invariant(self.run, self.device, self.network):
             return missing
         waves = [cells_of(wave) for wave in self.waves(self.plan.cells_in(launch))]
         return np.sort(np.concatenate([missing[:0], *(cells for cells in waves if np.isin(cells, missing).any())]))
@@ -121,15 +123,15 @@ class LanguageSetup:
         launch = next(launch for launch in self.launches if cell in self.plan.cells_in(launch))
         waves, slots = self.waves(self.plan.cells_in(launch)), self.slots
         work = next(wave for wave in waves if cell in cells_of(wave))
-        if batch_invariant(self.run, self.device):
+        if batch_invariant(self.run, self.device, self.network):
             work, slots = [alone(work, cell)], 1
         trainer = self.new_trainer(slots)
         for measured in trainer.train(work):
             for each in measured:
                 if cell in each.mark.cells:
                     digest = int(each.values["weights_digest"])
-                    weights = trainer.stack.master_weights(each.slot)
-                    return Replay(each.losses, digest, weights, getattr(self.network.module, "config", None))
+                    weights, export = trainer.stack.master_weights(each.slot), self.network.export
+                    return Replay(each.losses, digest, weights, export and export(weights))
         raise AssertionError("the wave of a cell holds no trajectory that serves it")
 
     def describe(self, table: Table, left: list[Launch], status: np.ndarray) -> float:
@@ -185,7 +187,7 @@ class LanguageSetup:
         tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
         for name in tied:
             lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
-        if not batch_invariant(self.run, self.device):
+        if not batch_invariant(self.run, self.device, self.network):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
 
@@ -212,9 +214,9 @@ def most_rows(made: Plan) -> int:
     return int((made.steps * made.run.column("batch")).max())
 
 
-def batch_invariant(run: Run, device: torch.device) -> bool:
+def batch_invariant(run: Run, device: torch.device, network: Network) -> bool:
     """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
-    return device.type == "cuda" and run.config.family.batch_invariant
+    return device.type == "cuda" and run.config.family.batch_invariant and network.batch_invariant
 
 
 def cells_of(runs: list[Trajectory]) -> np.ndarray:
@@ -269,7 +271,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     made = plan.plan_runs(run)
     check_unique(run, corpus)
     check_steps(run)
-    exact = batch_invariant(run, device)
+    exact = batch_invariant(run, device, network)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
     memory = memory_of(made, network, corpus, device)
@@ -333,13 +335,13 @@ def check_groups(run: Run, network: Network) -> None:
     check_matrices(run, network, chosen, frozen)
     for name in run.given:
         base, _, group = name.partition(".")
-        takers = [each for each in sorted(groups) if group and run.source(base, each) == name]
-        if group and not takers:
+        takers = [each for each in sorted(groups) if run.source(base, each) == name]
+        if not takers and (group or (name in run.names and rule_of(name).by_group)):
             raise ValueError(
-                f"{name} changes nothing: no trained tensor of {run.config.network!r} takes it (a tied one follows its "
+                f"{name} changes nothing: no trained tensor of {run.config.title!r} takes it (a tied one follows its "
                 f"first group); the groups are {', '.join(sorted(groups))}"
             )
-        if takers and not any(base in OPTIMIZERS[chosen[each]].hyper for each in takers):
+        if group and not any(base in OPTIMIZERS[chosen[each]].hyper for each in takers):
             raise ValueError(
                 f"{name} changes nothing: {', '.join(takers)} is trained by {chosen[takers[0]]}, which has no {base}; "
                 f"leave it out, or give that group another --optimizer"

@@ -1,15 +1,17 @@
 """The arguments of a sweep: a request out of flags, which follow from the declarations."""
 
 import sys
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from engine.command import fail, parser, spellings
-from engine.config import PRESETS, SweepConfig, Swept, hyper_names, make_config
-from engine.family import ALIASES, FAMILIES, family_of
+from engine.config import PRESETS, SweepConfig, Swept, fit_preset, hyper_names, make_config
+from engine.family import FAMILIES, family_of, spelt_out
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.optim import OPTIMIZERS
@@ -39,24 +41,27 @@ class RunOptions:
 
 
 def read_arguments(description: str, arguments: Sequence[str] | None = None) -> tuple[SweepConfig, RunOptions]:
-    """The sweep that a command line asks for. The flags depend on --preset and --network, which are read first.
+    """The sweep that a command line asks for. Its flags depend on --preset, --network and --model, read first.
 
     Raises:
         ValueError: a preset or network that does not exist, or values that do not belong together.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = Namespace(preset="default", network=None)
     first = parser("", add_help=False)
-    first.add_argument("--preset", default="default")
-    first.add_argument("--network", default=None)
+    for name in ("preset", "network", "model"):
+        first.add_argument(f"--{name}", default="")
     chosen, _ = first.parse_known_args([each for each in given if each not in ("-h", "--help")])
-    if chosen.preset not in PRESETS:
+    if chosen.preset and chosen.preset not in PRESETS:
         raise ValueError(f"preset is {chosen.preset!r}; expected one of {', '.join(PRESETS)}")
-    preset = PRESETS[chosen.preset]
-    network = ALIASES.get(chosen.network, chosen.network) or preset.network
+    preset = PRESETS[chosen.preset or "default"]
+    network, own = spelt_out(chosen.network, {"model": chosen.model})
+    if not (chosen.network or chosen.model):
+        network = preset.network
     family = family_of(network)
     if network != preset.network:
-        preset = make_config(network)
+        preset = make_config(network, **{name: value for name, value in own.items() if value})
+    if any("." in name for name in preset.hyper) and not {"-h", "--help"} & set(given):
+        preset = fit_to_checkpoint(preset, chosen.model)
     reader = parser(description, usage="%(prog)s [options]", epilog=examples(network))
     reader.legal = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": family.precisions, "count": COUNTS}
     group = reader.add_argument_group("Which network")
@@ -82,6 +87,16 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     followed = {name for name, rule in HYPER_PARAMETERS.items() if rule.follows and said.issuperset(rule.follows)}
     hyper = {name: value for name, value in preset.hyper.items() if name not in {*swept, *followed}}
     return make_config(network, **flat, **(hyper | values)), found.options
+
+
+def fit_to_checkpoint(preset: SweepConfig, model: str) -> SweepConfig:
+    """A preset with values by parameter group, for the checkpoint that is given, or its own."""
+    from engine.checkpoint import load_model  # brings torch, which --help does not need
+
+    with redirect_stderr(StringIO()):  # what is said of a checkpoint is said once, where its sweep is prepared
+        loaded = load_model(model or preset.shape.model)
+    groups = {loaded.family.parameter_groups(loaded.config, name)[0] for name in loaded.weights}
+    return fit_preset(preset, loaded.config.width, groups)
 
 
 def every_name(family: Any) -> list[str]:

@@ -174,7 +174,7 @@ class Stack:
         def joined(spans: list[Span]) -> Tensor:
             master_P = torch.zeros(flat_size(spans), device=self.weight_RP.device)
             for span in spans:
-                values = initial[span.name].to(master_P.device)
+                values = initial[span.name].to(master_P)
                 master_P[span.slice] = (values * scale if len(span.shape) > 1 else values).flatten()
             return master_P
 

@@ -14,7 +14,7 @@ n elements of a parameter.
 import ctypes
 import gc
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ class Trainer:
         self.state = [
             {name: buffer[:, place] for name, (buffer, place) in own.items()} for own in self.state_buffers().values()
         ]
-        self.initial: dict[int, dict[str, Tensor]] = {}
+        self.initial: dict[int, Mapping[str, Tensor]] = {}
         self.flats: dict[tuple[float, ...], Flat] = {}
         self.starts: dict[tuple[float, ...], RowLosses] = {}
 
@@ -369,16 +369,18 @@ class Trainer:
 
     def flat_of(self, seed: int, scale: float) -> Flat:
         """The untrained weights of a seed and init_scale, as a slot holds them; the last few are kept."""
-        if (seed, scale) not in self.flats:
+        key = -1 if self.network.same_start else seed, scale
+        if key not in self.flats:
             if len(self.flats) >= STARTS:
                 self.flats.pop(next(iter(self.flats)))
-            self.flats[seed, scale] = self.stack.flatten(self.initial_of(seed), scale)
-        return self.flats[seed, scale]
+            self.flats[key] = self.stack.flatten(self.initial_of(seed), scale)
+        return self.flats[key]
 
-    def initial_of(self, seed: int) -> dict[str, Tensor]:
-        """The initial weights of a seed: on the device while they are few, else made anew."""
+    def initial_of(self, seed: int) -> Mapping[str, Tensor]:
+        """The initial weights of a seed, on the device while they are few, else made anew; those of a checkpoint, which
+        are read one by one."""
         if self.network.same_start:
-            seed = -1
+            return self.network.initial(seed)
         if seed not in self.initial:
             made = {name: weight.to(self.device) for name, weight in self.network.initial(seed).items()}
             if (len(self.initial) + 1) * self.network.parameters * 4 > INITIAL_CACHE:

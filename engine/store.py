@@ -35,7 +35,8 @@ FORMAT = "fractal-llm sweep"
 VERSION = 2
 STATUS = Measurement("0 not computed, 1 done", "u1", 0, {})
 COUNTS = "counts"  # the array of Run.counts
-BY_CONTENT = ("data", "problem", "points")  # fields that name inputs, which are compared by what they hold
+# fields that name inputs, which are compared by what they hold
+BY_CONTENT = ("data", "model", "tokenizer", "problem", "points")
 
 
 class Store:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
+    from engine.checkpoint import LoadedModel
     from engine.config import Run, SweepConfig
     from engine.family import Family
     from engine.plan import Launch, Plan
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
 class Replay(NamedTuple):
     """A cell trained again.
 
-    losses: fp32 [S], before each update. weights: fp32 by name, {} if not kept. model: the configuration that the
-    network's module holds, None where it holds none.
+    losses: fp32 [S], before each update. weights: fp32 by name, {} if not kept. model: what `engine.checkpoint` saves,
+    None where no format of it has the network.
     """
 
     losses: np.ndarray
     weights_digest: int
     weights: "dict[str, torch.Tensor]"
-    model: Any = None
+    model: "LoadedModel | None" = None
 
 
 class Setup(Protocol):

@@ -110,7 +110,7 @@ def test_a_single_batch_is_cut_into_equal_pieces():
 
 
 BAD = [
-    ({"network": "rnn"}, "network is 'rnn'; expected one of gpt, smollm2, two_layer"),
+    ({"network": "rnn"}, "network is 'rnn'; expected one of gpt, pretrained, two_layer"),
     ({"schedule": "step"}, "schedule is 'step'; expected one of constant, cosine"),
     ({"optimizer": "adagrad"}, "optimizer is 'adagrad'; expected one of adamw, sgd"),
     ({"precision": "fp64"}, "precision is 'fp64'; expected one of bf16, tf32, fp32"),
@@ -144,7 +144,11 @@ BAD = [
     ({"x": "seed:linear:0:1:2", "tokens": 256}, "tokens starts at 256, below two steps of 256 tokens"),
     ({"x": "batch:linear:1:64:4", "tokens": 300}, "below two steps of 4096 tokens"),
     ({"y": "lr:linear:1:1.000001:64"}, "neighbouring values are equal in float32"),
-    ({"depth": 2, "network": "smollm2"}, "depth is 2, but the network 'smollm2' has no such field"),
+    ({"depth": 2, "network": "smollm2"}, "depth is 2, but the network 'pretrained' has no such field"),
+    ({"depth": 2, "model": "a/b"}, "depth is 2, but the network 'pretrained' has no such field"),
+    ({"model": "a/b", "network": "smollm2"}, "model is 'a/b', but the network is 'smollm2'; leave out one of the two"),
+    ({"model": "a/b", "network": "gpt"}, "model is 'a/b', but the network 'gpt' has no such field"),
+    ({"model": " "}, "model is empty; expected a checkpoint's folder, file or name on the hub"),
     ({"context": 99, "network": "two_layer"}, "context is 99, but the network 'two_layer' has no such field"),
     ({"steps": 99}, "steps is 99, but the network 'gpt' has no such field"),
     ({"lr.0": 0.1}, "lr.0 is 0.1, but this sweep of 'gpt' does not read it"),

@@ -3,6 +3,8 @@
 A network file holds a frozen config, an `nn.Module`, and functions of the same names:
 
     parameter_groups(config, name)     the groups of a parameter: two where it is tied
+    batch_invariant(config)            whether every operator whose gradient sums over rows is one of `kernels`
+    fused_rows(config, name)           rows of the matrices that lie in one parameter, () where it is one
     initial_weights(config, seed)      {name: fp32 CPU tensor}
     flops_per_token(config)            FLOPs to train on one token
     activation_bytes(config, tokens, bytes_per_element)
@@ -15,6 +17,7 @@ networks share.
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +93,17 @@ def uniform_weights(seed: int, name: str, shape: tuple[int, ...], std: float) ->
 def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the order of the module."""
     return {name: tuple(weight.shape) for name, weight in network.named_parameters()}
+
+
+def rows_of(*heights: int) -> tuple[tuple[int, int], ...]:
+    """First row and last + 1 of matrices of some heights that lie one after another."""
+    ends = list(accumulate(heights))
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def qkv_rows(heads: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in the fused projection."""
+    return rows_of(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
 
 
 def rotary_tables(

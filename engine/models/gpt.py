@@ -32,6 +32,7 @@ from engine.models import (
     norm_heads,
     normal_weights,
     parameter_shapes,
+    qkv_rows,
     rotary_tables,
     shorter_context,
     uniform_weights,
@@ -288,6 +289,20 @@ def parameter_groups(config: GPTConfig, name: str) -> tuple[str, ...]:
     if name.startswith("layers."):
         return (name.split(".")[2],)
     return ("smear",) if name.startswith(("smear_", "backout_")) else (name.split(".")[0],)
+
+
+def batch_invariant(config: GPTConfig) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    What later generations add (lambdas, gates, windows, smear) is plain torch, whose sums depend on the stack.
+    """
+    windows = any(config.window(layer) is not None for layer in range(config.depth))
+    return not (windows or config.lambdas or config.value_gate or config.smear)
+
+
+def fused_rows(config: GPTConfig, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in their fused projection."""
+    return qkv_rows(config.heads, config.kv_heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: GPTConfig, seed: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from engine.models import (
     dropout_of,
     normal_weights,
     parameter_shapes,
+    qkv_rows,
     shorter_context,
 )
 from kernels.attention import qkv_attention
@@ -194,6 +195,19 @@ def parameter_groups(config: GPT2Config, name: str) -> tuple[str, ...]:
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
+
+
+def batch_invariant(config: GPT2Config) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    LayerNorm and the biases are plain torch, whose sums over rows depend on the stack.
+    """
+    return False
+
+
+def fused_rows(config: GPT2Config, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in their fused projection."""
+    return qkv_rows(config.heads, config.heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: GPT2Config, seed: int) -> dict[str, Tensor]:

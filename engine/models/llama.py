@@ -27,7 +27,9 @@ from engine.models import (
     norm_heads,
     normal_weights,
     parameter_shapes,
+    qkv_rows,
     rotary_tables,
+    rows_of,
     shorter_context,
 )
 from kernels.activation import swiglu
@@ -255,6 +257,21 @@ def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
+
+
+def batch_invariant(config: LlamaConfig) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    Biases are added in plain torch, and the sum over rows of their gradient depends on the stack.
+    """
+    return not (config.qkv_bias or config.output_bias)
+
+
+def fused_rows(config: LlamaConfig, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v, and of gate and up, in their fused projections."""
+    if name.endswith(".gate_up"):
+        return rows_of(config.mlp_width, config.mlp_width)
+    return qkv_rows(config.heads, config.kv_heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:
