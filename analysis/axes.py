@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from engine.grid import Axis
+from engine.hyper import long_name
 
 
 def places(axis: Axis) -> tuple[float, float]:
@@ -20,7 +21,7 @@ def extent(axis: Axis) -> tuple[float, float]:
 
 
 def ticks(axis: Axis) -> tuple[np.ndarray, list[str], str]:
-    """Where an axis has ticks (drawing units), what they say, and the axis's name.
+    """Where an axis has ticks (drawing units), what they say, and the axis's name in words.
 
     Decades where there are three or more, round numbers in narrower ranges; in a zoom too narrow for
     four digits to tell ticks apart, distances from the middle.
@@ -28,32 +29,35 @@ def ticks(axis: Axis) -> tuple[np.ndarray, list[str], str]:
     from matplotlib.ticker import MaxNLocator
 
     low, high = extent(axis)
-    log = axis.scale == "log"
+    log, words = axis.scale == "log", long_name(axis.name)
     first, last = (10.0**low, 10.0**high) if log else (low, high)
     decades = np.arange(math.ceil(low), math.floor(high) + 1)
     if log and len(decades) >= 3:
         decades = decades[:: -(-len(decades) // 7)]
-        return decades, [f"$10^{{{d}}}$" for d in decades], axis.name
+        return decades, [f"$10^{{{d}}}$" for d in decades], words
     if log and last > 8 * first:
         powers = 10.0 ** np.arange(math.floor(low), math.ceil(high))
         values = (powers[:, None] * (1, 2, 5)).ravel()
         values = values[(values >= first) & (values <= last)]
-        return np.log10(values), [number(float(v)) for v in values], axis.name
+        return np.log10(values), [number(float(v)) for v in values], words
     middle = (first + last) / 2
     if last - first > 2e-3 * abs(middle):
         values = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(first, last))
         values = values[(values >= first) & (values <= last) & ((values > 0) | (not log))]
-        return (np.log10(values) if log else values), [number(float(v)) for v in values], axis.name
+        return (np.log10(values) if log else values), [number(float(v)) for v in values], words
     offsets = np.asarray(MaxNLocator(4, symmetric=True).tick_values(first - middle, last - middle))
     offsets = offsets[np.abs(offsets) <= (last - first) / 2]
     power = math.floor(math.log10(np.abs(offsets).max()))
     at = np.log10(middle) + offsets / middle / math.log(10) if log else middle + offsets
     texts = [f"{o / 10.0**power:+.2g}" if o else "0" for o in offsets]
-    return at, texts, f"{axis.name} $-$ {middle!r}   ($10^{{{power}}}$)"
+    return at, texts, f"{words} $-$ {middle!r}   ($10^{{{power}}}$)"
 
 
 def number(value: float) -> str:
-    """A tick's number: plain, or times a power of ten."""
+    """A tick's number: plain, whole thousands and millions as 2k and 2M, or times a power of ten."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if size <= abs(value) < 1e3 * size and value % (size / 10) == 0:
+            return f"{value / size:g}{letter}"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.6g}"
     power = math.floor(math.log10(abs(value)) + 1e-9)

@@ -4,6 +4,9 @@ Frame-free: a boundary block is a 2x2 block of measured cells whose labels are n
 padded, so the picture's own frame never counts as boundary.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from dataclasses import dataclass
 
 import numpy as np

@@ -4,6 +4,9 @@ Nothing here is stored: other thresholds give other maps of the same measurement
 `engine.outcome`.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from dataclasses import dataclass
 
 import numpy as np

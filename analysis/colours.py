@@ -1,22 +1,25 @@
 """The colours of a map: label codes and equalised convergence values as RGBA.
 
-What trains is blue, what breaks is orange and red: told apart in every common colour blindness. A convergence
-map's two sides are each histogram-equalised, as in Sohl-Dickstein (2024).
+What trains is blue, what breaks is yellow, orange and dark red. Any two labels differ by 20 or more of CIEDE2000,
+and any two colours of a convergence map's two sides by 22, to full vision and to eyes without the cones for long,
+middle or short wavelengths (Machado et al. 2009): within those hues the palette makes the least difference large. A
+convergence map's two sides are each histogram-equalised, as in Sohl-Dickstein (2024).
 """
 
 import numpy as np
 
 from engine.outcome import LABELS
 
+MISSING_COLOUR = "#eeeeee"  # under the hatching of cells that are not computed
 LABEL_COLOURS = {
     "missing": "#00000000",
-    "converged": "#0b559f",
-    "marginal": "#5ba3d0",
-    "undertrained": "#cfe1f2",
-    "worsened": "#fdae61",
-    "collapsed": "#e8702a",
-    "nonfinite": "#a6231c",
-    "invalid": "#b9a3c9",
+    "converged": "#072f70",
+    "marginal": "#2a6ad4",
+    "undertrained": "#9fc0f8",
+    "worsened": "#f4c531",
+    "collapsed": "#d24b12",
+    "nonfinite": "#5f0f12",
+    "invalid": "#9c798b",
 }
 # places in [-1, 1]: quick convergence is pale blue, slow is navy; slow divergence dark red, quick is pale
 CONVERGENCE_COLOURS = (
@@ -30,6 +33,8 @@ CONVERGENCE_COLOURS = (
     (0.80, "#d7301f"),
     (1.00, "#67000d"),
 )
+# shares of seeds that train, 0 to 1
+SHARE_COLOURS = ((0.0, "#b3410e"), (0.25, "#f0a45e"), (0.5, "#f7f4ec"), (0.75, "#7fabf0"), (1.0, "#0d4db3"))
 GAP = 0.25  # share of each side's colours left out around 0, so that the two sides never look alike
 
 
@@ -66,11 +71,11 @@ def colour_scale(stops: tuple[tuple[float, str], ...] = CONVERGENCE_COLOURS, siz
     return np.stack([np.interp(places, at, channel) for channel in rgb.T], -1).round().astype(np.uint8)
 
 
-def convergence_rgba(placed: np.ndarray) -> np.ndarray:
-    """Colours [row, col, 4] uint8 of equalised values; NaN is transparent."""
-    scale = colour_scale()
-    index = np.nan_to_num((placed + 1) / 2 * (len(scale) - 1)).round().astype(int)
-    opaque = np.where(np.isnan(placed), 0, 255).astype(np.uint8)
+def scale_rgba(values: np.ndarray, stops: tuple[tuple[float, str], ...] = CONVERGENCE_COLOURS) -> np.ndarray:
+    """Colours [row, col, 4] uint8 of values within the stops' range; NaN is transparent."""
+    scale, low, high = colour_scale(stops), stops[0][0], stops[-1][0]
+    index = np.nan_to_num((values - low) / (high - low) * (len(scale) - 1)).round().astype(int)
+    opaque = np.where(np.isnan(values), 0, 255).astype(np.uint8)
     return np.concatenate([scale[index], opaque[..., None]], -1)
 
 

@@ -10,6 +10,9 @@ Box counting is biased on small maps and by a narrow range, so nulls of the same
 estimator (a straight line, a disc, noise) belong beside every number, and the range must be said.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

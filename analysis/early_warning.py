@@ -9,6 +9,7 @@ from rich.table import Table
 
 from analysis.boundary import learning_rate_axis
 from analysis.classify import measured, trains
+from analysis.panels import legend_below
 from engine.store import Replicate
 
 if TYPE_CHECKING:
@@ -114,12 +115,12 @@ def draw_early(axes: "Axes", early: EarlyWarning, title: str) -> None:
     for name, (colour, line) in zip(SIGNS, styles, strict=True):
         axes.plot(early.first, early.areas[name], line, color=colour, marker="o", ms=3, lw=1.3, label=name)
     axes.axhline(0.5, color="#999999", lw=0.8, ls=":")
-    axes.text(early.first[-1], 0.505, "coin", ha="right", va="bottom", fontsize=7, color="#777777")
+    axes.text(early.first[-1], 0.505, "coin", ha="right", va="bottom", size="small", color="#777777")
     lowest = np.nanmin([*early.areas.values(), np.full(len(early.first), 0.5)])
     axes.set(xscale="log", ylim=(min(0.42, lowest - 0.02), 1.02))
     axes.set(xlabel="first losses seen", ylabel="ROC area")
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=9.5)
-    axes.legend(frameon=False, fontsize=7.5, loc="best")
+    axes.set_title(title)
+    legend_below(axes, axes.get_legend_handles_labels()[0])
 
 
 def early_table(early: EarlyWarning, title: str) -> Table:

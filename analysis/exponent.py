@@ -132,7 +132,8 @@ def binomial_law(eps: np.ndarray, events: np.ndarray, trials: np.ndarray) -> Bin
     found = model.fit(start_params=start, maxiter=100)
     dispersion = float(found.pearson_chi2 / (len(x) - 2))
     widest = max(float(stats.t.isf(0.025, len(x) - 2)) * math.sqrt(dispersion), float(stats.norm.isf(0.025)))
-    return BinomialLaw(*map(float, found.params), float(found.bse[1]) * widest, dispersion)
+    level, alpha = map(float, found.params)
+    return BinomialLaw(level, alpha, float(found.bse[1]) * widest, dispersion)
 
 
 def ceiling_of(trains: np.ndarray) -> float:

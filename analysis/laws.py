@@ -20,6 +20,7 @@ FEWEST_SEEDS = 4  # below it there is no interval
 FEWEST_COLUMNS = 3
 BASINS = (0.01, 0.05)  # nat above the best
 SAFE_NAT = 0.05
+VERTEX_NAT = 0.02  # above the best, up to which the second neighbour of a swept rate still lies on its parabola
 DECADES = 3.0  # of learning rates, over which the sensitivity is taken
 # exponents of the best rate against tokens: of opposite sign, never one without the other
 PUBLISHED = {"arXiv:2409.19913": -0.32, "arXiv:2503.04715": 0.307}
@@ -38,13 +39,18 @@ class BestRates:
     loss: np.ndarray  # [seed, col] the lowest loss
     basins: np.ndarray  # [basin, 2, seed, col] lowest and highest rate of the range around it within BASINS nat
 
+    def some(self, seeds: np.ndarray, cols: slice = slice(None)) -> "BestRates":
+        """Those of some seeds (bool [seed]) and columns."""
+        parts = (self.rate, self.edge, self.index, self.loss, self.basins)
+        return BestRates(*(part[..., seeds, cols] for part in parts))
+
 
 def best_rates(rates: np.ndarray, loss: np.ndarray) -> BestRates:
     """The vertex of a parabola in the log rate around each seed's and column's lowest loss, and its basins.
 
     The parabola is fitted to the rates around the minimum within the narrower of BASINS (over the wider a skewed
-    basin moves it), two a side at least where they are finite; where it has no vertex among them, the swept rate of
-    the lowest loss stands.
+    basin moves it), one a side at least and two within VERTEX_NAT, where they are finite; where it has no vertex among
+    them, the swept rate of the lowest loss stands.
 
     Args:
         rates: [rate], ascending.
@@ -78,7 +84,10 @@ def contiguous(holds: np.ndarray, at: int) -> tuple[int, int]:
 def vertex(log_rate: np.ndarray, curve: np.ndarray, at: int, first: int, last: int) -> float:
     """The log rate of the vertex of the parabola around index `at` of one curve [rate], inf where it broke."""
     near, end = contiguous(np.isfinite(curve), at)
-    first, last = max(min(first, at - 2), near), min(max(last, at + 2), end)
+    # on a coarse grid second neighbours lie beyond the parabola: a cliff there would move the vertex by half a step
+    below, above = contiguous(curve <= curve[at] + VERTEX_NAT, at)
+    first = max(min(first, at - 1, max(below, at - 2)), near)
+    last = min(max(last, at + 1, min(above, at + 2)), end)
     if last - first >= 2:
         x = log_rate[first : last + 1] - log_rate[at]
         bend, slope, _ = np.polyfit(x, curve[first : last + 1], 2)

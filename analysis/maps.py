@@ -1,6 +1,8 @@
 """A map: a store with its labels, convergence, critical rates and dimension, and its one-screen summary."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
@@ -8,8 +10,14 @@ from rich.table import Table
 from analysis.boundary import Critical, critical, map_edges
 from analysis.classify import Labelling, classify, convergence_value, counts
 from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls
+from engine.amount import amount_words, epochs_words
+from engine.grid import Grid
 from engine.hyper import long_name
-from engine.store import Replicate
+from engine.outcome import Thresholds, measured, trains
+from engine.store import Replicate, Store
+
+if TYPE_CHECKING:
+    from analysis.replicates import Borders
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,69 @@ class Map:
 
     @property
     def title(self) -> str:
-        """What was swept, in one line."""
-        (rows, cols), store = self.store.grid.shape, self.store
-        seed = f", seed {store.config.seed + store.index}" if store.run.replicates > 1 else ""
-        axes = f"{long_name(store.grid.y.name)} by {long_name(store.grid.x.name)}"
-        return f"{store.config.title}: {axes}, {rows} x {cols} cells{seed}"
+        """What was swept on what, in one line."""
+        return map_title(self.store)
+
+    @property
+    def caption(self) -> str:
+        """Which data and seeds, in a sentence or two."""
+        seeds, first = self.store.run.replicates, self.store.config.seed
+        if "seed" in self.store.run.names:
+            draws = "Every seed has its own cells."
+        elif seeds == 1:
+            draws = f"One seed ({first}): one draw."
+        else:
+            draws = f"Labels and losses of seed {first + self.store.index}, one of {seeds}."
+        data = self.store.attributes.get("data", "")
+        return f"{data}. {draws}" if data else draws
+
+
+def map_title(store: Replicate) -> str:
+    """What a map sweeps on which network and data, in one line."""
+    (rows, cols), data = store.grid.shape, data_name(store.store)
+    axes = f"{long_name(store.grid.y.name)} by {long_name(store.grid.x.name)}"
+    return f"{store.config.title}{f' on {data}' if data else ''}: {axes}, {rows} x {cols} cells"
+
+
+def data_name(store: Store) -> str:
+    """The data in a word or two: a file's or package's name, '' for a workload without any."""
+    data = str(store.config.flat().get("data", ""))
+    return Path(data).name or data
+
+
+@dataclass(frozen=True)
+class Trained:
+    """P(train): the share of a store's seeds that train in each cell."""
+
+    share: np.ndarray  # [row, col]; NaN where no seed was measured
+    seeds: int
+    borders: "Borders | None"  # LR50 and LR90, where the map has a learning rate and seeds enough
+    missing: str  # which of them the seeds are too few for, '' if none
+    lr_rows: bool  # whether the learning rate gives the rows
+
+
+def trained_share(store: Store, thresholds: Thresholds) -> Trained:
+    """P(train) over the replicates of a grid, with LR50 and LR90 where there are seeds enough."""
+    codes = store.labels(thresholds)
+    known, seeds = measured(codes), len(codes)
+    with np.errstate(invalid="ignore"):
+        share = (trains(codes) & known).sum(0) / known.sum(0)
+    grid = store.run.cells
+    assert isinstance(grid, Grid)
+    rated = [axis.name.partition(".")[0] == "lr" for axis in (grid.y, grid.x)]
+    found, missing = None, ""
+    if sum(rated) == 1:
+        from analysis.replicates import FEWEST_SEEDS, borders  # brings scipy and numba
+
+        levels = tuple(level for level in (0.5, 0.9) if seeds >= FEWEST_SEEDS[level])
+        missing = ", ".join(
+            f"LR{100 * level:.0f} needs {fewest} seeds" for level, fewest in FEWEST_SEEDS.items() if level not in levels
+        )
+        rates = (grid.y if rated[0] else grid.x).values
+        good, seen = ((each if rated[0] else each.swapaxes(1, 2))[:, rates > 0] for each in (trains(codes), known))
+        if levels and (rates > 0).sum() >= 4:
+            found = borders(rates[rates > 0], good, seen, levels=levels, draws=1)
+    return Trained(share, seeds, found, missing, rated[0])
 
 
 def analyse(store: Replicate, labelling: Labelling, fit: tuple[int, int] | None) -> Map:
@@ -62,6 +128,9 @@ def summary(found: Map) -> Table:
     table.add_column()
     for name, axis in (("rows", found.store.grid.y), ("columns", found.store.grid.x)):
         table.add_row(name, f"{axis.name}, {axis.points} values, {axis.low:.4g} to {axis.high:.4g} ({axis.scale})")
+    if amount := found.store.attributes.get("amount"):
+        said, plan = amount_words(found.store.config.training.data, amount), found.store.config.workload.plan
+        table.add_row("data", f"{said}; epochs: {epochs_words(plan(found.store.run), amount)}")
     cells = found.codes.size
     table.add_row("labels", ", ".join(f"{name} {n} ({n / cells:.0%})" for name, n in counts(found.codes).items()))
     for name, text in critical_lines(found.critical) if found.critical else ():

@@ -9,6 +9,9 @@ deep a zoom can go follows from the map's own f(eps) (analysis/uncertainty.py): 
 zoom's cells flips f(eps) of the cells, and where that is no more than what the variant flips, the zoom shows noise.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path

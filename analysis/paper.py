@@ -8,6 +8,9 @@ maps' dimensions, and the same numbers for null maps of that size. Stores are ke
 interrupted goes on.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import csv
 import datetime
 import re

@@ -1,9 +1,13 @@
 """One self-contained HTML file about a store: `uv run analysis/report.py --store S`.
 
-Maps on a canvas with pan, zoom and hover; the boundary's dimension with its nulls and fit; rules of
-thumb; loss traces of clicked cells; the noise floor, where it was measured; provenance; and for every
-cell the command that replays it. The page (report.html beside this file) needs no network.
+The answer first; maps on a canvas with pan, zoom and hover, by mouse or keys; loss traces of chosen cells; what the
+labels mean; rules of thumb over seeds; how it was measured, with the boundary's dimension, the noise floor, where it
+was measured, and provenance; and for every cell the command that replays it. The page (report.html, .css and .js
+beside this file) needs no network.
 """
+
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
 
 import json
 import re
@@ -17,17 +21,19 @@ import numpy as np
 
 from analysis.boundary import map_edges
 from analysis.charts import Series, chart
-from analysis.classify import Labelling
+from analysis.classify import Labelling, counts
+from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
-from analysis.maps import Map, analyse
+from analysis.maps import Map, analyse, trained_share
 from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
-from analysis.rules import rules, sentences
+from analysis.recommend import recommend, shown_columns, why_not
+from analysis.rules import mean_rates, rules, sentences
 from engine.command import parse, screen, user_errors
-from engine.outcome import Thresholds
-from engine.store import Replicate, Store, open_map
+from engine.outcome import MEANINGS, Thresholds
+from engine.store import Replicate, Store, open_map, open_store
 
-TEMPLATE = Path(__file__).with_name("report.html")
+FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
 
 
 def table_html(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
@@ -51,13 +57,16 @@ def dimension_html(found: Map) -> str:
     fit = f"<p class=soft>Box counting over boxes of {d.fit[0]} to {d.fit[1]} cells, {d.decades:.1f} decades.</p>"
     warning = f'<p class="warn">{escape(d.warning)}</p>' if d.warning else ""
     slope = d.counts[d.in_fit][0] * (d.sizes[d.in_fit] / d.sizes[d.in_fit][0]) ** -d.value
-    series = [Series(name, n.sizes, n.counts, "#8b9099") for name, n in null.items() if n]
+    series = [Series(name, n.sizes, n.counts, "#6b7079") for name, n in null.items() if n]
     series += [
         Series("", d.sizes, d.counts, "var(--accent)", dots=True),
         Series("this boundary", d.sizes[d.in_fit], slope, "var(--accent)"),
     ]
     return (
-        table_html(rows, ("", "dimension", "95% interval")) + fit + warning + chart(series, "box side, cells", "boxes")
+        table_html(rows, ("boundary", "dimension", "95% interval"))
+        + fit
+        + warning
+        + chart(series, "box side, cells", "boxes")
     )
 
 
@@ -71,11 +80,11 @@ def rules_html(store: Store, thresholds: Thresholds) -> str:
     if r.borders is not None:
         for i, level in enumerate(r.borders.levels):
             rate = np.where(np.isfinite(r.borders.rate[i]), r.borders.rate[i], 0)
-            series.append(Series(f"P = {level:g}", x, rate, ("#a6231c", "#fd8d3c")[i]))
+            series.append(Series(f"P = {level:g}", x, rate, ("#5f0f12", "#d24b12")[i]))
     if r.safe is not None:
-        series.append(Series("safe", x, np.nan_to_num(r.safe.rate), "#8b9099"))
+        series.append(Series("safe", x, np.nan_to_num(r.safe.rate), "#6b7079"))
     if r.best is not None:
-        best = np.nan_to_num(np.exp(np.nanmean(np.log(r.best.rate), 0)))
+        best = np.nan_to_num(mean_rates(r.best.rate))
         series.append(Series("best", x, best, "var(--accent)", dots=True))
     drawn = any((each.y > 0).any() for each in series) and (x > 0).all()
     return table_html(sentences(r)) + (chart(series, r.found.other.name, r.found.lr.name) if drawn else "")
@@ -124,20 +133,68 @@ def json_in_html(value: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def report_html(found: Map, labelling: Labelling) -> str:
-    """The whole page."""
-    store, data = found.store, page_data(found)
+def answer_html(store: Store) -> str:
+    """The recommendation in words, what else to know of it, and its columns; or why there is none."""
+    if reason := why_not(store):
+        return f"<p>{escape(reason)}</p>"
+    found = recommend(store)
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in found.notes())
+    rows = [found.row(column) for column in shown_columns(found, None)] if found.columns else []
+    table = table_html(rows, found.head()) if rows else ""
+    scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="best rates">{table}</div>' if table else ""
+    return f'<p class="answer">{escape(found.sentence())}</p>{notes}{scroll}'
+
+
+def labels_html(codes: np.ndarray) -> str:
+    """Every label of the map with its colour, its cells and its meaning."""
+    rows = []
+    for name, count in counts(codes).items():
+        colour = MISSING_COLOUR if name == "missing" else LABEL_COLOURS[name]
+        rows.append(
+            f'<dt><i style="background:{colour}"></i>{name}, {count:,} cells</dt><dd>{escape(MEANINGS[name])}</dd>'
+        )
+    return f'<dl class="labels">{"".join(rows)}</dl>'
+
+
+def measured_html(found: Map) -> str:
+    """Network, data and seeds, in a sentence or two."""
+    return f"<p>{escape(found.title)}. {escape(found.caption)}</p>"
+
+
+def write_report(path: Path, labelling: Labelling, found: Map) -> None:
+    """Write the page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report_html(found, labelling), "utf-8")
+
+
+def write_store_report(path: Path) -> None:
+    """The report of a grid's first replicate, among its figures; none of a list of points."""
+    store = open_store(path)
+    if len(store.run.cells.shape) > 1:
+        write_report(store.figures / "report.html", Labelling(), analyse(store.replicate(0), Labelling(), None))
+
+
+def report_html(found: Map, labelling: Labelling, live: bool = False) -> str:
+    """The whole page; live, it asks analysis/serve.py for what is new."""
+    store = found.store
+    several = store.run.replicates > 1 and not live
+    data = page_data(found, live, trained_share(store.store, labelling.thresholds) if several else None)
     shown = "" if data["stride"] == 1 else f"; the map below shows every {data['stride']}th row and column"
     parts = {
         "title": escape(found.title),
         "subtitle": escape(f"{store.path}{shown}"),
+        "style": FILES["css"].read_text("utf-8"),
+        "script": FILES["js"].read_text("utf-8"),
+        "answer": answer_html(store.store),
+        "labels": labels_html(found.codes),
+        "measured": measured_html(found),
         "dimension": dimension_html(found),
         "rules": rules_html(store.store, labelling.thresholds),
         "noise": noise_html(store, labelling),
         "provenance": provenance_html(store),
         "data": json_in_html(data),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text("utf-8"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], FILES["html"].read_text("utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +204,23 @@ class Options(Labelling):
     store: str  # path of the sweep's store
     out: str = ""  # the HTML file to write (default: figures/report.html inside the store)
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
+    serve: bool = False  # show the sweep live in a browser on this machine instead, while it runs
+    port: int = 8377  # of the live page on the loopback (0: any that is free)
 
 
 def main() -> None:
     """Write the report."""
     options = parse(Options, "Write one self-contained HTML file about a store: maps, dimension, rules, traces, noise.")
     with user_errors():
+        if options.serve:
+            from analysis.serve import serve
+
+            serve(Path(options.store), options, options.port)
+            return
         store = open_map(options.store, options.replicate)
         found = analyse(store, options, parse_fit(options.fit))
         path = Path(options.out) if options.out else store.figures / "report.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report_html(found, options), "utf-8")
+        write_report(path, options, found)
         screen().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
 
 

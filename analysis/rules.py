@@ -5,6 +5,9 @@ other axis, which rate is safe, how much does the rate matter, and how soon do t
 Every law stands beside the constant, and none is printed that the data do not carry (analysis/laws.py).
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from analysis.axes import number
 from analysis.boundary import learning_rate_axis
 from analysis.classify import Labelling
 from analysis.early_warning import SIGNS, SURE, EarlyWarning, draw_early, early_table, early_warning
-from analysis.panels import TEXT, save
+from analysis.panels import Picture, legend_below, save, side_by_side, style
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
 from engine.hyper import long_name
@@ -235,31 +238,44 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
     return said
 
 
+def mean_rates(rate: np.ndarray) -> np.ndarray:
+    """Geometric mean over seeds [col] of rates [seed, col], NaN where no seed has one."""
+    known = np.isfinite(rate)
+    logs = np.log(np.where(known, rate, 1)).sum(0)
+    return np.where(known.any(0), np.exp(logs / np.maximum(known.sum(0), 1)), np.nan)
+
+
 # ---- the picture
 
 
 def draw_rates(axes: "Axes", r: Rules) -> None:
-    """Best rates of every seed and their mean, crossings of P(train) with their intervals, safe rates."""
+    """Best rates of every seed and their mean, crossings of P(train) with their intervals, safe rates.
+
+    Intervals of the two levels stand beside each other; one that the seeds leave open ends in an arrow.
+    """
     x, top = r.found.other.values, r.found.lr.high
+    bottom = r.found.lr.values[r.found.lr.values > 0].min()
+    aside = (x[1] / x[0]) ** 0.12 if len(x) > 1 else 1.0
     if r.best is not None:
         axes.plot(x, r.best.rate.T, ".", ms=3, color="#9aa7b5", zorder=1)
-        axes.plot(x, np.exp(np.nanmean(np.log(r.best.rate), 0)), "o-", ms=3.5, lw=1, color="black", label="best")
+        axes.plot(x, mean_rates(r.best.rate), "o-", ms=3.5, lw=1, color="black", label="best")
     if r.safe is not None:
-        axes.plot(x, r.safe.rate, "--", lw=1, color="#0b559f", label="safe")
+        axes.plot(x, r.safe.rate, "s--", ms=3, lw=1, color="#2a6ad4", label="safe")
     if r.borders is not None:
-        for i, (level, colour) in enumerate(zip(r.borders.levels, ("#a6231c", "#fd8d3c"), strict=False)):
+        levels = zip(r.borders.levels, ("#5f0f12", "#d24b12"), (1 / aside, aside), strict=False)
+        for i, (level, colour, shift) in enumerate(levels):
             value, low, high = (array[i] for array in (r.borders.rate, r.borders.low, r.borders.high))
             inside = np.isfinite(value) & (value > 0)
-            label = f"P = {level:g}"
-            axes.plot(x[inside], value[inside], "-", lw=1.3, color=colour, label=label)
-            axes.vlines(
-                x[inside], low[inside].clip(r.found.lr.low or 1e-12), high[inside].clip(max=top), color=colour, lw=0.8
-            )
+            axes.plot(x[inside], value[inside], "-", lw=1.3, color=colour, label=f"P = {level:g}")
+            beside, ends = x[inside] * shift, (low[inside].clip(bottom), high[inside].clip(max=top))
+            axes.vlines(beside, *ends, color=colour, lw=0.8)
+            for marker, end, open_end in (("v", ends[0], low[inside] < bottom), ("^", ends[1], high[inside] > top)):
+                axes.plot(beside[open_end], end[open_end], marker, ms=3, color=colour)
             axes.plot(x[np.isinf(value)], np.full(np.isinf(value).sum(), top), "^", ms=4, color=colour)
     axes.set(xscale="log", yscale="log", xlabel=long_name(r.found.other.name), ylabel=long_name(r.found.lr.name))
-    axes.set_title(f"Best, safe and critical rate, {r.seeds} seed{'s' * (r.seeds > 1)}", loc="left", fontweight="bold")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=7.5)
+    axes.set_title("Best, safe and critical rate")
+    if handles := axes.get_legend_handles_labels()[0]:
+        legend_below(axes, handles)
 
 
 def round_ticks(axis: "XAxis") -> None:
@@ -272,36 +288,35 @@ def round_ticks(axis: "XAxis") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw(store: Store, r: Rules, pdf: bool) -> list[Path]:
-    """Write figures/rules.png (and .pdf); the paths written."""
+def draw(r: Rules, path: Path, size: str) -> Path:
+    """Write the picture of the rules; the path."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
-    with rc_context(TEXT):
-        panels = 2 if r.early is not None else 1
-        figure = Figure(figsize=(4.6 * panels, 3.8), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, panels))
-        draw_rates(axes[0], r)
+    count, seeds = (1 if r.early is None else 2), f"{r.seeds} seeds" if r.seeds > 1 else "one seed, one draw"
+    title = f"{long_name(r.found.lr.name).capitalize()} by {long_name(r.found.other.name)}, {seeds}"
+    with rc_context(style(size)):
+        figure, panels = side_by_side(count, size, title, f"{'. '.join(r.refused)}." if r.refused else "")
+        draw_rates(panels[0], r)
         if r.early is not None:
-            draw_early(axes[1], r.early, "Early warning, first seed")
-        for panel in axes:
+            draw_early(panels[1], r.early, "Early warning, first seed")
+        for panel in panels:
             round_ticks(panel.xaxis)
             panel.spines[["top", "right"]].set_visible(False)
-        return save(figure, store.figures, "rules", pdf)
+        return save(figure, path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Labelling):
+class Options(Labelling, Picture):
     """Which map to read."""
 
     store: str  # path of the sweep's store
-    pdf: bool = False  # write a PDF beside the PNG
 
 
 def main() -> None:
     """Print the rules and draw them."""
     options = parse(Options, "Rules of thumb from a learning-rate map, with intervals over its seeds.")
     with user_errors():
+        options.check()
         store = open_store(options.store)
         found = rules(store, options.thresholds)
         table = Table(title=f"rules of thumb: {store.path}", show_header=False, title_justify="left", box=None)
@@ -313,7 +328,8 @@ def main() -> None:
             console.print(
                 early_table(found.early, "ROC area, first seed, runs alive and 20 steps or more from their end")
             )
-        console.print(f"pictures: {', '.join(map(str, draw(store, found, options.pdf)))}", soft_wrap=True)
+        picture = draw(found, options.path(store.figures / "rules.png"), options.size)
+        console.print(f"picture: {picture}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,12 @@ def child_config(store: Replicate, tile: Tile, density: tuple[int, int], precisi
     return store.config.change(**changes)
 
 
-def same_neighbours(config: SweepConfig) -> str:
-    """'rows' or 'columns' where two neighbours are the same runs in every cell, as close token budgets are, else ''."""
-    run = Run(config, cells_of(config))
+def same_neighbours(config: SweepConfig, counts: np.ndarray | None) -> str:
+    """'rows' or 'columns' where two neighbours are the same runs in every cell, as close token budgets are, else ''.
+
+    counts: of the data (`Run.counts`).
+    """
+    run = Run(config, cells_of(config), counts)
     plan = run.config.workload.plan(run)
     cells = np.stack([np.broadcast_to(each, run.shape)[0] for each in (plan.key, plan.steps)])
     for name, axis in (("rows", 1), ("columns", 2)):
@@ -93,7 +96,7 @@ def zoom_once(store: Replicate, tile: Tile, factor: int, device: str) -> Replica
     seed = f"replicate-{store.index}-" if store.index else ""
     name = f"{seed}rows-{tile.top}-{tile.bottom}-cols-{tile.left}-{tile.right}-x{factor}"
     config = child_config(store, tile, (factor, factor))
-    if same := same_neighbours(config):
+    if same := same_neighbours(config, store.run.counts):
         raise ValueError(f"neighbouring {same} of the zoom would train the same steps; zoom less, or into fewer {same}")
     return train(config, store.path / "zoom" / name, device, quiet=False)
 
@@ -158,7 +161,7 @@ def sequence(
             else:
                 tile = followed_tile(blocks, height, breadth, follow)
             child = child_config(current, tile, density, precision)
-            if same := same_neighbours(child):
+            if same := same_neighbours(child, current.run.counts):
                 stop = f"stopped: at level {level + 1} neighbouring {same} would train the same steps"
         if stop:
             yield Level(current, codes, value, None)

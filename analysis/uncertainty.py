@@ -7,10 +7,13 @@ the ceiling is what unrelated outcomes would flip, from the map's replicates. An
 was when it is given again. What was found is kept as `uncertainty/<window>.json`.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -239,7 +242,8 @@ def read_measured(store: Replicate) -> list[Measured]:
     for path in sorted((store.path / "uncertainty").glob(f"{store.index}-*.json")):
         text = json.loads(path.read_text("utf-8"))
         arrays = {field.name for field in fields(Exponent) if field.type is np.ndarray}
-        law = Exponent(**{n: np.array(v) if n in arrays else v for n, v in text["law"].items()})
+        kept: dict[str, Any] = {n: np.array(v) if n in arrays else v for n, v in text["law"].items()}
+        law = Exponent(**kept)
         over = {name: (low, high) for name, (low, high) in text["over"].items()}
         found.append(Measured(over, text["held"], law, tuple(Floor(**each) for each in text["floors"])))
     return found

@@ -4,6 +4,9 @@ One zoom trains a child grid over a tile (analysis/sequence.py); `--levels 30 --
 downwards, one child a level.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +17,17 @@ from analysis.axes import extent
 from analysis.boundary import map_edges
 from analysis.classify import Labelling, classify, convergence_value
 from analysis.dimension import sequence_lines
-from analysis.maps import analyse, summary
+from analysis.maps import analyse, map_title, summary
 from analysis.movie import check_movie, frames, palette_frames, write_movie
-from analysis.panels import TEXT, draw_convergence_cells, draw_frame, save
+from analysis.panels import (
+    check_picture,
+    convergence_bar,
+    draw_convergence_cells,
+    draw_frame,
+    save,
+    side_by_side,
+    style,
+)
 from analysis.plot import draw
 from analysis.sequence import Level, check_follow, sequence, width, zoom_once
 from analysis.tile import Tile, followed_tile, parse_range, parse_target, tile_around
@@ -24,31 +35,31 @@ from engine.command import parse, screen, user_errors
 from engine.store import Replicate, open_map
 
 
-def draw_zoom(levels: list[Level], folder: Path, name: str, pdf: bool) -> list[Path]:
-    """Maps side by side, each with the rectangle of the next level; the paths written."""
+def draw_zoom(levels: list[Level], path: Path, size: str) -> Path:
+    """Maps side by side, each with the rectangle of the next level; the path written."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    with rc_context(TEXT):
-        figure = Figure(figsize=(4.3 * len(levels), 4.5), layout="constrained")
-        panels = np.atleast_1d(figure.subplots(1, len(levels)))
+    note = "Convergence, each side equalised in its own panel; a frame is the panel to its right."
+    with rc_context(style(size)):
+        figure, panels = side_by_side(len(levels), size, map_title(levels[0].store), note)
         for axes, level in zip(panels, levels, strict=True):
             rows, cols = level.store.grid.shape
             times = width(levels[0].store.grid.x) / width(level.store.grid.x)
             draw_frame(axes, level.store, f"{times:,.0f} x" if times > 1.5 else f"{rows} x {cols} cells")
             draw_convergence_cells(axes, level.store, level.codes, level.value)
+            convergence_bar(axes)
             if level.tile is None:
                 continue
             x, y = extent(level.store.grid.x), extent(level.store.grid.y)
             corner = x[0] + level.tile.left * (x[1] - x[0]) / cols, y[0] + level.tile.top * (y[1] - y[0]) / rows
-            size = (
+            sides = (
                 (level.tile.right - level.tile.left) * (x[1] - x[0]) / cols,
                 (level.tile.bottom - level.tile.top) * (y[1] - y[0]) / rows,
             )
             for colour, line in (("black", 2.6), ("white", 1.2)):
-                axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=line, zorder=3))
-        return save(figure, folder, name, pdf)
+                axes.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=line, zorder=3))
+        return save(figure, path)
 
 
 def shown(levels: list[Level], most: int = 4) -> list[Level]:
@@ -80,11 +91,13 @@ class Options(Labelling):
     frames: int = 16  # pictures of the movie from a level to the next
     per_second: int = 16  # pictures of the movie a second
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
-    pdf: bool = False  # write PDFs beside the PNGs
+    to: str = ""  # the picture to write: .png, .pdf or .svg (default: a .png in figures/ inside the store)
+    picture: str = "screen"  # size of the picture: screen, slide (large letters) or paper (two columns wide)
 
 
 def check(options: Options) -> None:
     """Raise ValueError for options that do not go together."""
+    check_picture(options.to, options.picture)
     for name, low in (("factor", 2), ("levels", 0), ("size", 0), ("pixels", 16), ("frames", 1), ("per_second", 1)):
         if getattr(options, name) < low:
             raise ValueError(f"{name} is {getattr(options, name)}, expected at least {low}")
@@ -95,6 +108,11 @@ def check(options: Options) -> None:
         raise ValueError("--movie needs a sequence; give --levels")
     if options.movie:
         check_movie(options.movie)
+
+
+def picture_path(options: Options, store: Replicate, name: str) -> Path:
+    """Where the picture is written."""
+    return Path(options.to) if options.to else store.figures / f"{name}.png"
 
 
 def main() -> None:
@@ -108,7 +126,7 @@ def main() -> None:
             how = (options.levels, options.factor, options.size, target, options.follow)
             levels = list(sequence(store, *how, options, options.device, console))
             report_sequence(levels, console)
-            paths = draw_zoom(shown(levels), store.figures, "zoom-sequence", options.pdf)
+            paths = [draw_zoom(shown(levels), picture_path(options, store, "zoom-sequence"), options.picture)]
             if options.movie:
                 pictures = palette_frames(frames(levels, options.pixels, options.frames))
                 write_movie(Path(options.movie), pictures, options.per_second)
@@ -120,8 +138,8 @@ def main() -> None:
             found = analyse(child, options, None)
             parent = Level(store, codes, convergence_value(store, codes), tile)
             pair = [parent, Level(child, found.codes, found.value, None)]
-            paths = draw_zoom(pair, store.figures, f"zoom-{child.path.name}", options.pdf)
-            paths += save(draw(found), child.figures, "map", options.pdf)
+            picture = picture_path(options, store, f"zoom-{child.path.name}")
+            paths = [draw_zoom(pair, picture, options.picture), save(draw(found), child.figures / "map.png")]
             console.print(summary(found))
         console.print(f"pictures: {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 

@@ -4,6 +4,9 @@ Every case is one sweep, trained by both with the same flags; compared are each 
 final weights. Exit code 0 if all are equal. The machine's Python must serve both.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import os
 import subprocess
 import sys
@@ -26,6 +29,8 @@ CASES = {
     "accumulated": f"{SMALL} --y lr:log:1e-3:1e1:4 --x batch:linear:1:7:4 --tokens 2048 --micro-batch 2",
     "seeds": f"{SMALL} --y lr:log:1e-3:1e1:4 --x seed:linear:0:3:4 --tokens 2048 --weight_decay 0.1",
     "sgd": f"{SMALL} --y lr.attention:log:1e-3:1e1:4 --x lr.mlp:log:1e-3:1e1:4 --tokens 2048 --optimizer sgd",
+    "smollm2": "--preset smollm2-sft --y lr:log:1e-5:1e-3:2 --x tokens:log:128:384:2 --context 32 --batch 2 "
+    "--data-rows 64 --validation-rows 2",
     "two_layer": "--network mlp --y lr.0:log:1e-3:1e6:32 --x lr.1:log:1e-3:1e6:32 --steps 50 --trace on",
     "two_layer fp64": "--network mlp --y offset:linear:-4:4:16 --x lr:log:1e-3:1e6:16 --steps 50 --precision fp64",
 }

@@ -10,6 +10,9 @@ known: D = 2 - alpha of a line, a disc and Weierstrass graphs from 65,536 label 
     at 256 x 256. Rows go to results/known_sets.csv.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import argparse
 import csv
 import os

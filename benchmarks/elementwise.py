@@ -9,6 +9,9 @@ R replica, B batch, T time, D width, H query heads, G key/value heads, K head di
 V vocabulary.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from benchmarks.arguments import asked
 
 TITLE = "Attention, norm, activation, embedding and digest kernels against torch and the copy bandwidth."

@@ -9,6 +9,9 @@ no cell can stop early: it shows the speed of the bare arithmetic. Times are of 
 synchronised; compilation is not in them. Rows go to results/fractal.csv. JAX is left out where it is missing.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import argparse
 import importlib.util
 import os

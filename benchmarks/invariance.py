@@ -9,9 +9,14 @@ norm must have the same bits. Forms of a network:
     plain        batches that are not cut
     clip         gradients clipped to norm 0.05, which nearly all exceed, and every norm compared
     accumulate   gradients of two micro-batches added, beside slots that add one or three
+    lion, muon, normuon   that optimizer, on the matrices where it takes nothing else; not of smollm2
+    dropout      a tenth of the residual stream's additions dropped
 
 Needs a CUDA GPU. Exit code 0 if everything is equal, 1 if not. Letters: R replica, T time, S step.
 """
+
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
 
 import gc
 import sys
@@ -30,7 +35,7 @@ class Options:
 
     networks: str = "d4,d12,smollm2"  # of d4, d12, smollm2 (left out where its package is not installed)
     precisions: str = "bf16,fp32"  # of bf16, tf32, fp32
-    forms: str = "plain,clip,accumulate"  # of plain, clip, accumulate
+    forms: str = "plain,clip,accumulate"  # of plain, clip, accumulate, lion, muon, normuon, dropout
     steps: int = 20  # of the subject
     widest: int = 0  # R of the widest stack, of the plain form only (0: what fits)
 
@@ -66,6 +71,10 @@ FORMS: dict[str, dict] = {
     "plain": {},
     "clip": {"clip": 0.05},
     "accumulate": {"y": "batch:linear:4:12:3", "micro_batch": 4},
+    "lion": {"optimizer": "lion"},
+    "muon": {"optimizer": "adamw,matrix=muon"},
+    "normuon": {"optimizer": "adamw,matrix=normuon"},
+    "dropout": {"dropout": 0.1},
 }
 WIDTHS = (1, 2, 3, 5, 16)
 SUBJECT, ELSEWHERE = 0, 1  # cells: the subject's, and the neighbours'
@@ -90,7 +99,7 @@ class NormTrainer(Trainer):
     def __init__(self, run: Run, network: Network, corpus: Corpus, slots: int, device: torch.device, steps: int):
         # before the step is captured
         self.norms_RS = torch.full((slots, steps), torch.nan, device=device)
-        super().__init__(run, network, corpus, slots, device, steps, [0])
+        super().__init__(run, network, corpus, slots, device, steps, steps * int(run.values("batch").max()))
 
     def clip_scale(self, gradients: list[Tensor]) -> Tensor:
         place_R1 = self.step_R.clamp(max=self.longest - 1)[:, None]

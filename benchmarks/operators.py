@@ -7,6 +7,9 @@ benchmarks/results/operators.csv. `rate` is TFLOP/s for matrix products, else TB
 the bytes that must move; `ratio` is the peer's time over the kernel's.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from benchmarks.arguments import asked
 
 TITLE = "Matrix, loss, optimizer and Newton-Schulz kernels against cuBLAS, torch and the copy bandwidth."
@@ -192,8 +195,14 @@ def measure_adamw() -> list[dict]:
 
 def measure_newton_schulz() -> list[dict]:
     rows = []
-    for case, shape in (("d4 R=64", (64, 1024, 256)), ("d12 R=16", (16, 3072, 768))):
-        matrix = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    cases = {
+        "d4 R=64": (64, 1024, 256),
+        "d12 R=16": (16, 3072, 768),
+        "d12 R=16, 6 layers": (96, 3072, 768),
+        "d12 R=16, 24 matrices": (384, 768, 768),
+    }
+    for case, shape in cases.items():
+        matrix = torch.nn.functional.normalize(torch.randn(shape, device="cuda").flatten(1)).view(shape).bfloat16()
         side, length = min(shape[1:]), max(shape[1:])
         work = 5e-12 * shape[0] * (4 * side * side * length + 2 * side**3)
         ms, torch_ms = (milliseconds([partial(form, matrix)]) for form in (newton_schulz, newton_schulz_reference))

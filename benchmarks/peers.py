@@ -17,6 +17,9 @@ replica. Only how it is executed differs:
 Letters: R replica, B batch, T time, D width, H heads, K head dim, V vocabulary, S step.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import json
 import os
 import statistics

@@ -4,6 +4,9 @@ Each case is timed twice: for some 25 ms after a second of rest, and for two and
 `nvidia-smi` is asked four times for clock and power. The products are those of a 768 wide network with 16 replicas.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 from benchmarks.arguments import asked
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 `uv run benchmarks/profile_step.py --depth 4 --replicas 64` on a machine with a CUDA GPU.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import time
 from dataclasses import dataclass
 from functools import partial

@@ -64,7 +64,7 @@ def filled_trainer(run: Run, replicas: int, device: torch.device, steps: int = 4
     """A trainer whose slots all hold runs of `steps` steps at different learning rates."""
     network = network_of(run, device)
     corpus = random_corpus(run.config.training.context, network.vocabulary)
-    trainer = Trainer(run, network, corpus, replicas, device, steps, [0])
+    trainer = Trainer(run, network, corpus, replicas, device, steps, steps * int(run.values("batch").max()))
     for slot, rate in enumerate(rates(replicas)):
         trainer.fill(slot, trajectory(run, steps, lr=float(rate)))
     return trainer

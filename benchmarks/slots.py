@@ -5,6 +5,9 @@ Every cell of the grid is a run of its own (its schedule depends on its end), an
 is split into steps, held-out losses, and the rest: polling, refilling and storing.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import tempfile
 import time
 from contextlib import ExitStack, closing
@@ -40,7 +43,7 @@ from benchmarks.timing import append_rows, ready
 from engine import plan
 from engine.api import open_or_create
 from engine.config import make_config, resolve
-from engine.language import LanguageSetup, memory_of
+from engine.language import LanguageSetup, memory_of, most_rows
 from engine.launch import LaunchBuffer
 from engine.ranks import Rank, choose_device
 from engine.step import Trainer
@@ -118,7 +121,7 @@ def prepared(options: Options) -> LanguageSetup:
     launches = plan.launches(made, options.rows, options.rows, together=True)
     widest = len(made.work_in(made.cells_in(launches[0])).runs)
     memory = memory_of(made, network, corpus, device)
-    return LanguageSetup(run, made, device, network, corpus, memory, options.rows, launches, options.slots, widest)
+    return LanguageSetup(run, made, device, network, corpus, memory, options.rows, launches, options.slots, 0, widest)
 
 
 def measure(options: Options) -> dict[str, object]:
@@ -127,7 +130,7 @@ def measure(options: Options) -> dict[str, object]:
         setup = prepared(options)
     longest = int(setup.plan.steps.max())
     setup.trainer = trainer = TimedTrainer(
-        setup.run, setup.network, setup.corpus, setup.slots, setup.device, longest, [0]
+        setup.run, setup.network, setup.corpus, setup.slots, setup.device, longest, most_rows(setup.plan)
     )
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "store")

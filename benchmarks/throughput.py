@@ -10,6 +10,9 @@ bf16 gradients moves 28 bytes. It is reported twice, with the ceilings measured 
 ones (733 TFLOP/s and 3.0 TB/s, one H100), so that runs can be compared.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import json
 import subprocess
 import sys

@@ -1,23 +1,55 @@
 """Measures tiles for every matrix product of the networks and writes kernels/tuned_tiles.json.
 
-    python benchmarks/tune.py
+    python benchmarks/tune.py [network ...]
 
-Run on the GPU the table is for. A tile is kept only if its result agrees with torch.bmm.
+Networks are the keys of NETWORKS below; without any, all are tuned, and shapes of others keep their tiles. Run on
+the GPU the table is for. A tile is kept only if its result agrees with torch.bmm.
 """
+
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
 
 from benchmarks.arguments import asked
 
 TITLE = "Times every candidate tile of the stacked product and writes kernels/tuned_tiles.json."
+TOKENS = 1024
+
+
+def gpt(width: int, vocabulary: int) -> list[tuple[int, int]]:
+    """(output, input) widths of qkv, output, up, down and vocabulary."""
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (vocabulary, width)]
+
+
+def llama(width: int, kv: int, mlp: int, vocabulary: int, queries: int = 0) -> list[tuple[int, int]]:
+    """As `gpt`, with gate and up side by side; `kv` channels of keys, `queries` of queries where not the width."""
+    queries = queries or width
+    return [(queries + 2 * kv, width), (width, queries), (2 * mlp, width), (width, mlp), (vocabulary, width)]
+
+
+# name: (replicas measured, (output, input) widths)
+NETWORKS = {
+    "d4": (64, gpt(256, 4096)),
+    "d8": (32, gpt(512, 4096)),
+    "d12": (16, gpt(768, 32768)),
+    "d20": (8, gpt(1280, 65536)),
+    "SmolLM2": (16, llama(576, 192, 1536, 49152)),
+    "SmolLM2-360M": (8, llama(960, 320, 2560, 49152)),
+    "Qwen2.5-0.5B": (5, llama(896, 128, 4864, 151936)),
+    "Qwen3-0.6B": (4, llama(1024, 1024, 3072, 151936, queries=2048)),
+    "Llama-1B": (3, llama(2048, 512, 8192, 128256)),
+    "GPT-2": (16, gpt(768, 50257)),
+}
 
 
 if __name__ == "__main__":
-    asked(TITLE)  # before what takes seconds to import
+    asked(TITLE, tuple(NETWORKS))  # before what takes seconds to import
 
 
 import json
 import math
 import multiprocessing
 import statistics
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -26,18 +58,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.timing import append_rows, milliseconds_in_turn, ready
 from engine.command import user_errors
 from kernels.matmul import stacked_matmul
-from kernels.tiles import SHAPES, TABLE, Tile, default_tile, tile_key
-
-TOKENS = 1024
-# name: (replicas measured, width, vocabulary)
-NETWORKS = {
-    "d4": (64, 256, 4096),
-    "d8": (32, 512, 4096),
-    "d12": (16, 768, 32768),
-    "d20": (8, 1280, 65536),
-}
-# replicas measured, (output, input) widths: qkv, output, gate and up, down, vocabulary
-SMOLLM2 = (16, [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)])
+from kernels.tiles import SHAPES, TABLE, TUNED, Tile, default_tile, tile_key
 
 CANDIDATES = [
     *SHAPES,
@@ -54,22 +75,15 @@ CANDIDATES = [
 ]
 
 
-def layers() -> list[tuple[str, int, int, int]]:
-    """(network, replicas, output width, input width) of every weight matrix."""
-    found = []
-    for name, (replicas, d, vocabulary) in NETWORKS.items():
-        widths = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d), (vocabulary, d)]
-        found += [(name, replicas, *width) for width in widths]
-    return found + [("SmolLM2", SMOLLM2[0], *width) for width in SMOLLM2[1]]
-
-
-def problems() -> list[tuple[str, int, str, int, int, int]]:
+def problems(networks: Sequence[str] = tuple(NETWORKS)) -> list[tuple[str, int, str, int, int, int]]:
     """(network, replicas, form, m, n, k) of every product: forward, dX, dW."""
     found = []
-    for name, replicas, o, i in layers():
-        found.append((name, replicas, "nt", TOKENS, o, i))
-        found.append((name, replicas, "nn", TOKENS, i, o))
-        found.append((name, replicas, "tn", o, i, TOKENS))
+    for name in networks:
+        replicas, widths = NETWORKS[name]
+        for o, i in widths:
+            found.append((name, replicas, "nt", TOKENS, o, i))
+            found.append((name, replicas, "nn", TOKENS, i, o))
+            found.append((name, replicas, "tn", o, i, TOKENS))
     return found
 
 
@@ -118,6 +132,8 @@ def check(form: str, sets, tile: Tile) -> None:
 
 
 def main() -> None:
+    """The command."""
+    networks = asked(TITLE, tuple(NETWORKS))
     with user_errors():
         ready()
     jobs = [(form, tile) for form in ("nt", "nn", "tn") for tile in CANDIDATES]
@@ -125,8 +141,8 @@ def main() -> None:
         failures = pool.map(compile_one, jobs, chunksize=1)
     fitting = {job for job, failure in zip(jobs, failures, strict=True) if not failure}
     print("\n".join(filter(None, failures)))
-    table, rows, gains = {}, [], []
-    for network, replicas, form, m, n, k in problems():
+    table, rows, gains = dict(TUNED), [], []
+    for network, replicas, form, m, n, k in problems(networks):
         sets = rotated(replicas, form, m, n, k)
         tiles = [tile for tile in CANDIDATES if (form, tile) in fitting and worth_timing(tile, m, n)]
         for tile in tiles:

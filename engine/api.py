@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import math
+import os
+import platform
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +14,23 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from engine import tracking
-from engine.command import screen, warn
+from engine.command import hearing_signals, screen, warn
 from engine.config import SweepConfig, cells_of, make_config, resolve
+from engine.data.corpus import parse_mix
 from engine.dry_run import dry_run_table
-from engine.files import FolderLock
+from engine.files import FolderLock, make_folders
 from engine.grid import Cells
 from engine.launch import train_missing
-from engine.options import RunOptions
-from engine.outcome import NOT_COMPUTED
-from engine.provenance import other_arithmetic, provenance
+from engine.leases import Leases, remove_leases
+from engine.options import Finish, RunOptions
+from engine.outcome import DONE, NOT_COMPUTED
+from engine.provenance import device_name, other_arithmetic, provenance
 from engine.ranks import Rank, choose_device, this_rank
 from engine.store import (
     VERSION,
     Store,
     Writer,
-    check_same_inputs,
+    changed_inputs,
     check_same_run,
     create_store,
     open_store,
@@ -34,6 +39,7 @@ from engine.store import (
 from engine.workload import Setup
 
 if TYPE_CHECKING:
+    import torch
     import xarray
 
 
@@ -58,25 +64,35 @@ def sweep(store: str = "", *, device: str = "auto", quiet: bool = True, **values
 
 
 def default_store(config: SweepConfig, cells: Cells) -> Path:
-    """results/<network>-<axes>-<data>-<hash>: sweeps of other cells, data or settings never meet."""
-    flat = config.flat() | {"cells": str(cells)}
-    decides = {name: value for name, value in flat.items() if name not in ("replicates", "y", "x")}
-    short = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    """results/<network>-<axes>-<data>-<hash>: sweeps of other cells, data or settings never meet.
+
+    Local files count by content, so that data which were edited are other data.
+    """
+    flat = config.flat()
+    decides = {name: value for name, value in flat.items() if name not in ("replicates", "y", "x", "points")}
+    digest = hashlib.sha256(json.dumps([decides, str(cells)], sort_keys=True).encode())
+    for values in cells.columns.values():
+        digest.update(values.tobytes())
+    for name, _ in parse_mix(flat.get("data", "")) if flat.get("data") else ():
+        if Path(name).is_file():
+            with open(name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     data = re.sub(r"[^A-Za-z0-9]+", "-", Path(str(flat.get("data", ""))).stem).strip("-")
     axes = cells.dims if len(cells.dims) > 1 else ("points",)
-    return Path("results", "-".join(filter(None, (config.network, *axes, data, short))))
+    return Path("results", "-".join(filter(None, (config.network, *axes, data, digest.hexdigest()[:8]))))
 
 
 def run_sweep(
     config: SweepConfig,
     options: RunOptions,
-    finish: Callable[[Path], None] | None = None,
+    finish: Finish | None = None,
     cells: Cells | None = None,
 ) -> Path:
     """Train (or resume) a whole sweep into its store; the store's path.
 
     Args:
-        finish: called by the first rank with the finished store, to draw it.
+        finish: called by the first rank with the finished store, to draw it, and whether W&B tracks it; what it finds
+            goes into the summary of W&B's run.
         cells: those of the configuration, with coordinates that are stored elsewhere.
 
     Raises:
@@ -86,32 +102,76 @@ def run_sweep(
     tracking.check(options.wandb)
     if options.slots < 0:
         raise ValueError(f"slots is {options.slots}; expected at least 1, or 0 for what fits")
+    if options.workers < 1:
+        raise ValueError(f"workers is {options.workers}; expected at least 1")
+    if not options.lease_seconds > 0:
+        raise ValueError(f"lease_seconds is {options.lease_seconds:g}; expected more than 0")
+    if options.workers > 1 and rank.count > 1:
+        raise ValueError("workers are processes started one by one, torchrun starts its own; leave out one of them")
+    workers = max(options.workers, rank.count)
     asked = cells or cells_of(config)
     path = Path(options.store) if options.store else default_store(config, asked)
     stored = open_resumable(path) if path.exists() else None
     rank.barrier()
-    setup = prepare(config, asked, options, rank, stored)
+    setup = prepare(config, asked, options, workers, stored)
     if stored is not None:
-        check_same_run(path, stored.run, setup.run)
-        check_same_inputs(stored, setup.inputs, asked)
+        check_same_run(path, stored.run, setup.run, changed_inputs(stored, setup.inputs, asked))
         check_same_arithmetic(stored, setup)
     if options.dry_run:
         if rank.index == 0:
             screen().print(dry_run_table(setup, stored))
         return path
+    if options.workers > 1 and (stored is None or stored.run.replicates < setup.run.replicates):
+        make_shared(setup, path, stored)
+        return run_sweep(config, options, finish, cells)
     # before the store is made: W&B may refuse
     identity = uuid4().hex if stored is None else stored.attributes.get("wandb_run", "")
     where = options.wandb, options.wandb_project, options.wandb_entity
     track = tracking.start(*where, setup.run.config, rank.index == 0, identity, path.name)
-    with closing(open_or_create(setup, path, stored, rank, identity)) as writer:
+    with closing(open_or_create(setup, path, stored, rank, identity, shared=options.workers > 1)) as writer:
         if not options.quiet and rank.index == 0:
             announce(setup, path, stored)
-        train_missing(setup, writer, rank, options.quiet, track)
-        rank.barrier()
-    if rank.index == 0 and finish is not None:
-        finish(path)
-    track.finish(path)
+        with hearing_signals():
+            try:
+                if workers == 1:
+                    train_missing(setup, writer, None, 1, options.quiet, track)
+                else:
+                    with closing(Leases(path, worker_name(setup.device), options.lease_seconds)) as leases:
+                        train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
+                rank.barrier()
+            except KeyboardInterrupt as stop:
+                stop.add_note(kept(writer, workers) if rank.index == 0 else "")
+                raise
+    found: Mapping[str, Any] = {}
+    if rank.index == 0 and (workers == 1 or last_to_leave(path)) and finish is not None:
+        found = finish(path, options.wandb != "off")
+    track.finish(path, found)
     return path
+
+
+def kept(store: Store, workers: int) -> str:
+    """What an interrupted sweep has; other workers may still be writing."""
+    done, planned = int((store.status == DONE).sum()), math.prod(store.run.shape)
+    return f"{'at least ' if workers > 1 else ''}{done:,} of {planned:,} cells kept, the same command goes on"
+
+
+def make_shared(setup: Setup, path: Path, stored: Store | None) -> None:
+    """Make or enlarge the store of a sweep that several processes begin at once, unless another just has."""
+    make_folders(path.parent)
+    with closing(FolderLock(path.parent, wait=True)):
+        if stored is not None or not path.exists():
+            open_or_create(setup, path, stored, Rank(0, 1), uuid4().hex).close()
+
+
+def last_to_leave(path: Path) -> bool:
+    """Wait until every process that trains a shared sweep has ended; True for the one that is to draw it."""
+    with closing(FolderLock(path, wait=True)):
+        return remove_leases(path)
+
+
+def worker_name(device: "torch.device") -> str:
+    """Machine, process and device."""
+    return f"{platform.node()}, process {os.getpid()}, {device_name(device)}"
 
 
 def open_resumable(path: Path) -> Store:
@@ -121,7 +181,7 @@ def open_resumable(path: Path) -> Store:
     return Store(path)
 
 
-def prepare(config: SweepConfig, asked: Cells, options: RunOptions, rank: Rank, stored: Store | None) -> Setup:
+def prepare(config: SweepConfig, asked: Cells, options: RunOptions, workers: int, stored: Store | None) -> Setup:
     """Everything a sweep needs before it trains. Raises ValueError for anything that cannot be done.
 
     Cells of a store that are written as the asked ones keep their stored coordinates.
@@ -133,21 +193,23 @@ def prepare(config: SweepConfig, asked: Cells, options: RunOptions, rank: Rank, 
     run = resolve(config, device.type, cells)
     if stored is not None and stored.config.network != config.network:
         check_same_run(stored.path, stored.run, run)
-    return run.config.workload.prepare(run, device, options, rank.count, stored)
+    return run.config.workload.prepare(run, device, options, workers, stored)
 
 
 def prepare_stored(store: Store, device: str) -> Setup:
     """What trains the cells of a store again. Raises ValueError where its inputs are no longer the same."""
     options = RunOptions(device=device)
     setup = store.config.workload.prepare(store.run, choose_device(device), options, 1, store)
-    check_same_inputs(store, setup.inputs, None)
+    check_same_run(store.path, store.run, setup.run, changed_inputs(store, setup.inputs, None))
     return setup
 
 
-def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank, wandb_run: str = "") -> Writer:
+def open_or_create(
+    setup: Setup, path: Path, stored: Store | None, rank: Rank, wandb_run: str = "", shared: bool = False
+) -> Writer:
     """The store to write: a new one, which keeps W&B's id of the sweep, or the one to resume.
 
-    The first rank holds the lock before any rank goes on.
+    The first rank holds the lock before any rank goes on; with others that are started like this process, if shared.
     """
     lock = None
     if rank.index == 0:
@@ -161,11 +223,13 @@ def open_or_create(setup: Setup, path: Path, stored: Store | None, rank: Rank, w
             }
             steps = int(setup.plan.steps.max())
             create_store(path, setup.run, steps, setup.chunk_rows, attributes | setup.attributes)
-        lock = FolderLock(path)
+        lock = FolderLock(path, shared)
         if lock.warning:
             warn(lock.warning)
+        if not shared:
+            remove_leases(path)
         if setup.run.replicates > Store(path).run.replicates:
-            Writer(path).grow(setup.run.replicates)
+            Writer(path).grow(setup.run.replicates, int(setup.plan.steps.max()))
     rank.barrier()
     return Writer(path, lock)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.family import ALIASES, Family, family_of
+from engine.family import Family, family_of, spelt_out
 from engine.grid import Cells, Grid, Points
-from engine.hyper import HYPER_PARAMETERS, check_value, declared, source
+from engine.hyper import HYPER_PARAMETERS, check_value, declared, rule_of, source
+from engine.measure import MEASUREMENTS
 from engine.workload import Workload, workload_of
 
 
@@ -30,8 +31,9 @@ class Swept:
     x: str = ""  # columns, written alike (default: the network's)
     points: str = ""  # a .csv of points instead of a grid, a column for each hyper-parameter
     replicates: int = 1  # seeds every cell is trained with: seed, seed + 1, ...
-    precision: str = "auto"  # of the network's (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
+    precision: str = "auto"  # %(legal)s (default: bf16 on a GPU, fp32 on a CPU; two_layer: fp32)
     trace: str = "auto"  # on: store every step's loss; off; auto: on except for two_layer
+    measure: str = ""  # measured at every mark beside the rest: sharpness (a backward and some ten forward passes)
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,17 @@ class SweepConfig:
         return float(self.hyper.get(found, HYPER_PARAMETERS[base].default))
 
 
-def make_config(network: str = "gpt", **values: Any) -> SweepConfig:
+def make_config(network: str = "", **values: Any) -> SweepConfig:
     """A sweep from flat values: fields of the network and its workload, and hyper-parameters by name.
+
+    network: a name of FAMILIES or ALIASES; by default pretrained where a model is given, else gpt.
 
     Raises:
         ValueError: a name that this network has no field for.
     """
-    network = ALIASES.get(network, network)
+    network, left = spelt_out(network, values)
     family = family_of(network)
     parts: list[Any] = []
-    left = dict(values)
     for kind in (Swept, family.options, workload_of(family).options):
         own = {each.name for each in fields(kind)}
         parts.append(kind(**{name: left.pop(name) for name in list(left) if name in own}))
@@ -130,6 +133,8 @@ class Run:
 
     config: SweepConfig
     cells: Cells
+    counts: np.ndarray | None = field(default=None, compare=False)
+    """what each row of the training set adds to `tokens`, int32 [N]; None: its context"""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,6 +156,10 @@ class Run:
         """(replicates, *cells)."""
         return self.replicates, *self.cells.shape
 
+    def has(self, name: str) -> bool:
+        """Whether a hyper-parameter is given or has a default."""
+        return name in self.given or rule_of(name).has_default
+
     def source(self, name: str, group: str = "") -> str:
         """The hyper-parameter that gives `name` its value in a parameter group."""
         return source(name, group, self.config.family.groups, self.given)
@@ -158,6 +167,9 @@ class Run:
     def column(self, name: str, group: str = "") -> np.ndarray:
         """A hyper-parameter's value in every cell, float64, broadcasting to [replicate, *cells]."""
         found = self.source(name, group)
+        rule = rule_of(found)
+        if found not in self.given and rule.follows and all(self.has(each) for each in rule.follows):
+            return rule.made(*[self.column(each) for each in rule.follows])
         column = self.cells.columns.get(found, np.array(self.config.value(found)))
         if name != "seed" or "seed" in self.names:
             return column[None]
@@ -202,6 +214,8 @@ def resolve(config: SweepConfig, device: str, cells: Cells | None = None) -> Run
     expect("precision", swept.precision, family.precisions)
     expect("trace", swept.trace, ("on", "off"))
     at_least("replicates", swept.replicates, 1)
+    for name in swept.measure.split(",") if swept.measure else ():
+        expect("measure", name, tuple(n for n, m in MEASUREMENTS.items() if m.asked and family.workload in m.compute))
     config = replace(config, swept=swept, shape=family.resolve(config.shape))
     run = Run(config, cells)
     check_swept(run)
@@ -223,7 +237,15 @@ def check_swept(run: Run) -> None:
             raise ValueError(f"{name} is an axis, and --{name} is {run.config.hyper[name]:g}; leave out one of the two")
         if not run.config.workload.reads(run, name):
             raise ValueError(
-                f"axis {name} changes nothing: every parameter group has a value of its own; sweep something else"
+                f"axis {name} changes nothing: no parameter group that trains takes its value from it; sweep something "
+                "else"
+            )
+    for name, rule in HYPER_PARAMETERS.items():
+        every = {name, *rule.follows}
+        if rule.follows and every <= run.given:
+            raise ValueError(
+                f"{', '.join(sorted(every))} are all given; expected all but one, which follows from the others: leave "
+                f"one out, as an axis or as a flag"
             )
     if run.replicates > 1 and "seed" in run.names:
         raise ValueError(f"replicates is {run.replicates}, but the seed is swept; leave out one of them")
@@ -241,7 +263,67 @@ def at_least(name: str, value: float, low: float) -> None:
         raise ValueError(f"{name} is {value:g}; expected at least {low:g}")
 
 
+# nanochat's rates at a width of 768, and the 0.8 of them that its fine-tuning starts with
+NANOCHAT_SFT = {
+    "unembedding": {"lr": 0.8 * 0.004, "beta1": 0.8, "beta2": 0.96, "weight_decay": 0.01},
+    "embedding": {"lr": 0.8 * 0.2, "beta1": 0.8, "beta2": 0.995, "weight_decay": 0.001},
+    "value_embeddings": {"lr": 0.8 * 0.1, "beta1": 0.8, "beta2": 0.995, "weight_decay": 0.01},
+    "residual_lambdas": {"lr": 0.8 * 0.005, "beta1": 0.8, "beta2": 0.95, "weight_decay": 0.05},
+    "x0_lambdas": {"lr": 0.8 * 0.5, "beta1": 0.96, "beta2": 0.95},
+    "smear": {"lr": 0.8 * 0.2, "beta1": 0.8, "beta2": 0.95},
+}
+WIDTH_OF_RATES = 768
+
 PRESETS: dict[str, SweepConfig] = {
     "default": make_config(),
     "smollm2-sft": make_config(network="smollm2", context=128, batch=8, beta2=0.999, data_rows=4096),
+    "nanochat-sft": make_config(
+        network="pretrained",
+        y="lr.matrix:log:1e-4:1:16",
+        x="lr.unembedding:log:1e-5:1e-1:16",
+        context=1024,
+        batch=8,
+        tokens=250_000,
+        optimizer="adamw,matrix=normuon",
+        schedule="wsd",
+        decay=0.5,
+        eps=1e-10,
+        muon_momentum_start=0.85,
+        muon_momentum=0.95,
+        muon_momentum_warmup=300,
+        **{
+            "lr.matrix": 0.8 * 0.02,
+            **{f"{name}.{group}": v for group, own in NANOCHAT_SFT.items() for name, v in own.items()},
+        },
+    ),
+    "fractal-sft": make_config(
+        network="pretrained",
+        y="lr.matrix:log:1e-6:3e-1:16",
+        x="lr.unembedding:log:1e-6:1e-1:16",
+        context=1024,
+        batch=8,
+        tokens=250_000,
+        freeze="embedding",
+        schedule="cosine",
+        warmup=0.06,
+        weight_decay=0.1,
+    ),
 }
+
+
+def fit_preset(preset: SweepConfig, width: int, groups: set[str]) -> SweepConfig:
+    """A preset for a network of some width and parameter groups.
+
+    Values of groups that the network does not have are left out; nanochat's AdamW rates grow with
+    (width / 768)^-1/2.
+    """
+    parents = preset.family.groups
+    there = groups | {parents[group] for group in groups}
+    hyper = {}
+    for name, value in preset.hyper.items():
+        base, _, group = name.partition(".")
+        if group and group not in there:
+            continue
+        scaled = base == "lr" and group in NANOCHAT_SFT
+        hyper[name] = value * (width / WIDTH_OF_RATES) ** -0.5 if scaled else value
+    return replace(preset, hyper=hyper)

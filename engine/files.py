@@ -93,17 +93,25 @@ def replace_file(path: str | Path, data: bytes) -> None:
 
 
 class FolderLock:
-    """The right to write into a folder: one process has it, until it closes it or ends.
+    """The right to write into a folder: one process has it, or several share it, until it is closed or they end.
 
     warning: '' where it is held, else what to say of a file system that has no locks.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Raises ValueError where another process holds it."""
+    def __init__(self, folder: str | Path, shared: bool = False, wait: bool = False) -> None:
+        """Take it.
+
+        Args:
+            shared: beside others that share it.
+            wait: until it is free.
+
+        Raises:
+            ValueError: another process holds it.
+        """
         self.warning = ""
         self.handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             os.close(self.handle)
             raise ValueError(

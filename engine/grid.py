@@ -15,7 +15,8 @@ import numpy as np
 
 from engine.hyper import HYPER_PARAMETERS, check_value, declared, kernel_type, long_name, rule_of
 
-SCALES = {"log": "log", "linear": "linear", "lin": "linear"}  # as written -> as stored
+SCALES = {"log": "log", "lin": "linear", "linear": "linear"}  # as written -> as stored
+SPELT = {"log": "log", "linear": "lin"}  # as stored -> as written
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class Axis:
         if len(parts) != 5:
             raise ValueError(f"axis {text!r} has {len(parts)} parts, expected 5: {form}")
         name, scale, low, high, points = parts
+        name = name.replace("-", "_")  # as the flag is written
         if declared(name) is None:
             known = ", ".join(HYPER_PARAMETERS)
             raise ValueError(f"axis {text!r}: unknown hyper-parameter {name!r}; expected one of {known}")
         if scale not in SCALES:
-            raise ValueError(f"axis {text!r}: scale {scale!r}; expected log or linear")
+            raise ValueError(f"axis {text!r}: scale {scale!r}; expected log or lin")
         if not (is_number(low) and is_number(high) and points.isdecimal() and len(points) < 10):
             raise ValueError(f"axis {text!r}: low, high and points must be numbers: {form}")
         axis = cls(name, SCALES[scale], float(low), float(high), int(points))
@@ -65,7 +67,7 @@ class Axis:
                 "give the smaller end first and let them differ"
             )
         if self.scale == "log" and self.low <= 0:
-            raise ValueError(f"axis {self}: a log range needs low > 0, got {self.low:g}; use linear")
+            raise ValueError(f"axis {self}: a log range needs low > 0, got {self.low:g}; use lin")
         if self.low < rule.low or self.high > rule.high:
             raise ValueError(
                 f"axis {self}: {self.name} must lie in [{rule.low:g}, {rule.high:g}], got {self.low:g} to {self.high:g}"
@@ -129,7 +131,7 @@ class Axis:
         return axis
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.scale}:{self.low!r}:{self.high!r}:{self.points}"
+        return f"{self.name}:{SPELT[self.scale]}:{self.low!r}:{self.high!r}:{self.points}"
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ class Points:
         if not Path(path).is_file():
             raise ValueError(f"points file {path!r} does not exist; give a .csv whose columns are hyper-parameters")
         with open(path, newline="", encoding="utf-8-sig") as file:
-            names, *lines = [line for line in csv.reader(file) if line] or [[]]
+            header, *lines = [line for line in csv.reader(file) if line] or [[]]
+        names = [name.strip().replace("-", "_") for name in header]
         for name in names:
             if declared(name) is None or names.count(name) > 1:
                 known = ", ".join(HYPER_PARAMETERS)

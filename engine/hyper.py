@@ -5,7 +5,7 @@ Flags, help texts, bounds, checks, axes, stored coordinates and the slots' devic
 (`lr.attention`); a group's value that is not given follows its parent group's, then the plain name.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,19 +40,53 @@ class HyperParameter:
     """whether it may be given for one parameter group"""
     at_evaluation: float | None = None
     """acts in the forward: its value on the probe; None: the run's own"""
+    off: float | None = None
+    """acts in the forward, which does without it where every cell has this value"""
+    follows: tuple[str, ...] = ()
+    """those it is made of where each of them is given or has a default, and it is not given"""
+    made: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.multiply
+    """its value from theirs"""
+
+    @property
+    def has_default(self) -> bool:
+        """Whether the default is a legal value; else it stands for none."""
+        return self.low <= self.default <= self.high
 
 
 HYPER_PARAMETERS: dict[str, HyperParameter] = {
     "lr": HyperParameter("optimizer", "learning rate", 1e-3, "learning rate", by_group=True),
     "tokens": HyperParameter(
         "data",
-        "tokens trained on; steps = ceil(tokens / (batch * context))",
+        "tokens trained on = unique_tokens * epochs; steps = ceil(tokens / (batch * context))",
         16384.0,
         "training tokens",
         "token",
         low=1.0,
         high=1e15,
         in_kernel=False,
+        follows=("unique_tokens", "epochs"),
+    ),
+    "unique_tokens": HyperParameter(
+        "data",
+        "tokens there are to train on, in whole rows: the first of the seed's order (default: all of the data)",
+        np.inf,
+        "unique tokens",
+        "token",
+        low=1.0,
+        high=1e15,
+        in_kernel=False,
+        follows=("tokens", "epochs"),
+        made=np.divide,
+    ),
+    "epochs": HyperParameter(
+        "data",
+        "times the unique tokens are seen (default: as tokens and unique_tokens have it)",
+        0.0,
+        low=1e-9,
+        high=1e9,
+        in_kernel=False,
+        follows=("tokens", "unique_tokens"),
+        made=np.divide,
     ),
     "batch": HyperParameter(
         "data",
@@ -84,6 +118,31 @@ HYPER_PARAMETERS: dict[str, HyperParameter] = {
     "beta2": HyperParameter("optimizer", "decay of the second moment", 0.95, high=1.0 - 1e-7, by_group=True),
     "eps": HyperParameter("optimizer", "added to the root of the second moment", 1e-8, by_group=True),
     "momentum": HyperParameter("optimizer", "decay of the velocity", 0.0, high=1.0, by_group=True),
+    "muon_momentum": HyperParameter(
+        "optimizer", "decay of Muon's momentum", 0.95, "momentum", high=1.0 - 1e-7, by_group=True
+    ),
+    "muon_momentum_start": HyperParameter(
+        "optimizer", "Muon's momentum at the first step, where it warms up", 0.85, high=1.0 - 1e-7, by_group=True
+    ),
+    "muon_momentum_warmup": HyperParameter(
+        "optimizer",
+        "steps in which Muon's momentum rises linearly from its start (0: none)",
+        0.0,
+        units="step",
+        integer=True,
+        by_group=True,
+    ),
+    "normuon_beta2": HyperParameter(
+        "optimizer", "decay of NorMuon's second moment", 0.9, high=1.0 - 1e-7, by_group=True
+    ),
+    "dropout": HyperParameter(
+        "forward",
+        "share of the residual stream's additions that is dropped, behind the embedding and each half of a layer",
+        0.0,
+        high=1.0 - 1e-6,
+        at_evaluation=0.0,
+        off=0.0,
+    ),
     "label_smoothing": HyperParameter(
         "forward",
         "share of the target spread over the vocabulary",

@@ -13,21 +13,27 @@ import torch
 from rich.table import Table
 
 from engine import plan
+from engine.amount import amount_of, amount_words, epochs_words
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.hyper import rule_of
 from engine.network import Network
 from engine.optim import OPTIMIZERS, by_group
 from engine.plan import Launch, Memory, Plan, Trajectory, Work
 from engine.stack import spans_of
 from engine.step import Trainer, forward_names, frozen_parameters
-from engine.workload import Replay
+from engine.workload import COUNTS, Replay, check_steps
 
 CPU_MEMORY = 0.5  # share of the machine's memory a stack may take on a CPU
 GPU_MEMORY = 0.9  # share of a GPU's free memory a stack may take
 CPU_SLOTS, GPU_SLOTS = 64, 256  # replicas beyond which a wider stack gains nothing
 CPU_FLOPS = 2e10  # a second, typical of two cores
-GPU_FLOPS, GPU_BYTES = 733e12, 3.0e12  # a second, of an H100
-OF_ROOFLINE = 0.75  # that a step typically reaches of these
+# Fitted to a replica's share of steps on an H100: d4 to d20, d12 at a context of 2,048 and SmolLM2, all within 6%
+# (benchmarks/LOG.md). Training's FLOPs and the probe's, and bytes moved, a second; bytes moved for a parameter, and for
+# a byte of activations.
+STEP_FLOPS, PROBE_FLOPS, GPU_BYTES = 630e12, 330e12, 3.0e12
+PARAMETER_BYTES, ACTIVATION_BYTES = 20, 5.6
+WAVE_SECONDS = 30.0  # that a wave (or one run) may take on a CPU by CPU_FLOPS: what an interruption costs, at most
 
 
 @dataclass
@@ -44,6 +50,8 @@ class LanguageSetup:
     launches: list[Launch]
     slots: int
     """replicas trained at once"""
+    wave: int
+    """runs that train together, start to end, where their bits depend on each other; 0: slots are refilled"""
     widest: int
     """trajectories of the largest launch"""
     trainer: Trainer | None = field(default=None)
@@ -51,39 +59,56 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        return "at any width" if batch_invariant(self.run, self.device) else "in the same launch"
+        if batch_invariant(self.run, self.device, self.network):
+            return "at any width"
+        return "in the same wave" if self.wave else "in the same launch"
+
+    @property
+    def width(self) -> int:
+        """Runs that train at once."""
+        return self.slots
 
     @property
     def inputs(self) -> dict[str, str]:
         """Digests of what decides a cell."""
-        return {"data": self.corpus.digest}
+        model = {} if self.network.loaded is None else {"model": self.network.loaded.digest}
+        return {"data": self.corpus.digest} | model
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What the store says of it."""
         probe = (self.corpus.validation_targets >= 0).sum()
-        return {"slots": self.slots, "data": self.corpus.description, "probe_tokens": int(probe)}
+        given = {"amount": amount_of(self.corpus), "data": self.corpus.description}
+        given["start"] = self.run.config.family.help  # where the untrained weights come from
+        return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | given
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
         """A trainer of these data."""
-        seeds = [int(seed) for seed in self.run.values("seed")]
         longest = longest or int(self.plan.steps.max())
-        return Trainer(self.run, self.network, self.corpus, slots, self.device, longest, seeds)
+        return Trainer(self.run, self.network, self.corpus, slots, self.device, longest, most_rows(self.plan))
 
     def train(
         self, launch: Launch, status: np.ndarray, progress: Callable[[float, float], None]
     ) -> Iterator[list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
-        """Train what is missing of a launch; yields what each poll measured, as (flat cells, measurements).
-
-        Where bits depend on the launch, one that was interrupted is trained again whole.
-        """
-        cells = self.plan.cells_in(launch)
-        if batch_invariant(self.run, self.device):
-            cells = self.plan.missing(launch, status)
-        work = self.plan.work_in(cells).trajectories()
+        """Train what is missing of a launch; yields what each poll measured, as (flat cells, measurements)."""
         self.trainer = self.trainer or self.new_trainer(self.slots)
-        for measured in self.trainer.train(work, self.counted(progress)):
-            yield [(np.array(each.mark.cells), each.values) for each in measured]
+        for wave in self.waves(self.to_train(launch, status)):
+            for measured in self.trainer.train(wave, self.counted(progress)):
+                yield [(np.array(each.mark.cells), each.values) for each in measured]
+
+    def waves(self, cells: np.ndarray) -> list[list[Trajectory]]:
+        """The runs that serve some cells, as they are given to the slots: each wave when the one before has ended."""
+        runs = self.plan.work_in(cells).trajectories()
+        size = self.wave or max(len(runs), 1)
+        return [runs[start : start + size] for start in range(0, len(runs), size)]
+
+    def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
+        """Those missing; where bits depend on the wave, the cells of every wave that misses some."""
+        missing = self.plan.missing(launch, status)
+        if batch_invariant(self.run, self.device, self.network):
+            return missing
+        waves = [cells_of(wave) for wave in self.waves(self.plan.cells_in(launch))]
+        return np.sort(np.concatenate([missing[:0], *(cells for cells in waves if np.isin(cells, missing).any())]))
 
     def counted(self, progress: Callable[[float, float], None]) -> Callable:
         """Steps of trajectories as tokens."""
@@ -94,25 +119,25 @@ class LanguageSetup:
         return lambda trained, saved: progress(tokens(trained), tokens(saved))
 
     def replay(self, cell: int) -> Replay:
-        """Train one cell again: alone where it is batch-invariant, else its launch until it has been measured."""
+        """Train one cell again: alone where it is batch-invariant, else its wave until it has been measured."""
         launch = next(launch for launch in self.launches if cell in self.plan.cells_in(launch))
-        work, slots = self.plan.work_in(self.plan.cells_in(launch)).trajectories(), self.slots
-        if batch_invariant(self.run, self.device):
+        waves, slots = self.waves(self.plan.cells_in(launch)), self.slots
+        work = next(wave for wave in waves if cell in cells_of(wave))
+        if batch_invariant(self.run, self.device, self.network):
             work, slots = [alone(work, cell)], 1
         trainer = self.new_trainer(slots)
         for measured in trainer.train(work):
             for each in measured:
                 if cell in each.mark.cells:
                     digest = int(each.values["weights_digest"])
-                    weights = trainer.stack.master_weights(each.slot)
-                    return Replay(each.losses, digest, weights, getattr(self.network.module, "config", None))
-        raise AssertionError("the launch of a cell holds no trajectory that serves it")
+                    weights, export = trainer.stack.master_weights(each.slot), self.network.export
+                    return Replay(each.losses, digest, weights, export and export(weights))
+        raise AssertionError("the wave of a cell holds no trajectory that serves it")
 
     def describe(self, table: Table, left: list[Launch], status: np.ndarray) -> float:
         """Add rows of the dry run to a table; the seconds it will take about."""
         run, training, memory = self.run, self.run.config.training, self.memory
-        exact = batch_invariant(run, self.device)
-        parts = [self.plan.missing(each, status) if exact else self.plan.cells_in(each) for each in left]
+        parts = [self.to_train(each, status) for each in left]
         work = [self.plan.work_in(cells) for cells in parts]
         cells, runs = sum(map(len, parts)), sum(len(each.runs) for each in work)
         tokens = sum(each.costs.sum() for each in work)
@@ -122,7 +147,7 @@ class LanguageSetup:
             "network", f"{run.config.title}, {self.network.parameters:,} parameters, {run.config.swept.precision}"
         )
         table.add_row("data", self.corpus.description)
-        table.add_row("epochs", epochs(self.corpus, self.plan))
+        table.add_row("epochs", epochs_words(self.plan, amount_of(self.corpus)))
         table.add_row(
             "memory",
             f"{memory.stack(self.slots) / 2**30:.2f} GiB: a replica {memory.state / 2**20:.1f} MiB of state, "
@@ -147,34 +172,56 @@ class LanguageSetup:
         if self.device.type == "cpu":
             trained = slots * plan.makespan(steps, slots) * tokens
             return (trained + probe) * self.network.flops_per_token / CPU_FLOPS
-        step = tokens * self.network.flops_per_token / GPU_FLOPS + self.network.parameters * 28 / GPU_BYTES
-        seconds = slots * plan.makespan(steps, slots) * step + probe * self.network.flops_per_token / GPU_FLOPS
-        return seconds / OF_ROOFLINE
+        moved = PARAMETER_BYTES * self.network.parameters + ACTIVATION_BYTES * self.memory.activations
+        step = tokens * self.network.flops_per_token / STEP_FLOPS + moved / GPU_BYTES
+        return slots * plan.makespan(steps, slots) * step + probe * self.network.flops_per_token / PROBE_FLOPS
 
     def announce(self) -> list[str]:
         """Lines for the start of a sweep."""
-        lines = []
+        training = self.run.config.training
+        amount = amount_of(self.corpus)
+        lines = [f"data: {amount_words(training.data, amount)}; epochs: {epochs_words(self.plan, amount)}"]
         if self.widest > self.slots:
-            lines.append(
-                f"a launch is {self.widest} trajectories; {self.slots} replicas train at once and slots are refilled"
-            )
+            how = "each wave when the one before has ended" if self.wave else "and slots are refilled"
+            lines.append(f"a launch is {self.widest} trajectories; {self.slots} replicas train at once, {how}")
         tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
         for name in tied:
             lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
-        if not batch_invariant(self.run, self.device):
-            lines.append("a cell's bits repeat when its launch is run again: `replay` does that")
+        if not batch_invariant(self.run, self.device, self.network):
+            lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
 
 
-def epochs(corpus: Corpus, made: Plan) -> str:
-    """How often the longest run sees the data."""
-    most = float((made.steps * made.cost).max()) / corpus.tokens.size
-    return f"up to {most:.3g} of {corpus.tokens.size:,} tokens" + ("; longer runs see data again" if most > 1 else "")
+def counts_of(corpus: Corpus, count: str) -> np.ndarray | None:
+    """What each row adds to `tokens`, int32 [N]; None: its context."""
+    return getattr(corpus, COUNTS[count]) if COUNTS[count] else None
 
 
-def batch_invariant(run: Run, device: torch.device) -> bool:
-    """Whether a cell's bits are the same at any number of replicas, or only in the same launch."""
-    return device.type == "cuda" and run.config.family.batch_invariant
+def check_unique(run: Run, corpus: Corpus) -> None:
+    """Raise ValueError where a run is to see more unique tokens than there are."""
+    unique = run.column("unique_tokens")
+    most = unique[np.isfinite(unique)].max(initial=0)
+    there = corpus.tokens.size if run.counts is None else int(run.counts.sum())
+    if most > there:
+        raise ValueError(
+            f"unique_tokens goes up to {most:,.0f}, but the data have {there:,} ({run.config.training.count}) in "
+            f"{len(corpus.tokens):,} rows; expected at most as many: lower it, or raise --data-rows (0: all)"
+        )
+
+
+def most_rows(made: Plan) -> int:
+    """Rows of the data that a run reads, at most."""
+    return int((made.steps * made.run.column("batch")).max())
+
+
+def batch_invariant(run: Run, device: torch.device, network: Network) -> bool:
+    """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
+    return device.type == "cuda" and run.config.family.batch_invariant and network.batch_invariant
+
+
+def cells_of(runs: list[Trajectory]) -> np.ndarray:
+    """Flat indices of the cells that some runs serve."""
+    return np.array([cell for run in runs for mark in run.marks for cell in mark.cells])
 
 
 def alone(work: list[Trajectory], cell: int) -> Trajectory:
@@ -220,20 +267,35 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         training.packing,
     )
     check_vocabulary(corpus, network.vocabulary)
-    exact = batch_invariant(run, device)
+    run = replace(run, counts=counts_of(corpus, training.count))
+    made = plan.plan_runs(run)
+    check_unique(run, corpus)
+    check_steps(run)
+    exact = batch_invariant(run, device, network)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
     memory = memory_of(made, network, corpus, device)
     works = [made.work_in(made.cells_in(launch)) for launch in launches]
     widest = max(works, key=lambda work: len(work.runs))
+    wave = 0
     if stored is not None and not exact:
-        slots = stored.attributes["slots"]
+        # a store without waves is of a version whose launches refilled their slots
+        slots, wave = stored.attributes["slots"], stored.attributes.get("wave", 0)
         torch.set_num_threads(stored.attributes["provenance"]["threads"])
     else:
         fit = plan.slots_that_fit(memory, memory_budget(device))
-        fit = min(options.slots or (CPU_SLOTS if device.type == "cpu" else GPU_SLOTS), fit)
-        slots = plan.even_slots(widest.lengths, fit)
-    return LanguageSetup(run, made, device, network, corpus, memory, chunk_rows, launches, slots, len(widest.runs))
+        most = cpu_slots(works, network) if device.type == "cpu" else GPU_SLOTS
+        slots = plan.even_slots(widest.lengths, min(options.slots or most, fit))
+        wave = slots if device.type == "cpu" else 0
+    return LanguageSetup(
+        run, made, device, network, corpus, memory, chunk_rows, launches, slots, wave, len(widest.runs)
+    )
+
+
+def cpu_slots(works: list[Work], network: Network) -> int:
+    """Slots of a CPU, so few that a wave of the longest runs lasts at most WAVE_SECONDS."""
+    longest = max(work.costs.max() for work in works) * network.flops_per_token / CPU_FLOPS
+    return min(max(int(WAVE_SECONDS / longest), 1), CPU_SLOTS)
 
 
 def launch_rows(made: Plan, device: torch.device, asked: str, ranks: int, stored: Any, exact: bool) -> tuple[int, int]:
@@ -256,8 +318,7 @@ def launch_rows(made: Plan, device: torch.device, asked: str, ranks: int, stored
                 "here; leave it out, or sweep into another --store"
             )
         return chunk, launch
-    shared_out = -(-rows // ranks)
-    chunk = min(plan.automatic_chunk_rows(made, device.type), shared_out)
+    chunk = min(plan.automatic_chunk_rows(made, device.type), plan.shared_rows(rows, ranks))
     if asked != "auto":
         chunk = min(int(asked), rows, chunk if exact else rows)
         return chunk, int(asked)
@@ -271,18 +332,32 @@ def check_groups(run: Run, network: Network) -> None:
         raise ValueError(f"freeze is {run.config.training.freeze!r}, which leaves nothing to train; freeze less")
     groups = {own[0] for name, own in network.groups.items() if name not in frozen}
     chosen = by_group(run.config.training.optimizer, run.config.family.groups)
+    check_matrices(run, network, chosen, frozen)
     for name in run.given:
         base, _, group = name.partition(".")
-        takers = [each for each in sorted(groups) if group and run.source(base, each) == name]
-        if group and not takers:
+        takers = [each for each in sorted(groups) if run.source(base, each) == name]
+        if not takers and (group or (name in run.names and rule_of(name).by_group)):
             raise ValueError(
-                f"{name} changes nothing: no trained tensor of {run.config.network!r} takes it (a tied one follows its "
+                f"{name} changes nothing: no trained tensor of {run.config.title!r} takes it (a tied one follows its "
                 f"first group); the groups are {', '.join(sorted(groups))}"
             )
-        if takers and not any(base in OPTIMIZERS[chosen[each]].hyper for each in takers):
+        if group and not any(base in OPTIMIZERS[chosen[each]].hyper for each in takers):
             raise ValueError(
                 f"{name} changes nothing: {', '.join(takers)} is trained by {chosen[takers[0]]}, which has no {base}; "
                 f"leave it out, or give that group another --optimizer"
+            )
+
+
+def check_matrices(run: Run, network: Network, chosen: dict[str, str], frozen: set[str]) -> None:
+    """Raise ValueError for a group with a vector or a table of tokens whose optimizer takes matrices only."""
+    tables = network.tables
+    for name, (group, *_) in network.groups.items():
+        shape, optimizer = network.shapes[name], chosen[group]
+        if OPTIMIZERS[optimizer].matrices_only and name not in frozen and (len(shape) != 2 or name in tables):
+            what = "a table with a row for each token" if name in tables else f"no matrix, its shape is {shape}"
+            raise ValueError(
+                f"optimizer {optimizer} of group {group!r} takes matrices between hidden units, but {name} is {what}; "
+                f"give that group another one, {group}=adamw in --optimizer"
             )
 
 
@@ -295,13 +370,13 @@ def check_batching(run: Run, network: Network) -> None:
         return
     weights = {name: torch.stack([weight] * 2).requires_grad_() for name, weight in network.initial(0).items()}
     tokens_RBT = torch.zeros(2, 1, run.config.training.context, dtype=torch.int64)
-    hyper_R = {name: torch.zeros(2) for name in forward_names(run.config)}
+    hyper_R = {name: torch.zeros(2) for name in forward_names(run)}
 
     def one(weights, tokens_BT, hyper, key):
         return torch.func.functional_call(network.module, weights, (tokens_BT, tokens_BT, hyper, key))
 
     try:
-        losses = torch.func.vmap(one)(weights, tokens_RBT, hyper_R, torch.zeros(2, 2, dtype=torch.int64))
+        losses = torch.func.vmap(one)(weights, tokens_RBT, hyper_R, torch.zeros(2, 3, dtype=torch.int64))
         losses.sum().backward()
     except RuntimeError as error:  # torch has no class of its own for this
         text = " ".join(str(error).split())
@@ -317,8 +392,8 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     """Bytes a stack needs on the device.
 
     A replica: fp32 master (with bf16 compute: bf16 weight and 16-bit remainder), its optimizers' fp32 state, a gradient
-    in the compute precision, an fp32 accumulator where batches are cut, its loss trace; frozen parameters that are not
-    shared. Shared: data, their order for every seed, initial weights kept, frozen parameters otherwise.
+    in the compute precision, an fp32 accumulator where batches are cut, its loss trace, its order of the data; frozen
+    parameters that are not shared. Shared: data, initial weights kept, frozen parameters otherwise.
     """
     run, config = made.run, made.run.config
     compute = 2 if config.swept.precision == "bf16" else 4
@@ -331,9 +406,9 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     shared_frozen = same_seed and len(run.values("init_scale")) == 1
     batch = int(run.values("batch").max())
     accumulator = 4 if batch > config.training.micro_batch else 0
-    states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape) for span in spans)
+    states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape, span.rows) for span in spans)
     longest = int(made.steps.max())
-    state = trained * (4 + compute + accumulator) + states + 4 * longest
+    state = trained * (4 + compute + accumulator) + states + 4 * (longest + most_rows(made) + batch)
     state += 0 if shared_frozen else frozen * compute
     tokens = config.training.micro_batch * config.training.context
     activations = network.activation_bytes(tokens, compute)
@@ -341,7 +416,7 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
         activations *= 2  # plain torch keeps intermediates that the kernels recompute
     seeds = len(run.values("seed"))
     initial = min(1 if network.same_start else seeds, max(2**32 // (4 * network.parameters), 1))
-    shared = corpus.tokens.nbytes * 2 + 4 * seeds * longest * batch + initial * 4 * network.parameters
+    shared = corpus.tokens.nbytes * 2 + initial * 4 * network.parameters
     shared += frozen * compute if shared_frozen else 0
     return Memory(shared, state, activations, network.parameters * compute)
 

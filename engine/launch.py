@@ -1,48 +1,56 @@
-"""The launch loop: train what a store lacks, launch by launch, and write it chunk by chunk."""
+"""The launch loop: train what a store lacks, launch by launch, and write it chunk by chunk.
+
+One process goes through its launches in order. Where several share a sweep, each leases chunks, the costliest first:
+many at once while much is left, few towards the end, so that all of them end together.
+"""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from engine import progress, tracking
+from engine.leases import Leases
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.plan import Chunk, Launch
-from engine.ranks import Rank
 from engine.store import Store, Writer, empty_block
 from engine.workload import Setup
 
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
+WAIT = 0.5  # seconds until a process that finds every missing chunk leased looks again
+TURNS = 2  # times that a process which shares a sweep leases before half of what is left is gone, about
+
+
+class NondeterminismError(RuntimeError):
+    """Two machines that count as equal have trained one cell to different bits."""
 
 
 class LaunchBuffer:
-    """Every array of a launch's cells in host memory, and the chunks that are newer than the store's.
+    """Every array of a launch's cells in host memory, and the chunks that are newer than the store's."""
 
-    A launch's chunks are consecutive, so its cells are a contiguous range of flat indices.
-    """
+    def __init__(self, setup: Setup, launch: Launch, writer: Writer, leases: Leases | None = None) -> None:
+        """Start from what the store holds of the launch, whose chunks ascend.
 
-    def __init__(self, setup: Setup, launch: Launch, writer: Writer) -> None:
-        """Start from what the store holds of the launch."""
-        self.writer, self.launch = writer, launch
-        self.height, self.row_cells = setup.run.cells.shape[0], setup.plan.row_cells
-        self.first = launch[0].replicate * self.height + launch[0].start
-        rows, tail = sum(chunk.stop - chunk.start for chunk in launch), setup.run.cells.shape[1:]
+        Args:
+            leases: where other processes write to the store too, this one's.
+        """
+        self.writer, self.launch, self.leases = writer, launch, leases
+        self.cells = setup.plan.cells_in(launch)
+        starts = np.cumsum([0, *(chunk.stop - chunk.start for chunk in launch)]).tolist()
+        self.slices = {chunk: slice(*between) for chunk, between in zip(launch, pairwise(starts), strict=True)}
+        rows, tail = starts[-1], setup.run.cells.shape[1:]
         self.arrays = empty_block(writer.specs, (rows, *tail), int(setup.plan.steps.max()))
         status = writer.status
         for chunk in launch:
             if (status[chunk.replicate, chunk.start : chunk.stop] == DONE).any():
                 for name, array in self.arrays.items():
-                    array[self.rows(chunk)] = writer.read(name, chunk.replicate, slice(chunk.start, chunk.stop))
+                    array[self.slices[chunk]] = writer.read(name, chunk.replicate, slice(chunk.start, chunk.stop))
         self.dirty: set[Chunk] = set()
-
-    def rows(self, chunk: Chunk) -> slice:
-        """A chunk's rows in the buffer."""
-        start = chunk.replicate * self.height + chunk.start - self.first
-        return slice(start, start + chunk.stop - chunk.start)
 
     def put(self, cells: np.ndarray, values: dict[str, np.ndarray]) -> None:
         """Store one result, or one a cell, for some cells (flat indices)."""
-        at = cells - self.first * self.row_cells
+        at = np.searchsorted(self.cells, cells)
         for name, value in values.items():
             if self.writer.specs[name].by_step:
                 flat = self.arrays[name].reshape(-1, self.arrays[name].shape[-1])
@@ -50,34 +58,83 @@ class LaunchBuffer:
             else:
                 self.arrays[name].reshape(-1)[at] = value
         self.arrays["status"].reshape(-1)[at] = DONE
-        rows = np.unique(at // self.row_cells)
-        self.dirty |= {
-            chunk for chunk in self.launch if ((rows >= self.rows(chunk).start) & (rows < self.rows(chunk).stop)).any()
-        }
+        rows = np.unique(at * len(self.arrays["status"]) // len(self.cells))
+        self.dirty |= {chunk for chunk, own in self.slices.items() if ((rows >= own.start) & (rows < own.stop)).any()}
 
     def flush(self) -> None:
-        """Write the chunks that have changed."""
+        """Write the chunks that have changed, but for those that another process has taken over meanwhile."""
         for chunk in sorted(self.dirty):
-            self.writer.write_chunk(chunk, {name: array[self.rows(chunk)] for name, array in self.arrays.items()})
+            block = {name: array[self.slices[chunk]] for name, array in self.arrays.items()}
+            if self.leases is None or self.leases.is_held(chunk):
+                self.writer.write_chunk(chunk, block)
+            else:
+                check_same_bits(self.writer, chunk, block, self.leases)
         self.dirty.clear()
 
 
-def missing_launches(setup: Setup, store: Store | None, rank: Rank) -> Iterator[Launch]:
-    """This rank's launches that have cells to compute."""
+def check_same_bits(store: Store, chunk: Chunk, block: dict[str, np.ndarray], leases: Leases) -> None:
+    """Raise NondeterminismError where cells that two processes have trained differ in a bit."""
+    rows = slice(chunk.start, chunk.stop)
+    both = (store.read("status", chunk.replicate, rows) == DONE) & (block["status"] == DONE)
+    for name in block:
+        theirs, ours = store.read(name, chunk.replicate, rows)[both], block[name][both]
+        equal = np.array([one.tobytes() == other.tobytes() for one, other in zip(theirs, ours, strict=True)], bool)
+        if not equal.all():
+            row, *rest = (int(i[~equal][0]) for i in np.nonzero(both))
+            raise NondeterminismError(
+                f"{name} of cell {(chunk.replicate, chunk.start + row, *rest)} of {store.path} is {theirs[~equal][0]} "
+                f"as trained by {leases.holder(chunk)}, and {ours[~equal][0]} here ({leases.owner}): one of them "
+                "computes wrongly, or differs in what provenance does not record"
+            )
+
+
+def missing_launches(setup: Setup, store: Store | None) -> list[Launch]:
+    """The launches that have cells to compute."""
     status = empty_block(["status"], setup.run.shape, 0)["status"] if store is None else store.status
-    for launch in setup.launches[rank.index :: rank.count]:
-        if any((status[c.replicate, c.start : c.stop] == NOT_COMPUTED).any() for c in launch):
-            yield launch
+    return [launch for launch in setup.launches if still_missing(status, launch)]
 
 
-def train_missing(setup: Setup, writer: Writer, rank: Rank, quiet: bool, track: tracking.Tracking) -> None:
-    """Train every launch of this rank that the store does not hold yet; what was trained is written, come what may."""
-    todo = list(missing_launches(setup, writer, rank))
-    if not todo:
+def leased_launches(setup: Setup, writer: Writer, leases: Leases, workers: int) -> Iterator[Launch]:
+    """Launches of leased chunks, until the store holds every cell, whoever trained it.
+
+    A launch is a share of what is left, the costliest chunks first, but enough runs for every slot; where bits depend
+    on the launch it is one chunk.
+    """
+    plan, together = setup.plan, setup.exact == "at any width"
+    costs = {chunk: plan.work_in(plan.cells_in((chunk,))) for chunk in writer.chunks()}
+    ordered = sorted(costs, key=lambda chunk: -costs[chunk].costs.sum())
+    enough = -(-setup.width // max(len(work.runs) for work in costs.values()))
+    while left := still_missing(writer.status, ordered):
+        share = max(len(left) // (TURNS * workers * enough), 1) * enough
+        taken = leases.take(left, share if together else 1)
+        if taken:
+            yield tuple(sorted(taken))
+            leases.release(taken)
+        else:
+            time.sleep(WAIT)
+
+
+def still_missing(status: np.ndarray, chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Those of some chunks that have cells to compute."""
+    return [c for c in chunks if (status[c.replicate, c.start : c.stop] == NOT_COMPUTED).any()]
+
+
+def train_missing(
+    setup: Setup, writer: Writer, leases: Leases | None, workers: int, quiet: bool, track: tracking.Tracking
+) -> None:
+    """Train every cell that the store does not hold yet; what was trained is written, come what may.
+
+    Args:
+        leases: this process's, where others train the same sweep.
+        workers: about how many processes there are.
+    """
+    missing = missing_launches(setup, writer)
+    if not missing:
         return
-    with progress.Progress(setup, writer, todo, quiet or rank.index > 0) as watch:
+    todo = iter(missing) if leases is None else leased_launches(setup, writer, leases, workers)
+    with progress.Progress(setup, writer, missing, shared=leases is not None, quiet=quiet) as watch:
         for launch in todo:
-            buffer = LaunchBuffer(setup, launch, writer)
+            buffer = LaunchBuffer(setup, launch, writer, leases)
             written = time.monotonic()
             try:
                 for results in setup.train(launch, writer.status, watch.work):
@@ -92,3 +149,5 @@ def train_missing(setup: Setup, writer: Writer, rank: Rank, quiet: bool, track: 
                 buffer.flush()
             watch.launched(launch)
             track.launch(watch)
+    if leases is None:  # processes that share a sweep each know their own part alone
+        writer.timed(watch.seconds, watch.done)

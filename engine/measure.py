@@ -47,6 +47,7 @@ class Reading(NamedTuple):
     losses: fp32 [steps until the mark], NaN after a run that broke. steps: taken. nonfinite_step: first step whose
     loss or updated weights are not finite, -1 if none. batch: sequences a step. probe, start: losses of the weights at
     the mark, and of the untrained ones. digest: of the weights. weights: makes the fp32 weights by name, on the CPU.
+    sharpness: finds the critical sharpness (`engine.sharpness`).
     """
 
     losses: np.ndarray
@@ -57,6 +58,7 @@ class Reading(NamedTuple):
     start: RowLosses
     digest: int
     weights: "Callable[[], dict[str, Tensor]]"
+    sharpness: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Measurement:
     units: str = "1"
     by_step: bool = False
     """whether it has a value for every step; stored with --trace on"""
+    asked: bool = False
+    """whether it is stored only where --measure names it"""
     best: str = ""
     """what the progress line calls the lowest value so far; '' for nothing"""
 
@@ -165,6 +169,13 @@ MEASUREMENTS: dict[str, Measurement] = {
         np.nan,
         {"two_layer": lambda r: r.descent.measure_R},
     ),
+    "sharpness": Measurement(
+        "critical sharpness: 2 over the rate at which the next update raises its batch's loss",
+        "f4",
+        np.nan,
+        {"language": lambda r: r.sharpness() if r.nonfinite_step < 0 else np.nan},
+        asked=True,
+    ),
     "losses": Measurement(
         "loss of every step, before its update",
         "f4",
@@ -178,5 +189,10 @@ MEASUREMENTS: dict[str, Measurement] = {
 
 def measurements_of(run: "Run") -> dict[str, Measurement]:
     """What a sweep stores of every cell."""
-    workload, traced = run.config.family.workload, run.config.swept.trace == "on"
-    return {n: m for n, m in MEASUREMENTS.items() if workload in m.compute and (traced or not m.by_step)}
+    workload, swept = run.config.family.workload, run.config.swept
+    asked = swept.measure.split(",")
+    return {
+        name: each
+        for name, each in MEASUREMENTS.items()
+        if workload in each.compute and (swept.trace == "on" or not each.by_step) and (name in asked or not each.asked)
+    }

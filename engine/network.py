@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint
+from engine.checkpoint import LoadedModel, load_model
+from engine.checkpoint.model import make_module
 from engine.config import SweepConfig
 from engine.data import Tokenizer
-from engine.models import gpt, llama, parameter_shapes
+from engine.models import Embedding, gpt, parameter_shapes
 from engine.tokenizer import ByteTokenizer
 
 
@@ -18,41 +19,54 @@ class Network(NamedTuple):
     """A network and its surroundings.
 
     module: `forward(tokens_BT, targets_BT, hyper, key) -> summed loss`, 0-dim fp32, parameters on the meta device;
-    hyper holds the family's forward hyper-parameters, 0-dim fp32 each, key is (seed, step), int64 [2]. shapes: of its
-    parameters. groups: the groups of each, the one whose hyper-parameters it takes first; a tied tensor has two.
-    initial: seed -> fp32 CPU weights. tokenizer: what its vocabulary stands for. flops_per_token: of training.
+    hyper holds the family's forward hyper-parameters, 0-dim fp32 each, key is (seed, step, first row of the batch),
+    int64 [3]. shapes: of its parameters. groups: the groups of each, the one whose hyper-parameters it takes first; a
+    tied tensor has two.
+    initial: seed -> CPU weights. tokenizer: what its vocabulary stands for. flops_per_token: of training.
     activation_bytes: (tokens, bytes per element) -> bytes a replica. same_start: whether `initial` is the same for
-    every seed. fused: rows (first, last + 1) of the matrices that lie in one parameter.
+    every seed. fused: rows (first, last + 1) of the matrices that lie in one parameter. loaded: the checkpoint it is
+    of. batch_invariant: whether its own operators are, where its family's may be. export: trained weights -> the model
+    to save, None where no checkpoint format has it.
     """
 
     module: nn.Module
     shapes: dict[str, tuple[int, ...]]
     groups: dict[str, tuple[str, ...]]
-    initial: Callable[[int], dict[str, Tensor]]
+    initial: Callable[[int], Mapping[str, Tensor]]
     tokenizer: Tokenizer
     vocabulary: int
     flops_per_token: float
     activation_bytes: Callable[[int, int], int]
     same_start: bool = False
     fused: Mapping[str, tuple[tuple[int, int], ...]] = {}
+    loaded: LoadedModel | None = None
+    batch_invariant: bool = True
+    export: Callable[[Mapping[str, Tensor]], LoadedModel] | None = None
 
     @property
     def parameters(self) -> int:
         """Parameters of one replica."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
+    @property
+    def tables(self) -> set[str]:
+        """Names of the parameters that are tables, with a row for each token or position."""
+        kinds = Embedding, nn.Embedding
+        return {f"{name}.weight" for name, module in self.module.named_modules() if isinstance(module, kinds)}
+
     def in_groups(self, groups: list[str], parents: Mapping[str, str]) -> set[str]:
         """Parameters of some groups, or of groups whose parent is among them."""
         return {name for name, own in self.groups.items() if any(g in groups or parents.get(g) in groups for g in own)}
 
 
-def load_smollm2(config: SweepConfig, device: torch.device | str) -> Network:
-    """The pretrained network; its start is the same for every seed."""
-    shape, weights, tokenizer = checkpoint.load_smollm2(config.training.context)
-    with torch.device("meta"):
-        module = llama.Llama(shape, device)
-    network = describe(module, llama, shape, lambda seed: weights, tokenizer)
-    return network._replace(same_start=True)
+def load_pretrained(config: SweepConfig, device: torch.device | str) -> Network:
+    """The network of a checkpoint; its start is the same for every seed."""
+    own = config.shape
+    model = load_model(own.model, own.softcap, own.tokenizer or None)
+    shorter = model.with_context(config.training.context)
+    module = make_module(shorter.config, device)
+    network = describe(module, model.family, shorter.config, lambda seed: shorter.weights, model.tokenizer)
+    return network._replace(same_start=True, loaded=model, export=model.with_weights)
 
 
 def make_gpt(config: SweepConfig, device: torch.device | str) -> Network:
@@ -64,16 +78,14 @@ def make_gpt(config: SweepConfig, device: torch.device | str) -> Network:
             f"vocabulary {vocabulary} is smaller than the byte tokenizer's {tokenizer.vocabulary}; raise --vocabulary"
         )
     shape = gpt.GPTConfig(own.depth, own.width, own.heads, own.kv_heads, config.training.context, vocabulary)
-    with torch.device("meta"):
-        module = gpt.GPT(shape, device)
-    return describe(module, gpt, shape, partial(gpt.initial_weights, shape), tokenizer)
+    network = describe(make_module(shape, device), gpt, shape, partial(gpt.initial_weights, shape), tokenizer)
+    return network._replace(export=lambda weights: LoadedModel(config.title, shape, weights, tokenizer))
 
 
 def describe(module: nn.Module, family, shape, initial, tokenizer) -> Network:
     """A Network out of a model file's common functions."""
     shapes = parameter_shapes(module)
-    heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    parts = ((0, heads), (heads, heads + keys), (heads + keys, heads + 2 * keys))
+    fused = {name: family.fused_rows(shape, name) for name in shapes}
     return Network(
         module,
         shapes,
@@ -83,5 +95,6 @@ def describe(module: nn.Module, family, shape, initial, tokenizer) -> Network:
         shape.vocabulary,
         family.flops_per_token(shape),
         partial(family.activation_bytes, shape),
-        fused={name: parts for name in shapes if name.endswith(".qkv")},
+        fused={name: rows for name, rows in fused.items() if rows},
+        batch_invariant=family.batch_invariant(shape),
     )

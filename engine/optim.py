@@ -3,33 +3,45 @@
 `OPTIMIZERS` names them. Flags, checks, the memory formula and the slots' device tensors follow. Every
 hyper-parameter is an [R] tensor on the device. State buffers are fp32 and start at zero. An update touches only
 replicas that are active, and a replica's bits must not depend on the others. They combine by parameter group:
-`--optimizer adamw,embedding=sgd`.
+`--optimizer adamw,matrix=muon`.
+
+Muon's hyper-parameters have names of their own, since its values suit no other optimizer: `muon_momentum`, which rises
+linearly from `muon_momentum_start` over the first `muon_momentum_warmup` steps (0: not at all), and of the generation
+of July 2026 `normuon_beta2`. Like all others they may be axes, also by group: `muon_momentum.mlp`.
 
 Letters: R replica, n elements of one parameter of one replica.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kernels.muon import Matrix
+
+
+Rows = tuple[tuple[int, int], ...]
 
 
 class Parameter(NamedTuple):
     """One parameter of every replica, as an update sees it.
 
     weight_Rn: in the compute dtype. remainder_Rn: int16, with which a bf16 weight makes the fp32 master
-    (`kernels.split_master`), or None where the weight itself is fp32. shape: of one replica's tensor.
-    rows: first and last + 1 of each matrix that is fused in it along its first dimension.
+    (`kernels.split_master`), or None where the weight itself is fp32. gradient_Rn: bf16 or fp32. state: fp32 buffers
+    [R, elements] by name. shape: of one replica's tensor. rows: first and last + 1 of each matrix that is fused in it
+    along its first dimension.
     """
 
     name: str
     shape: tuple[int, ...]
-    rows: tuple[tuple[int, int], ...]
+    rows: Rows
     weight_Rn: "Tensor"
     remainder_Rn: "Tensor | None"
+    gradient_Rn: "Tensor"
+    state: "Mapping[str, Tensor]"
 
     def master(self) -> "Tensor":
         """The fp32 master weight [R, n]."""
@@ -89,25 +101,29 @@ class Optimizer:
     help: str
     hyper: tuple[str, ...]
     """hyper-parameters it reads"""
-    init: Callable[[tuple[int, ...]], dict[str, int]]
-    """shape of a parameter -> elements of each state buffer; all start at zero"""
-    update: "Callable[[Parameter, Tensor, Mapping[str, Tensor], Step], None]"
-    """(parameter, gradient [R, n], state buffers [R, elements], step): one step, in place"""
+    init: Callable[[tuple[int, ...], Rows], dict[str, int]]
+    """(shape of a parameter, rows of its matrices) -> elements of each state buffer; all start at zero"""
+    update: "Callable[[Sequence[Parameter], Step], None]"
+    """one step of some parameters of one group, in place: of all of them at once, or of one where it overlaps"""
     prepare: "Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]" = nothing
     """(hyper_R, number of this step counted from 1, int64 [R]): [R] tensors worked out once a step and group"""
     overlaps: bool = False
     """whether an update may run beside the rest of the backward: only where none of its in-place torch operations
     bumps the weights' shared version counter, which trips autograd's check"""
+    edge: Callable[[Mapping[str, Any]], Any] | None = None
+    """hyper-parameters -> the (preconditioned) curvature beyond which its steps along a quadratic grow"""
+    matrices_only: bool = False
+    """whether it takes nothing but matrices between hidden units: no vectors, no table with a row for each token"""
 
-    def state_bytes(self, shape: tuple[int, ...]) -> int:
+    def state_bytes(self, shape: tuple[int, ...], rows: Rows) -> int:
         """Bytes of one parameter's state in one replica."""
-        return 4 * sum(self.init(shape).values())
+        return 4 * sum(self.init(shape, rows).values())
 
 
 # ---- AdamW
 
 
-def adamw_init(shape: tuple[int, ...]) -> dict[str, int]:
+def adamw_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
     """First and second moment of every element."""
     return {"first": prod(shape), "second": prod(shape)}
 
@@ -122,7 +138,7 @@ def adamw_prepare(hyper_R: "Mapping[str, Tensor]", count_R: "Tensor") -> "dict[s
     return {"correction1": (1 / bias1_R).float(), "correction2": (1 / bias2_R.sqrt()).float()}
 
 
-def adamw_update(parameter: Parameter, gradient_Rn: "Tensor", state: "Mapping[str, Tensor]", step: Step) -> None:
+def adamw_update(parameters: Sequence[Parameter], step: Step) -> None:
     """One AdamW step (Loshchilov & Hutter, arXiv:1711.05101)."""
     from kernels.adamw import AdamWScalars, adamw_, adamw_split_
 
@@ -139,34 +155,139 @@ def adamw_update(parameter: Parameter, gradient_Rn: "Tensor", state: "Mapping[st
         active_R=step.active_R,
         nonfinite_R=step.nonfinite_R,
     )
-    weight, remainder = parameter.weight_Rn, parameter.remainder_Rn
-    if remainder is None:
-        adamw_(weight, gradient_Rn, None, state["first"], state["second"], scalars)
-    else:
-        adamw_split_(remainder, gradient_Rn, weight, state["first"], state["second"], scalars)
+    for parameter in parameters:
+        weight, remainder, gradient = parameter.weight_Rn, parameter.remainder_Rn, parameter.gradient_Rn
+        moments = parameter.state["first"], parameter.state["second"]
+        if remainder is None:
+            adamw_(weight, gradient, None, *moments, scalars)
+        else:
+            adamw_split_(remainder, gradient, weight, *moments, scalars)
 
 
 # ---- SGD
 
 
-def sgd_init(shape: tuple[int, ...]) -> dict[str, int]:
+def sgd_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
     """The velocity of every element."""
     return {"velocity": prod(shape)}
 
 
-def sgd_update(parameter: Parameter, gradient_Rn: "Tensor", state: "Mapping[str, Tensor]", step: Step) -> None:
-    """One step of gradient descent with heavy-ball momentum and decoupled weight decay.
+def sgd_update(parameters: Sequence[Parameter], step: Step) -> None:
+    """One step of gradient descent with heavy-ball momentum and decoupled weight decay."""
+    momentum_update(parameters, step, "velocity", None, step.hyper_R["momentum"])
 
-    u = momentum u + g;  p = p (1 - lr wd) - lr u. Plain torch on every device: elementwise, so batch-invariant.
-    """
+
+def momentum_update(
+    parameters: Sequence[Parameter], step: Step, state: str, beta1_R: "Tensor | None", beta2_R: "Tensor"
+) -> None:
+    """`kernels.momentum.momentum_step_` of every parameter, its momentum in the state buffer of that name."""
+    from kernels.momentum import MomentumScalars, momentum_step_
+
+    rate_R, decay_R = step.hyper_R["lr"], step.hyper_R["weight_decay"]
+    scalars = MomentumScalars(rate_R, decay_R, beta1_R, beta2_R, step.scale_R, step.active_R, step.nonfinite_R)
+    for each in parameters:
+        momentum_step_(each.weight_Rn, each.remainder_Rn, each.gradient_Rn, each.state[state], scalars)
+
+
+# ---- Lion
+
+
+def lion_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
+    """The momentum of every element."""
+    return {"momentum": prod(shape)}
+
+
+def lion_update(parameters: Sequence[Parameter], step: Step) -> None:
+    """One step of Lion (Chen et al. 2023, arXiv:2302.06675)."""
+    momentum_update(parameters, step, "momentum", step.hyper_R["beta1"], step.hyper_R["beta2"])
+
+
+# ---- Muon
+
+
+def muon_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
+    """The momentum of every element."""
+    return {"momentum": prod(shape)}
+
+
+def normuon_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
+    """The momentum of every element, and of every fused matrix a second moment for each unit of its longer side."""
+    return {"momentum": prod(shape), "second": sum(normuon_sides(shape, rows))}
+
+
+def normuon_sides(shape: tuple[int, ...], rows: Rows) -> list[int]:
+    """The longer side of every matrix that is fused in a parameter."""
+    return [max(last - first, prod(shape[1:])) for first, last in rows]
+
+
+def muon_prepare(hyper_R: "Mapping[str, Tensor]", count_R: "Tensor") -> "dict[str, Tensor]":
+    """The momentum of this step, fp32 [R], computed in fp64: warmed up linearly, the first step at its start."""
     import torch
 
-    rate, decay, momentum = (step.hyper_R[name][:, None] for name in ("lr", "weight_decay", "momentum"))
-    moved = momentum * state["velocity"] + step.gradient(gradient_Rn)
-    stepped = parameter.master() * (1 - rate * decay) - rate * moved
-    state["velocity"].copy_(torch.where(step.active_R[:, None], moved, state["velocity"]))
-    parameter.write(stepped, step)
+    start_R, end_R = hyper_R["muon_momentum_start"].double(), hyper_R["muon_momentum"].double()
+    steps_R = hyper_R["muon_momentum_warmup"].double()
+    share_R = torch.where(steps_R > 0, (count_R - 1) / steps_R.clamp(min=1), 1.0).clamp(max=1.0)
+    return {"momentum": (start_R + (end_R - start_R) * share_R).float()}
 
+
+def muon_update(parameters: Sequence[Parameter], step: Step) -> None:
+    """One step of Muon, the matrices of one shape at once (`kernels.muon.muon_`)."""
+    from kernels.muon import MuonScalars, muon_
+
+    hyper_R = step.hyper_R
+    scalars = MuonScalars(
+        hyper_R["lr"],
+        hyper_R["weight_decay"],
+        step.prepared_R["momentum"],
+        None,
+        step.scale_R,
+        step.active_R,
+        step.nonfinite_R,
+    )
+    for matrices in matrices_by_shape(parameters):
+        muon_(matrices, scalars)
+
+
+def normuon_update(parameters: Sequence[Parameter], step: Step) -> None:
+    """One step of Muon's generation of July 2026, the matrices of one shape at once (`kernels.muon.normuon_`)."""
+    from kernels.muon import MuonScalars, normuon_
+
+    hyper_R = step.hyper_R
+    scalars = MuonScalars(
+        hyper_R["lr"],
+        hyper_R["weight_decay"],
+        step.prepared_R["momentum"],
+        hyper_R["normuon_beta2"],
+        step.scale_R,
+        step.active_R,
+        step.nonfinite_R,
+    )
+    for matrices in matrices_by_shape(parameters):
+        normuon_(matrices, scalars)
+
+
+def matrices_by_shape(parameters: Sequence[Parameter]) -> "list[list[Matrix]]":
+    """Every matrix of some parameters, those of one shape together."""
+    from kernels.muon import Matrix
+
+    found: dict[tuple[int, ...], list[Matrix]] = {}
+    for parameter in parameters:
+        count, second = len(parameter.rows), parameter.state.get("second")
+        remainder = parameter.remainder_Rn
+        views = zip(
+            parameter.matrices(parameter.weight_Rn),
+            [None] * count if remainder is None else parameter.matrices(remainder),
+            parameter.matrices(parameter.gradient_Rn),
+            parameter.matrices(parameter.state["momentum"]),
+            [None] * count if second is None else second.split(normuon_sides(parameter.shape, parameter.rows), 1),
+            strict=True,
+        )
+        for each in views:
+            found.setdefault(tuple(each[0].shape), []).append(Matrix(*each))
+    return list(found.values())
+
+
+MUON = ("lr", "weight_decay", "muon_momentum", "muon_momentum_start", "muon_momentum_warmup")
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(
@@ -176,9 +297,29 @@ OPTIMIZERS: dict[str, Optimizer] = {
         adamw_update,
         adamw_prepare,
         overlaps=True,
+        edge=lambda hyper: (2 + 2 * hyper["beta1"]) / ((1 - hyper["beta1"]) * hyper["lr"]),
     ),
     "sgd": Optimizer(
-        "gradient descent with heavy-ball momentum", ("lr", "weight_decay", "momentum"), sgd_init, sgd_update
+        "gradient descent with heavy-ball momentum",
+        ("lr", "weight_decay", "momentum"),
+        sgd_init,
+        sgd_update,
+        overlaps=True,
+        edge=lambda hyper: (2 + 2 * hyper["momentum"]) / hyper["lr"],
+    ),
+    "lion": Optimizer(
+        "the sign of a momentum", ("lr", "weight_decay", "beta1", "beta2"), lion_init, lion_update, overlaps=True
+    ),
+    "muon": Optimizer(
+        "momentum, orthogonalised by five quintic steps", MUON, muon_init, muon_update, muon_prepare, matrices_only=True
+    ),
+    "normuon": Optimizer(
+        "Muon of July 2026: rows equilibrated, Polar Express, NorMuon's second moment, cautious decay",
+        (*MUON, "normuon_beta2"),
+        normuon_init,
+        normuon_update,
+        muon_prepare,
+        matrices_only=True,
     ),
 }
 

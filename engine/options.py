@@ -1,17 +1,25 @@
 """The arguments of a sweep: a request out of flags, which follow from the declarations."""
 
 import sys
-from argparse import SUPPRESS, Namespace
-from collections.abc import Sequence
+from argparse import SUPPRESS
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from engine.command import fail, parser, spellings
-from engine.config import PRESETS, SweepConfig, Swept, hyper_names, make_config
-from engine.family import ALIASES, FAMILIES, family_of
+from engine.config import PRESETS, SweepConfig, Swept, fit_preset, hyper_names, make_config
+from engine.family import FAMILIES, family_of, spelt_out
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
-from engine.workload import WORKLOADS, workload_of
+from engine.optim import OPTIMIZERS
+from engine.schedule import SCHEDULES
+from engine.workload import COUNTS, WORKLOADS, workload_of
+
+# what a sweep does with its store when it is through, told whether W&B tracks it; what W&B's summary says then
+Finish = Callable[[Path, bool], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,9 @@ class RunOptions:
     store: str = ""  # the Zarr store to make or resume (default: results/<network>-<axes>-<data>-<hash>)
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
     rows_per_launch: str = "auto"  # grid rows trained at once; auto: about 16 runs on a CPU, all that fit on a GPU
-    slots: int = 0  # replicas trained at once (0: what fits)
+    workers: int = 1  # processes that train this sweep together, each started by this command, on any machine
+    lease_seconds: float = 60.0  # of several workers: without a sign of life for so long one counts as lost
+    slots: int = 0  # replicas trained at once (0: what fits; on a CPU, waves of half a minute)
     figures: bool = True  # draw the maps and print the summary at the end
     quiet: bool = False  # no progress
     dry_run: bool = False  # print launches, stacks, memory, FLOPs and a time estimate, then stop
@@ -31,29 +41,35 @@ class RunOptions:
 
 
 def read_arguments(description: str, arguments: Sequence[str] | None = None) -> tuple[SweepConfig, RunOptions]:
-    """The sweep that a command line asks for. The flags depend on --preset and --network, which are read first.
+    """The sweep that a command line asks for. Its flags depend on --preset, --network and --model, read first.
 
     Raises:
         ValueError: a preset or network that does not exist, or values that do not belong together.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = Namespace(preset="default", network=None)
     first = parser("", add_help=False)
-    first.add_argument("--preset", default="default")
-    first.add_argument("--network", default=None)
+    for name in ("preset", "network", "model"):
+        first.add_argument(f"--{name}", default="")
     chosen, _ = first.parse_known_args([each for each in given if each not in ("-h", "--help")])
-    if chosen.preset not in PRESETS:
+    if chosen.preset and chosen.preset not in PRESETS:
         raise ValueError(f"preset is {chosen.preset!r}; expected one of {', '.join(PRESETS)}")
-    preset = PRESETS[chosen.preset]
-    network = ALIASES.get(chosen.network, chosen.network) or preset.network
+    preset = PRESETS[chosen.preset or "default"]
+    network, own = spelt_out(chosen.network, {"model": chosen.model})
+    if not (chosen.network or chosen.model):
+        network = preset.network
     family = family_of(network)
     if network != preset.network:
-        preset = make_config(network)
-    reader = parser(description)
+        preset = make_config(network, **{name: value for name, value in own.items() if value})
+    if any("." in name for name in preset.hyper) and not {"-h", "--help"} & set(given):
+        preset = fit_to_checkpoint(preset, chosen.model)
+    reader = parser(description, usage="%(prog)s [options]", epilog=examples(network))
+    reader.legal = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": family.precisions, "count": COUNTS}
     group = reader.add_argument_group("Which network")
-    group.add_argument("--preset", default="default", help=f"where the defaults below come from: {', '.join(PRESETS)}")
+    group.add_argument(
+        "--preset", metavar="str", default="default", help=f"where the defaults below come from: {', '.join(PRESETS)}"
+    )
     known = "; ".join(f"{name}: {each.help}" for name, each in FAMILIES.items())
-    group.add_argument("--network", default=network, help=f"{known} (each has flags of its own: --network NAME --help)")
+    group.add_argument("--network", metavar="str", default=network, help=known)
     reader.add_arguments(Swept, dest="swept", default=preset.swept)
     if fields(family.options):
         reader.add_arguments(family.options, dest="shape", default=preset.shape)
@@ -67,8 +83,20 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     parts = (found.swept, getattr(found, "shape", preset.shape), found.training)
     flat = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
     swept = [Axis.parse(axis).name for axis in (found.swept.y, found.swept.x) if axis]
-    hyper = {name: value for name, value in preset.hyper.items() if name not in swept}
+    said = {*swept, *values}
+    followed = {name for name, rule in HYPER_PARAMETERS.items() if rule.follows and said.issuperset(rule.follows)}
+    hyper = {name: value for name, value in preset.hyper.items() if name not in {*swept, *followed}}
     return make_config(network, **flat, **(hyper | values)), found.options
+
+
+def fit_to_checkpoint(preset: SweepConfig, model: str) -> SweepConfig:
+    """A preset with values by parameter group, for the checkpoint that is given, or its own."""
+    from engine.checkpoint import load_model  # brings torch, which --help does not need
+
+    with redirect_stderr(StringIO()):  # what is said of a checkpoint is said once, where its sweep is prepared
+        loaded = load_model(model or preset.shape.model)
+    groups = {loaded.family.parameter_groups(loaded.config, name)[0] for name in loaded.weights}
+    return fit_preset(preset, loaded.config.width, groups)
 
 
 def every_name(family: Any) -> list[str]:
@@ -90,10 +118,29 @@ def add_hyper(reader: Any, preset: SweepConfig) -> None:
         rule = rule_of(name)
         base, _, own = name.partition(".")
         text = f"{rule.help}{f' of {own}' if own else ''}"
-        if name in preset.hyper or not own:
+        if rule.high <= 1:
+            text += f", {rule.low:g} to {rule.high:g}"
+        if name in preset.hyper or (rule.has_default and not own):
             text += f" (default: {preset.hyper.get(name, rule.default):g})"
         shown = name in read and (not own or base == "lr")
         group.add_argument(*spellings(name), dest=name, type=float, default=None, help=text if shown else SUPPRESS)
+
+
+def examples(network: str) -> str:
+    """The end of the help page: a command for every network, and the flags that only others have."""
+    lines = [
+        "An axis is name:scale:low:high:points, scale log or lin. Every network's own map:",
+        "",
+    ]
+    for name, family in FAMILIES.items():
+        y, x = family.axes
+        lines.append(f"  --network {name} --y {y} --x {x}")
+        kinds = (family.options, workload_of(family).options)
+        ours = (FAMILIES[network].options, workload_of(FAMILIES[network]).options)
+        own = [spellings(f.name)[0] for kind in kinds if kind not in ours for f in fields(kind)]
+        own += [f"--{each}" for each in family.hyper if each not in FAMILIES[network].hyper]
+        lines += [f"      which has {', '.join(own)}"] if own else []
+    return "\n".join(lines)
 
 
 def unknown_flag(unknown: list[str], network: str) -> str:

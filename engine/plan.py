@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.config import Run
-from engine.hyper import HYPER_PARAMETERS
+from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.outcome import NOT_COMPUTED
 from engine.schedule import SCHEDULES, SLACK
 
@@ -26,7 +26,9 @@ PROBE_SHARE = 0.15  # of training's cost, that the probe may cost where its size
 MOST_PROBE_ROWS = 1024
 CHUNK_BYTES = 2**26  # traces in one stored chunk, at most
 LAUNCH_BYTES = 2**29  # traces in one launch, which the host holds, at most
-CPU_RUNS = 16  # trajectories that an interrupted launch repeats on a CPU, about
+CPU_RUNS = 16  # trajectories of a launch on a CPU, about
+CHUNKS_A_WORKER = 4  # that several processes on one sweep find, at least
+ALL_ROWS = 2**62  # of the training set, however many there are
 WAVES = 64  # waves of slots from which the last one's emptiness does not matter
 
 
@@ -155,6 +157,56 @@ def hyper_of(run: Run, cells: np.ndarray) -> dict[str, np.ndarray]:
     return values
 
 
+def planned_steps(run: Run) -> np.ndarray:
+    """Steps that reach every cell's budget, int64, broadcasting to [replicate, *cells]."""
+    tokens, batch = run.column("tokens"), run.column("batch")
+    if run.counts is None:
+        return steps_of(tokens, batch, run.config.training.context)
+    from engine.data.order import rows_that_hold
+
+    seeds, unique, tokens = np.broadcast_arrays(run.column("seed"), unique_rows(run), tokens)
+    rows = np.empty(tokens.shape, np.int64)
+    for seed, repeated in set(zip(seeds.flat, unique.flat, strict=True)):
+        here = (seeds == seed) & (unique == repeated)
+        rows[here] = rows_that_hold(tokens[here], int(seed), run.counts, int(repeated))
+    return np.ceil(rows / batch).astype(np.int64)
+
+
+def unique_rows(run: Run) -> np.ndarray:
+    """Rows of the training set that every cell's run sees, int64, broadcasting to [replicate, *cells].
+
+    ALL_ROWS where it sees whatever there is.
+    """
+    tokens, context = run.column("unique_tokens"), run.config.training.context
+    known = np.isfinite(tokens)
+    finite = np.where(known, tokens, 1.0)
+    if run.counts is None:
+        return np.where(known, steps_of(finite, 1, context), ALL_ROWS)
+    from engine.data.order import rows_that_hold
+
+    seeds, finite, known = np.broadcast_arrays(run.column("seed"), finite, known)
+    rows = np.full(finite.shape, ALL_ROWS)
+    for seed in np.unique(seeds):
+        here = (seeds == seed) & known
+        rows[here] = rows_that_hold(finite[here], int(seed), run.counts)
+    return rows
+
+
+def repeated_rows(key: np.ndarray, rows: np.ndarray, unique: np.ndarray) -> np.ndarray:
+    """Which rows a cell's run repeats: the first so many of its seed's order, int64 of the shape of all three.
+
+    Runs that end within their first epoch see the same rows whatever their unique tokens are. Where such runs are alike
+    otherwise (of one key), they are read off the run with the longest first epoch, if that is long enough for all of
+    them, and else off one of their own (0).
+    """
+    repeats = rows > unique
+    group = np.unique(key, return_inverse=True)[1].reshape(key.shape)
+    epoch, needed = np.zeros((2, group.max() + 1), np.int64)
+    np.maximum.at(epoch, group[repeats], unique[repeats])
+    np.maximum.at(needed, group[~repeats], rows[~repeats])
+    return np.where(repeats, unique, np.where(needed <= epoch, epoch, 0)[group])
+
+
 def steps_of(tokens: np.ndarray | float, batch: np.ndarray | float, context: int) -> np.ndarray:
     """Steps that consume a cell's tokens, int64: ceil(tokens / (batch * context)).
 
@@ -170,15 +222,17 @@ def needs_horizon(run: Run) -> bool:
 
 def plan_runs(run: Run) -> Plan:
     """The plan of language models: budgets of one run are its marks unless the schedule needs the horizon."""
-    steps = steps_of(run.column("tokens"), run.column("batch"), run.config.training.context)
-    steps = np.broadcast_to(steps, run.shape)
-    columns = [run.column(name) for name in run.names if name != "tokens"]
+    steps = np.broadcast_to(planned_steps(run), run.shape)
+    columns = [run.column(name) for name in run.names if not rule_of(name).follows]  # the others decide steps and rows
     if "seed" not in run.names:
         columns.append(run.column("seed"))
     key = codes_of(columns, run.shape)
     if needs_horizon(run):
         assert key.max() < 2**62 // (steps.max() + 1)
         key = key * (steps.max() + 1) + steps
+    if {"unique_tokens", "epochs"} & run.given:
+        rows, unique = steps * run.column("batch").astype(np.int64), np.broadcast_to(unique_rows(run), run.shape)
+        key = codes_of([key, repeated_rows(key, rows, unique)], run.shape)
     cost = run.column("batch") * float(run.config.training.context)
     return Plan(run, steps, key, np.broadcast_to(cost, run.shape))
 
@@ -232,6 +286,11 @@ def launches(plan: Plan, chunk_rows: int, rows: int, together: bool) -> list[Lau
     lines = [[chunk for line in chunks for chunk in line]] if together else chunks
     count = max(-(-rows // chunk_rows), 1)
     return [tuple(line[start : start + count]) for line in lines for start in range(0, len(line), count)]
+
+
+def shared_rows(rows: int, workers: int) -> int:
+    """Rows of a chunk, at most: several a worker, so that the one that ends early can take more."""
+    return rows if workers == 1 else -(-rows // (CHUNKS_A_WORKER * workers))
 
 
 def automatic_launch_rows(plan: Plan, chunk_rows: int, ranks: int) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 
 import numpy as np
 from rich.console import Group
@@ -21,25 +22,29 @@ TALL, WIDE = 32, 96  # characters of the live map, at most
 SECONDS_A_LINE = 15.0  # between two lines where there is no terminal
 SECONDS_A_LAUNCH = 2.0  # launches that end sooner after a line have none
 SECONDS_A_PICTURE = 0.25
+SECONDS_A_READING = 5.0  # between two readings of what other processes have stored
 
 
 class Progress:
     """Counts cells and work of a sweep; a live picture on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, setup: Setup, store: Store, todo: list[Launch], quiet: bool) -> None:
-        """todo: the launches about to be trained."""
+    def __init__(self, setup: Setup, store: Store, todo: list[Launch], shared: bool, quiet: bool) -> None:
+        """
+        Args:
+            todo: launches that miss cells.
+            shared: whether other processes train some of them, whose cells are read from the store now and then.
+        """
         self.setup, self.unit = setup, setup.run.config.workload.unit
+        self.store, self.shared, self.read = store, shared, time.monotonic()
         names = ("status", *setup.run.config.workload.labelled)
         self.arrays = {name: store.read(name) for name in names}
         self.budget = budget_of(setup.run)
         self.done_before = int((self.arrays["status"] == DONE).sum())
         plan = setup.plan
         missing = [plan.missing(launch, self.arrays["status"]) for launch in todo]
-        self.cells = self.done_before + sum(map(len, missing))  # of this rank
-        self.total = sum(
-            plan.work_in(plan.cells_in(launch) if setup.exact != "at any width" else cells).costs.sum()
-            for launch, cells in zip(todo, missing, strict=True)
-        )
+        self.cells = self.done_before + sum(map(len, missing))
+        status = self.arrays["status"]
+        self.total = sum(plan.work_in(setup.to_train(launch, status)).costs.sum() for launch in todo)
         self.best = {name: math.inf for name in setup.run.config.workload.labelled if MEASUREMENTS[name].best}
         self.seen = 0.0  # work done, or saved because a run ended early
         self.trained = 0.0
@@ -57,8 +62,9 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         if self.live is not None:
-            self.live.update(self.picture(), refresh=True)
-            self.live.stop()
+            with suppress(OSError):  # a terminal that hung up shows nothing
+                self.live.update(self.picture(), refresh=True)
+                self.live.stop()
 
     def work(self, trained: float, saved: float) -> None:
         """Count work just done, and that which runs that ended early will not need."""
@@ -84,11 +90,22 @@ class Progress:
     def refresh(self) -> None:
         """Draw again, where the last drawing is old enough."""
         now = time.monotonic()
+        if self.shared and now - self.read > SECONDS_A_READING:
+            self.read_others()
         if self.live is not None and now - self.shown > SECONDS_A_PICTURE:
             self.shown = now
             self.live.update(self.picture(), refresh=True)
         elif self.live is None and not self.quiet and now - self.shown > SECONDS_A_LINE:
             self.say("")
+
+    def read_others(self) -> None:
+        """Put what other processes have stored on the map, and count their work as done."""
+        self.read = time.monotonic()
+        status = self.store.status
+        new = np.flatnonzero((status == DONE) & (self.arrays["status"] != DONE))
+        if new.size:
+            self.put(new, {name: self.store.read(name).ravel()[new] for name in self.arrays if name != "status"})
+            self.seen += float(self.setup.plan.work_in(new).costs.sum())
 
     def say(self, where: str) -> None:
         """One line."""

@@ -1,11 +1,14 @@
-"""The processes that torchrun starts: launches are shared out, replicas never communicate."""
+"""The processes that torchrun starts: they lease chunks of one store, replicas never communicate."""
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as distributed
+
+SECONDS_A_LOOK = 0.02  # between two looks at whether every rank has come
 
 
 @dataclass(frozen=True)
@@ -16,9 +19,12 @@ class Rank:
     count: int
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait for every rank, and hear signals meanwhile."""
         if self.count > 1:
-            distributed.barrier()
+            waiting = distributed.barrier(async_op=True)
+            while not waiting.is_completed():
+                time.sleep(SECONDS_A_LOOK)
+            waiting.wait()
 
 
 def this_rank() -> Rank:

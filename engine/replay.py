@@ -4,6 +4,9 @@ Where cells are batch-invariant (on a GPU) the cell trains alone, in a stack of 
 until the cell has been measured. Exit code 0 if the cell is identical, 1 if not.
 """
 
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,7 +30,9 @@ class ReplayOptions:
     col: int = 0  # column of the cell, from 0
     replicate: int = 0  # replicate of the cell, from 0
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
-    save_weights: str = ""  # write the cell's final weights to this .safetensors file, for load_model
+    # write the cell's final weights for load_model: to a .safetensors file, or with their tokenizer into a new folder,
+    # which transformers reads too where it has the network
+    save_weights: str = ""
 
 
 def place_of(store: "Store", row: int, col: int, replicate: int = 0) -> tuple[int, ...]:
@@ -81,26 +86,47 @@ def compare(store: "Store", row: int, col: int, replay: "Replay", replicate: int
     return ""
 
 
+def save_weights(path: str, replay: "Replay") -> str:
+    """Save a replayed cell's weights; what was written, in a few words.
+
+    Raises:
+        ValueError: they are asked for as a folder, and no format has the network.
+    """
+    from engine.checkpoint import names_file, save_model, save_safetensors
+
+    model = replay.model
+    if names_file(path):
+        named = path.endswith(".safetensors")
+        if model is None or not named:
+            save_safetensors(path, replay.weights)
+            return "no configuration with them"
+        save_safetensors(path, model.weights, model.config, model.tokenizer_found)
+        return "their configuration beside them: load_model reads both"
+    if model is None:
+        raise ValueError(
+            f"{path} is to be a folder, but no checkpoint format has this network: give a .safetensors file"
+        )
+    save_model(path, model.config, model.weights, model.tokenizer_found, model.chat_template)
+    return "with configuration and tokenizer: load_model reads the folder"
+
+
 def main() -> None:
     """The command."""
     options = parse(ReplayOptions, __doc__.split("\n\n")[0])
     console = screen(soft_wrap=True)
     with user_errors():
-        from engine.checkpoint import check_folder, is_loadable, save_safetensors
+        from engine.checkpoint import check_destination
         from engine.store import open_store
 
         store = open_store(options.store)
         if options.save_weights:
             if not store.config.workload.keeps_weights:
                 raise ValueError(f"--save-weights: those of {store.config.network!r} stay in its kernel; leave it out")
-            check_folder(options.save_weights)
+            check_destination(options.save_weights)
         at = options.row, options.col
         replay = replay_cell(store, *at, options.device, options.replicate)
         if options.save_weights:
-            known = is_loadable(replay.model) and options.save_weights.endswith(".safetensors")
-            save_safetensors(options.save_weights, replay.weights, replay.model if known else None)
-            beside = "their configuration beside them: load_model reads both" if known else "no configuration with them"
-            console.print(f"weights written to {options.save_weights}, {beside}")
+            console.print(f"weights written to {options.save_weights}, {save_weights(options.save_weights, replay)}")
     difference = compare(store, *at, replay, options.replicate)
     where = f"cell ({options.row}, {options.col}), {len(replay.losses)} steps"
     if not difference:

@@ -124,14 +124,14 @@ class Stack:
         tokens_RBT: Tensor,
         targets_RBT: Tensor,
         hyper_R: Mapping[str, Tensor],
-        key_R2: Tensor,
+        key_R3: Tensor,
         **options: bool,
     ) -> Tensor:
         """Summed loss of each replica's micro-batch, fp32 [R]; with by_row=True of each of its rows, [R, B].
 
         Args:
             hyper_R: what the forward reads, fp32 [R] each.
-            key_R2: seed and step, int64, for whatever the forward draws.
+            key_R3: seed, step and first row of the batch, int64, for whatever the forward draws.
         """
 
         def one_replica(weights, frozen, tokens_BT, targets_BT, hyper, key):
@@ -139,14 +139,14 @@ class Stack:
             return functional_call(self.network.module, weights | frozen, arguments, options)
 
         in_dims = (0, None if self.shares_frozen else 0, 0, 0, 0, 0)
-        return vmap(one_replica, in_dims)(weights, frozen, tokens_RBT, targets_RBT, dict(hyper_R), key_R2)
+        return vmap(one_replica, in_dims)(weights, frozen, tokens_RBT, targets_RBT, dict(hyper_R), key_R3)
 
     def losses_and_gradients(
         self,
         tokens_RBT: Tensor,
         targets_RBT: Tensor,
         hyper_R: Mapping[str, Tensor],
-        key_R2: Tensor,
+        key_R3: Tensor,
         count_R: Tensor,
         ready: Callable[[Span, Tensor], None] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -156,7 +156,7 @@ class Stack:
         given, is called with each gradient once it is known, when nothing reads that parameter any more.
         """
         frozen = self.frozen(self.frozen_RF)
-        loss_R = self.losses(self.weights, frozen, tokens_RBT, targets_RBT, hyper_R, key_R2)
+        loss_R = self.losses(self.weights, frozen, tokens_RBT, targets_RBT, hyper_R, key_R3)
         hooks = []
         if ready is not None:
             hooks = [
@@ -174,7 +174,7 @@ class Stack:
         def joined(spans: list[Span]) -> Tensor:
             master_P = torch.zeros(flat_size(spans), device=self.weight_RP.device)
             for span in spans:
-                values = initial[span.name].to(master_P.device)
+                values = initial[span.name].to(master_P)
                 master_P[span.slice] = (values * scale if len(span.shape) > 1 else values).flatten()
             return master_P
 

@@ -5,15 +5,17 @@ device. A micro-step is a fixed sequence of device work with no host synchronisa
 graph. `engine.scheduler` says what is in which slot.
 
 A cell's numbers do not depend on its neighbours where every operator of the network is batch-invariant: that holds
-on a GPU with the kernels of this project. On a CPU the same launch, run again, gives the same bits.
+on a GPU with the kernels of this project. On a CPU the same runs, side by side again, give the same bits.
 
-Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameters, S step, n elements of a parameter.
+Letters: R replica (slot), B batch (of one micro-step), T time, P flat parameters, S step, N row of a run's data,
+n elements of a parameter.
 """
 
 import ctypes
 import gc
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +23,8 @@ import torch
 from torch import Tensor
 
 from engine.config import Run, SweepConfig
-from engine.data import IGNORED, Corpus, batch_order
-from engine.evaluate import Probe
+from engine.data import IGNORED, Corpus, batch_order, rows_that_hold
+from engine.evaluate import WHOLE_STACK, Probe
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import Reading, RowLosses, measurements_of
 from engine.network import Network
@@ -30,6 +32,7 @@ from engine.optim import OPTIMIZERS, Parameter, Step, by_group
 from engine.plan import Mark, Trajectory, start_names
 from engine.schedule import SCHEDULES, multiplier
 from engine.scheduler import Ready, Scheduler
+from engine.sharpness import critical_sharpness
 from engine.stack import Flat, Span, Stack
 from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
@@ -39,6 +42,7 @@ LOW, HIGH = 0, -1  # priorities of CUDA streams
 COMPUTE_BOUND = 2**24  # parameters: size above which GEMMs are compute-bound, so that updates beside them pay
 INITIAL_CACHE = 4 * 2**30  # bytes of initial weights kept on the device, at most (or one seed's)
 STARTS = 4  # last starts kept as slots hold them
+ORDERS = 16  # last orders of data kept on the host
 
 
 class Measured(NamedTuple):
@@ -54,20 +58,20 @@ class Measured(NamedTuple):
 
 
 class Graphs:
-    """The two pieces of device work: plain calls on a CPU, CUDA graphs on a GPU."""
+    """The two pieces of device work: plain calls on a CPU, CUDA graphs on a GPU, an evaluation's for each count."""
 
-    def __init__(self, step: Callable[[], None], evaluate: Callable[..., None]) -> None:
+    def __init__(self, step: Callable[[], None], evaluate: Callable[[int], None]) -> None:
         self.step: Callable[[], None] = step
         self.evaluate: Callable[[int], None] = evaluate
 
-    def capture(self, digest: Callable[[], object]) -> None:
-        """Compile every kernel, then capture both; they share memory, since neither runs with the other."""
-        step, evaluate = self.step, self.evaluate
-        compile_ahead(step, evaluate, digest)  # type: ignore[arg-type]
-        stepping = capture(step)
-        evaluating = capture(evaluate, sharing=stepping)  # type: ignore[arg-type]
+    def capture(self, counts: tuple[int, ...], digest: Callable[[], object]) -> None:
+        """Compile every kernel, then capture all; they share memory, since none runs with another."""
+        evaluations = {count: partial(self.evaluate, count) for count in counts}
+        compile_ahead(self.step, *evaluations.values(), digest)
+        stepping = capture(self.step)
+        evaluating = {count: capture(each, sharing=stepping) for count, each in evaluations.items()}
         self.step = stepping.replay
-        self.evaluate = lambda count: evaluating.replay()
+        self.evaluate = lambda count: evaluating[count].replay()
 
 
 class Trainer:
@@ -81,7 +85,7 @@ class Trainer:
         slots: int,
         device: torch.device,
         longest: int,
-        seeds: list[int],
+        rows: int,
     ) -> None:
         """Allocate the stack and its data on the device.
 
@@ -89,7 +93,7 @@ class Trainer:
             run: resolved.
             slots: R.
             longest: steps of the longest run these slots will hold.
-            seeds: of the runs they will hold.
+            rows: of the data that a run of theirs reads, at most.
         """
         self.run_of, self.config, self.network = run, run.config, network
         self.device, self.slots, self.longest = device, slots, longest
@@ -101,14 +105,14 @@ class Trainer:
         self.state = [
             {name: buffer[:, place] for name, (buffer, place) in own.items()} for own in self.state_buffers().values()
         ]
-        self.initial: dict[int, dict[str, Tensor]] = {}
+        self.initial: dict[int, Mapping[str, Tensor]] = {}
         self.flats: dict[tuple[float, ...], Flat] = {}
         self.starts: dict[tuple[float, ...], RowLosses] = {}
 
         self.largest_batch = int(run.values("batch").max())
-        self.seed_row = {seed: row for row, seed in enumerate(seeds)}
-        orders = [batch_order(seed, len(corpus.tokens), longest * self.largest_batch) for seed in seeds]
-        self.order = torch.from_numpy(np.stack(orders)).to(device)
+        self.orders: dict[tuple[int, int], np.ndarray] = {}
+        # the batch behind the last step is looked at by a measurement
+        self.order_RN = torch.zeros(slots, rows + self.largest_batch, dtype=torch.int32, device=device)
         self.tokens = torch.from_numpy(corpus.tokens).to(device)
         self.targets = torch.from_numpy(corpus.targets).to(device)
         self.supervised = torch.from_numpy(corpus.supervised).to(device)
@@ -118,10 +122,10 @@ class Trainer:
         self.clips = bool((run.column("clip") > 0).any())
 
         # an empty slot: stop is 0, so it never trains; a slot waits, inactive, at its stop
-        empty = {"step": 0, "stop": 0, "total": 1, "micro": 0, "micros": 1, "batch": 1, "seed": 0, "nonfinite": -1}
+        empty = {"step": 0, "stop": 0, "total": 1, "micro": 0, "micros": 1, "batch": 1, "nonfinite": -1}
         self.integers = torch.tensor(list(empty.values()), device=device)[:, None].repeat(1, slots)
         self.step_R, self.stop_R, self.total_R, self.micro_R = self.integers[:4]
-        self.micros_R, self.batch_R, self.seed_R, self.nonfinite_R = self.integers[4:]
+        self.micros_R, self.batch_R, self.nonfinite_R = self.integers[4:]
         self.rates, self.names = hyper_rows(run, self.stack, self.optimizers)
         self.hyper = torch.zeros(len(self.names), slots, dtype=torch.float64, device=device)
         self.hyper_R = dict(zip(self.names, self.hyper, strict=True))
@@ -130,18 +134,18 @@ class Trainer:
         self.loss_R = torch.zeros(slots, device=device)
         self.losses_RS = torch.full((slots, longest), torch.nan, device=device)
 
-        # Large networks on a GPU: an update of a parameter overlaps with the rest of the backward, unless clipping
-        # needs all gradients first. Products have precedence: an update runs where they leave room on a multiprocessor.
+        # Large networks on a GPU: an update of a parameter overlaps with the rest of the backward where its optimizer
+        # may, unless clipping needs all gradients first. Products have precedence: an update runs where they leave
+        # room on a multiprocessor.
         compute_bound = device.type == "cuda" and network.parameters >= COMPUTE_BOUND
-        overlaps = all(OPTIMIZERS[self.optimizers[span.group]].overlaps for span in self.stack.spans)
-        beside = compute_bound and overlaps and not self.clips
+        beside = compute_bound and any(map(self.overlaps, self.stack.spans)) and not self.clips
         self.optimizer_stream = torch.cuda.Stream(device, priority=LOW) if beside else None
-        forward = forward_names(self.config)
+        forward = forward_names(run)
         self.probe = Probe(self.stack, corpus, self.micro_batch, family.row_losses, forward, device)
         self.graphs = Graphs(self.micro_step, self.probe.piece)
         if device.type == "cuda":
             first_1 = torch.zeros(1, dtype=torch.int64, device=device)
-            self.graphs.capture(lambda: self.stack.digest(first_1))
+            self.graphs.capture((WHOLE_STACK, *self.probe.counts), lambda: self.stack.digest(first_1))
 
     def state_buffers(self) -> dict[str, dict[str, tuple[Tensor, slice]]]:
         """Each trained parameter's state: buffer [R, all of its optimizer's] and its own elements there, by name."""
@@ -149,7 +153,7 @@ class Trainer:
         places: dict[str, dict[tuple[str, str], slice]] = {}
         for span in self.stack.spans:
             optimizer, places[span.name] = self.optimizers[span.group], {}
-            for name, size in OPTIMIZERS[optimizer].init(span.shape).items():
+            for name, size in OPTIMIZERS[optimizer].init(span.shape, span.rows).items():
                 start = sizes.get((optimizer, name), 0)
                 places[span.name][optimizer, name] = slice(start, start + size)
                 sizes[optimizer, name] = start + -(-size // 64) * 64
@@ -174,8 +178,8 @@ class Trainer:
 
     def rows(self, first_R: Tensor, within_RB: Tensor) -> Tensor:
         """Corpus rows at some places of each slot's current batch, int64 [R, B]."""
-        position_RB = (first_R[:, None] + within_RB).clamp(max=self.order.shape[1] - 1)
-        return self.order[self.seed_R[:, None], position_RB].long()
+        position_RB = (first_R[:, None] + within_RB).clamp(max=self.order_RN.shape[1] - 1)
+        return self.order_RN.gather(1, position_RB).long()
 
     def active(self) -> Tensor:
         """Slots that train in this micro-step, bool [R]."""
@@ -191,8 +195,7 @@ class Trainer:
         update_R = self.updating(active_R)
         tokens_RBT, targets_RBT, count_R = self.gather()
         hyper_R = dict(zip(self.names, self.hyper.float(), strict=True))
-        forward_R = {name: hyper_R[name] for name in self.probe.hyper_E}
-        key_R2 = torch.stack([self.seeds_R, self.step_R * self.micros_R + self.micro_R], 1)
+        forward_R = {name: hyper_R[name] for name in self.probe.hyper_R}
         steps = self.steps_of_groups(hyper_R, update_R)
 
         def accumulated(span: Span, gradient: Tensor) -> Tensor:
@@ -202,29 +205,35 @@ class Trainer:
             accumulate_(piece, gradient, fresh_R, active_R)
             return piece
 
-        batch = tokens_RBT, targets_RBT, forward_R, key_R2, count_R
+        batch = tokens_RBT, targets_RBT, forward_R, self.keys(), count_R
+        spans = self.stack.spans
         if self.optimizer_stream is None:
             sum_R, gradients = self.stack.losses_and_gradients(*batch)
-            gradients = [accumulated(*each) for each in zip(self.stack.spans, gradients, strict=True)]
-            if self.clips:
-                scale_R = self.clip_scale(gradients)
-                steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
-            for place, gradient in enumerate(gradients):
-                self.update(place, gradient, steps)
+            left = dict(enumerate(gradients))
         else:
             main, beside = torch.cuda.current_stream(), self.optimizer_stream
-            place_of = {span.name: place for place, span in enumerate(self.stack.spans)}
+            place_of = {span.name: place for place, span in enumerate(spans)}
             kept = []  # keep alive until the streams join: the allocator may reuse it
 
             def update_beside(span: Span, gradient: Tensor) -> None:
-                kept.append(gradient)
-                beside.wait_stream(main)
-                with torch.cuda.stream(beside):
-                    self.update(place_of[span.name], accumulated(span, gradient), steps)
+                if self.overlaps(span):
+                    kept.append(gradient)
+                    beside.wait_stream(main)
+                    with torch.cuda.stream(beside):
+                        self.update({place_of[span.name]: accumulated(span, gradient)}, span.group, steps[span.group])
 
             sum_R, gradients = self.stack.losses_and_gradients(*batch, update_beside)
             main.wait_stream(beside)
-            del kept, gradients
+            del kept
+            left = {place: each for place, each in enumerate(gradients) if not self.overlaps(spans[place])}
+        left = {place: accumulated(spans[place], gradient) for place, gradient in left.items()}
+        if self.clips:
+            scale_R = self.clip_scale(list(left.values()))
+            steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
+        for group, step in steps.items():
+            own = {place: gradient for place, gradient in left.items() if spans[place].group == group}
+            self.update(own, group, step)
+        del gradients, left
 
         self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
         loss_R = self.loss_R / count_R
@@ -236,6 +245,14 @@ class Trainer:
         self.nonfinite_R.copy_(torch.where(bad_R, self.step_R, self.nonfinite_R))
         self.step_R.add_(update_R)
         self.micro_R.copy_(torch.where(update_R, 0, torch.where(active_R, self.micro_R + 1, self.micro_R)))
+
+    def overlaps(self, span: Span) -> bool:
+        """Whether a parameter's update may run beside the rest of the backward."""
+        return OPTIMIZERS[self.optimizers[span.group]].overlaps
+
+    def keys(self) -> Tensor:
+        """What random numbers of this micro-step are keyed by: seed, step and first row of the batch, int64 [R, 3]."""
+        return torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
 
     def steps_of_groups(self, hyper_R: dict[str, Tensor], update_R: Tensor) -> dict[str, Step]:
         """What each parameter group's optimizer needs for the slots whose batch is complete, clipping left out."""
@@ -259,12 +276,16 @@ class Trainer:
         # NaN norms give NaN factors: a comparison that fails must not hide them
         return torch.where(norm_R <= limit_R, 1.0, limit_R / norm_R).float()
 
-    def update(self, place: int, gradient: Tensor, steps: dict[str, Step]) -> None:
-        """The optimizer's step of one trained parameter."""
-        span, stack = self.stack.spans[place], self.stack
-        remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
-        parameter = Parameter(span.name, span.shape, span.rows, stack.weight_RP[:, span.slice], remainder)
-        OPTIMIZERS[self.optimizers[span.group]].update(parameter, gradient, self.state[place], steps[span.group])
+    def update(self, gradients: dict[int, Tensor], group: str, step: Step) -> None:
+        """The optimizer's step of some trained parameters of a group, by their place."""
+        stack, parameters = self.stack, []
+        for place, gradient in gradients.items():
+            span = stack.spans[place]
+            remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
+            weight = stack.weight_RP[:, span.slice]
+            own = span.name, span.shape, span.rows, weight, remainder, gradient, self.state[place]
+            parameters.append(Parameter(*own))
+        OPTIMIZERS[self.optimizers[group]].update(parameters, step)
 
     # ---- what the scheduler asks of a device
 
@@ -281,15 +302,30 @@ class Trainer:
         for buffer in self.buffers:
             buffer[slot] = 0
         stop = trajectory.marks[0].step
-        integers = (0, stop, trajectory.total, 0, self.micro_steps(trajectory), batch, self.seed_row[seed], -1)
+        integers = (0, stop, trajectory.total, 0, self.micro_steps(trajectory), batch, -1)
         self.integers[:, slot] = torch.tensor(integers).to(self.device)
         values = [hyper[name] for name in self.names]
         self.hyper[:, slot] = torch.tensor(values, dtype=torch.float64).to(self.device)
         if self.clips and hyper["clip"] == 0:
             self.hyper_R["clip"][slot] = torch.inf
+        self.order_RN[slot] = torch.from_numpy(self.order_of(seed, hyper["unique_tokens"])).to(self.device)
         self.seeds_R[slot] = seed
         self.broken_R[slot] = 0
         self.losses_RS[slot] = torch.nan
+
+    def order_of(self, seed: int, unique_tokens: float) -> np.ndarray:
+        """The rows of the data that a run reads, in order, int32 [N]; the last few are kept."""
+        counts_N = self.run_of.counts
+        if counts_N is None:
+            counts_N = np.full(len(self.tokens), self.tokens.shape[1], np.int32)
+        unique = len(counts_N)
+        if np.isfinite(unique_tokens):
+            unique = int(rows_that_hold(np.array(unique_tokens), seed, counts_N))
+        if (seed, unique) not in self.orders:
+            if len(self.orders) >= ORDERS:
+                self.orders.pop(next(iter(self.orders)))
+            self.orders[seed, unique] = batch_order(seed, len(counts_N), self.order_RN.shape[1], unique)
+        return self.orders[seed, unique]
 
     def stop_at(self, slot: int, step: int) -> None:
         """Let a slot train until it has taken `step` steps."""
@@ -317,7 +353,8 @@ class Trainer:
                 losses, stopped = trace[: mark.step], each.nonfinite_step
                 steps = mark.step if stopped < 0 else stopped + 1
                 batch, weights = int(hyper["batch"]), lambda slot=each.slot: self.stack.master_weights(slot)
-                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights)
+                sharpness = partial(critical_sharpness, self, each.slot)
+                reading = Reading(losses, steps, stopped, batch, probe, start, int(digest), weights, sharpness)
                 workload = self.config.family.workload
                 values = {name: own.compute[workload](reading) for name, own in wanted.items()}
                 measured.append(Measured(mark, each.slot, values, losses))
@@ -332,16 +369,18 @@ class Trainer:
 
     def flat_of(self, seed: int, scale: float) -> Flat:
         """The untrained weights of a seed and init_scale, as a slot holds them; the last few are kept."""
-        if (seed, scale) not in self.flats:
+        key = -1 if self.network.same_start else seed, scale
+        if key not in self.flats:
             if len(self.flats) >= STARTS:
                 self.flats.pop(next(iter(self.flats)))
-            self.flats[seed, scale] = self.stack.flatten(self.initial_of(seed), scale)
-        return self.flats[seed, scale]
+            self.flats[key] = self.stack.flatten(self.initial_of(seed), scale)
+        return self.flats[key]
 
-    def initial_of(self, seed: int) -> dict[str, Tensor]:
-        """The initial weights of a seed: on the device while they are few, else made anew."""
+    def initial_of(self, seed: int) -> Mapping[str, Tensor]:
+        """The initial weights of a seed, on the device while they are few, else made anew; those of a checkpoint, which
+        are read one by one."""
         if self.network.same_start:
-            seed = -1
+            return self.network.initial(seed)
         if seed not in self.initial:
             made = {name: weight.to(self.device) for name, weight in self.network.initial(seed).items()}
             if (len(self.initial) + 1) * self.network.parameters * 4 > INITIAL_CACHE:
@@ -373,14 +412,15 @@ def frozen_parameters(config: SweepConfig, network: Network) -> set[str]:
     return network.in_groups(groups, config.family.groups)
 
 
-def forward_names(config: SweepConfig) -> tuple[str, ...]:
-    """Hyper-parameters that the network's forward reads."""
-    return tuple(name for name in config.family.hyper if HYPER_PARAMETERS[name].acts == "forward")
+def forward_names(run: Run) -> tuple[str, ...]:
+    """Hyper-parameters that the network's forward reads, without those that are off in every cell."""
+    names = [name for name in run.config.family.hyper if HYPER_PARAMETERS[name].acts == "forward"]
+    return tuple(name for name in names if (run.column(name) != HYPER_PARAMETERS[name].off).any())
 
 
 def hyper_rows(run: Run, stack: Stack, optimizers: dict[str, str]) -> tuple[list[str], list[str]]:
     """Names of the slots' hyper-parameters: learning rates, which are scheduled, and all of them, those first."""
-    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run.config)]
+    rates, others = [], ["warmup", "clip", *SCHEDULES[run.config.training.schedule].hyper, *forward_names(run)]
     for group in dict.fromkeys(span.group for span in stack.spans):
         rates.append(run.source("lr", group))
         others += [run.source(name, group) for name in OPTIMIZERS[optimizers[group]].hyper if name != "lr"]

@@ -19,9 +19,10 @@ import numpy as np
 import zarr
 from zarr.errors import ZarrUserWarning
 
+from engine.amount import epochs_of
 from engine.config import Run, SweepConfig, cells_of, make_config
 from engine.files import DurableStore, FolderLock, make_folders, place_folder
-from engine.grid import Grid, Points
+from engine.grid import Axis, Grid, Points
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import MEASUREMENTS, Measurement, measurements_of
 from engine.outcome import DONE, LABELS, Thresholds
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 FORMAT = "fractal-llm sweep"
 VERSION = 2
 STATUS = Measurement("0 not computed, 1 done", "u1", 0, {})
-BY_CONTENT = ("data", "problem", "points")  # fields that name inputs, which are compared by what they hold
+COUNTS = "counts"  # the array of Run.counts
+# fields that name inputs, which are compared by what they hold
+BY_CONTENT = ("data", "model", "tokenizer", "problem", "points")
 
 
 class Store:
@@ -54,7 +57,7 @@ class Store:
             )
         self.config: SweepConfig = config_from(self.attributes["configuration"])
         self.group = zarr.open_group(self.path, mode="r", use_consolidated=False)
-        self.run = Run(self.config, self.stored_cells())
+        self.run = Run(self.config, self.stored_cells(), self.stored_counts())
         self.label_rule = self.config.workload.label
         self.specs = {"status": STATUS} | measurements_of(self.run)
         self.check_arrays()
@@ -73,6 +76,10 @@ class Store:
             if not self.has_metadata(name):
                 raise ValueError(f"{self.path} is half-written (coordinate {name!r}); delete it and sweep again")
         return cells.stored_as({name: np.asarray(self.array(name)[:]) for name in cells.columns})
+
+    def stored_counts(self) -> np.ndarray | None:
+        """What each row of the training set adds to `tokens`, where that is stored (`Run.counts`)."""
+        return np.asarray(self.array(COUNTS)[:]) if self.has_metadata(COUNTS) else None
 
     def has_metadata(self, name: str) -> bool:
         """Whether an array is there; zarr lets a damaged array's own error through, which names no file."""
@@ -148,6 +155,12 @@ class Store:
     def status(self) -> np.ndarray:
         """Status codes [replicate, *cells] (engine.outcome)."""
         return self.read("status")
+
+    @property
+    def epochs(self) -> np.ndarray | None:
+        """How often each cell's budget sees the data [replicate, *cells]; None where the store holds no size of it."""
+        amount = self.attributes.get("amount")
+        return None if amount is None else epochs_of(self.config.workload.plan(self.run), amount)
 
     @property
     def figures(self) -> Path:
@@ -237,10 +250,12 @@ def store_attributes(path: Path) -> dict:
     return attributes
 
 
-def config_from(stored: Mapping[str, Any]) -> SweepConfig:
+def config_from(stored: dict[str, Any]) -> SweepConfig:
     """Read back `SweepConfig.flat`. Raises ValueError for fields that this version does not know."""
     try:
-        return make_config(**stored)
+        # axes as they are written now: older versions spelt lin out
+        axes = {name: str(Axis.parse(stored[name])) for name in ("y", "x") if stored.get(name)}
+        return make_config(**(stored | axes))
     except ValueError as error:
         raise ValueError(f"the stored configuration cannot be read ({error}); it comes from another version") from error
 
@@ -311,6 +326,9 @@ def build_store(building: Path, run: Run, steps: int, chunk_rows: int, attribute
     coordinates = replicate_coordinates(run) | run.cells.coordinates()
     if config.swept.trace == "on":
         coordinates["step"] = ("step", np.arange(steps), {"long_name": "step"})
+    if run.counts is not None:
+        words: dict[str, Any] = {"long_name": "what a row of the training set adds to tokens", "units": "token"}
+        group.create_array(COUNTS, data=run.counts, dimension_names=("data_row",), attributes=words)
     for name, (dim, values, own) in coordinates.items():
         group.create_array(name, data=values, dimension_names=(dim,), attributes=own)
     auxiliary = " ".join(name for name, (dim, *_) in coordinates.items() if name != dim)
@@ -358,19 +376,32 @@ class Writer(Store):
         # zarr writes an object beside its place and renames it; this store syncs it too
         self.group = zarr.open_group(DurableStore(self.path), mode="r+", use_consolidated=False)
 
-    def grow(self, replicates: int) -> None:
-        """Make room for more replicates; the configuration says so last."""
-        run = Run(replace(self.config, swept=replace(self.config.swept, replicates=replicates)), self.run.cells)
-        for name in self.specs:
+    def grow(self, replicates: int, steps: int) -> None:
+        """Make room for more replicates, of runs of at most `steps` steps; the configuration says so last."""
+        run = replace(self.run, config=replace(self.config, swept=replace(self.config.swept, replicates=replicates)))
+        coordinates = replicate_coordinates(run)
+        for name, spec in self.specs.items():
             array = self.array(name)
-            array.resize((replicates, *array.shape[1:]))
-        for name, (_, values, _) in replicate_coordinates(run).items():
+            shape = (replicates, *array.shape[1:])
+            if spec.by_step:
+                shape = (*shape[:-1], max(steps, shape[-1]))
+                coordinates["step"] = ("step", np.arange(shape[-1]), {})
+            array.resize(shape)
+        for name, (_, values, _) in coordinates.items():
             array = self.array(name)
             array.resize(values.shape)
             array[:] = values
         self.group.update_attributes({"configuration": run.config.flat(), "configuration_hash": run.config.hash})
         consolidate(self.path)
         self.config, self.run = run.config, run
+
+    def timed(self, seconds: float, cells: int) -> None:
+        """Add to what training took: what more replicates would cost follows from it."""
+        before = self.attributes.get("took", {"seconds": 0.0, "cells": 0})
+        took = {"seconds": before["seconds"] + seconds, "cells": before["cells"] + cells}
+        self.attributes["took"] = took
+        self.group.update_attributes({"took": took})
+        consolidate(self.path)
 
     def write_chunk(self, chunk: Chunk, block: Mapping[str, np.ndarray]) -> None:
         """Write a chunk of every array given, each [rows, ...]; `status` last."""
@@ -386,10 +417,10 @@ class Writer(Store):
             self.lock.close()
 
 
-def check_same_run(path: Path, stored: Run, asked: Run) -> None:
+def check_same_run(path: Path, stored: Run, asked: Run, changed: Iterable[str] = ()) -> None:
     """Raise ValueError naming every field in which a store's sweep differs from the asked one.
 
-    Inputs are compared by content (`check_same_inputs`). More replicates than are stored are no difference.
+    Inputs are compared by content, `changed` (`changed_inputs`). More replicates than are stored are no difference.
     """
     defaults = {name: rule.default for name, rule in HYPER_PARAMETERS.items()}
     was, now = stored.config.flat(), asked.config.flat()
@@ -399,26 +430,24 @@ def check_same_run(path: Path, stored: Run, asked: Run) -> None:
         differ.append("points")
     if now["replicates"] < was["replicates"]:
         differ.append("replicates")
-    if differ:
-        fields = "; ".join(f"{name}={values[name][0]!r}, got {values[name][1]!r}" for name in differ)
+    if differ or changed:
+        said = [f"{name}={values[name][0]!r}, got {values[name][1]!r}" for name in differ]
+        said += [f"{name} of other content, {values[name][0]!r}, got {values[name][1]!r}" for name in changed]
+        fields = "; ".join(said)
         raise ValueError(
             f"{path} holds a sweep with {fields}; give the same configuration to resume it, or --store another path"
         )
 
 
-def check_same_inputs(store: Store, inputs: Mapping[str, str], cells: Any) -> None:
-    """Raise ValueError when data, problem or points are no longer those a store's cells were trained on."""
+def changed_inputs(store: Store, inputs: Mapping[str, str], cells: Any) -> list[str]:
+    """Which of data, problem and points are no longer those that a store's cells were trained on."""
     changed = [name for name, digest in inputs.items() if store.attributes["inputs"].get(name) != digest]
     if cells is not None and not isinstance(cells, Grid):
         same = list(cells.columns) == list(store.run.names) and all(
             np.array_equal(cells.columns[name], store.run.cells.columns[name]) for name in store.run.names
         )
         changed += [] if same else ["points"]
-    for name in changed:
-        raise ValueError(
-            f"{name}={store.config.flat().get(name)!r} holds other values than when {store.path} was made; restore "
-            "them, or sweep into another --store"
-        )
+    return changed
 
 
 def empty_block(specs: Iterable[str], shape: tuple[int, ...], steps: int) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 
 from engine.config import Run, SweepConfig, cells_of, hyper_names, make_config
-from engine.family import ALIASES
+from engine.family import spelt_out
 from engine.measure import measurements_of
 from engine.outcome import LABELS, Thresholds, measure_label, window_label
 from engine.store import STATUS, Store, store_attributes
@@ -73,7 +73,7 @@ class StoreV1(Store):
 
 def config_v1(stored: Mapping[str, Any]) -> SweepConfig:
     """The configuration of a first-format store: fields by their present names, and of those what its network reads."""
-    network = ALIASES.get(stored["network"], stored["network"])
+    network, stored = spelt_out(stored["network"], stored)
     values = {name.replace("_", ".", 1) if name in FOLLOWING else name: value for name, value in stored.items()}
     swept = [values[axis].partition(":")[0] for axis in ("y", "x")]
     fields = {name: values[name] for name in make_config(network).flat() if name in values and name != "network"}

@@ -3,19 +3,21 @@
 The arguments are read by engine/options.py, the sweep itself is `engine.api.run_sweep`.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
+from collections.abc import Sequence
 
 from engine.command import user_errors
-from engine.options import read_arguments
+from engine.options import Finish, read_arguments
 
 
-def main(arguments: Sequence[str] | None = None, finish: Callable[[Path], None] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, finish: Finish | None = None) -> None:
     """The command.
 
     Args:
         arguments: default those of the command line.
-        finish: called with the finished store, unless --no-figures is given.
+        finish: called with the finished store and whether W&B tracks it, unless --no-figures is given.
     """
     with user_errors():
         config, options = read_arguments(
@@ -29,11 +31,6 @@ def main(arguments: Sequence[str] | None = None, finish: Callable[[Path], None] 
 
 
 if __name__ == "__main__":
-
-    def draw(store: Path) -> None:
-        """A script joins what the folders keep apart: the engine imports no analysis."""
-        from analysis.plot import draw_store
-
-        draw_store(store)
+    from analysis.fractal import draw  # a script joins what the folders keep apart: the engine imports no analysis
 
     main(finish=draw)

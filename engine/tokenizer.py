@@ -3,6 +3,7 @@
 Both classes offer the same things:
 
     name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
+    calls                   whether there are marks for an assistant's python calls and their outputs
     padding                 the id that fills an unfinished row (never a target)
     encode(text), decode(tokens)
     document(text)          tokens of one plain document with its boundary mark
@@ -44,7 +45,7 @@ def is_learned(message: Message) -> bool:
 class ByteTokenizer:
     """UTF-8 bytes 0-255, then the marks of nanochat's conversations."""
 
-    name = "bytes"
+    name, calls = "bytes", False
     vocabulary = BYTE_VOCABULARY
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
     padding = bos
@@ -101,7 +102,7 @@ class SmolLM2Tokenizer:
     rendered string cannot say which tokens are replies; a test compares it with the file's own.
     """
 
-    name = "smollm2"
+    name, calls = "smollm2", False
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[str]):

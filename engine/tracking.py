@@ -1,12 +1,19 @@
 """Weights & Biases, where it is asked for: one run a sweep, never one a cell."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine.config import SweepConfig
+from engine.store import Store, open_store
+
+if TYPE_CHECKING:
+    import pandas
 
 MODES = ("off", "offline", "online")
 LONGEST = 128  # characters of a name that W&B takes
+MOST_CELLS = 200_000  # rows that a table of W&B's holds
 
 
 def check(mode: str) -> None:
@@ -26,31 +33,55 @@ class Tracking:
         if self.run is None:
             return
         counts = {f"cells/{name}": count for name, count in watch.label_counts().items()}
+        done = watch.done_before + watch.done
+        # cells as steps: they go on where a resumed sweep goes on, so that its lines follow the earlier ones
         self.run.log(
             counts
             | {
-                "cells": watch.done_before + watch.done,
+                "cells": done,
                 "cells_per_second": watch.done / watch.seconds,
                 f"{watch.unit}_per_second": watch.trained / watch.seconds,
-            }
+            },
+            step=done,
         )
 
-    def finish(self, store: Path) -> None:
-        """Log the drawn maps as images and the store as an artifact, and end the run."""
+    def finish(self, path: Path, found: Mapping[str, Any]) -> None:
+        """Log the maps, a table of cells and what was found, with store and report as artifacts, and end the run.
+
+        Args:
+            found: what the run's summary says besides the counts of labels.
+        """
         if self.run is None:
             return
         import wandb
 
-        images = {f"map/{p.stem}": wandb.Image(str(p)) for p in sorted((store / "figures").glob("*.png"))}
-        if images:
-            self.run.log(images)
-        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]+", "-", f"sweep-{store.name}")[:LONGEST], type="sweep")
-        artifact.add_dir(str(store))
+        images = {f"map/{p.stem}": wandb.Image(str(p)) for p in sorted((path / "figures").glob("*.png"))}
+        store = open_store(path)
+        cells = cell_frame(store)
+        table = {"cells_table": wandb.Table(dataframe=cells)} if len(cells) < MOST_CELLS else {}
+        self.run.log(images | table)
+        labels = {f"labels/{name}": int(count) for name, count in cells["label"].value_counts().items()}
+        self.run.summary.update(labels | dict(found))
         try:
-            self.run.log_artifact(artifact)
+            for kind, file in (("sweep", path), ("report", path / "figures" / "report.html")):
+                if not file.exists():
+                    continue
+                artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{kind}-{path.name}")[:LONGEST], type=kind)
+                (artifact.add_dir if file.is_dir() else artifact.add_file)(str(file))
+                self.run.log_artifact(artifact)
             self.run.finish()
         except wandb.errors.Error as error:
-            raise ValueError(f"all cells are stored in {store}, but W&B did not take them ({error})") from None
+            raise ValueError(f"all cells are stored in {path}, but W&B did not take them ({error})") from None
+
+
+def cell_frame(store: Store) -> "pandas.DataFrame":
+    """A row a cell: its swept hyper-parameters and seed, its label, and every measurement that is one number."""
+    data = store.to_xarray()
+    # a digest is no number, and W&B's tables hold none of 64 bits
+    numbers = [
+        name for name, each in store.specs.items() if not each.by_step and each.dtype != "u8" and name != "status"
+    ]
+    return data[["label", *numbers]].to_dataframe().reset_index()
 
 
 def start(

@@ -202,11 +202,16 @@ class TwoLayerSetup:
     launches: list[Launch]
     inputs: dict[str, str]
     exact: str = "at any width"
+    width: int = 1
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What the store says of it."""
         return {}
+
+    def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
+        """Those missing."""
+        return self.plan.missing(launch, status)
 
     def train(
         self, launch: Launch, status: np.ndarray, progress: Callable[[float, float], None]
@@ -268,7 +273,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     if asked != "auto" and (not asked.isdecimal() or int(asked) < 1):
         raise ValueError(f"rows_per_launch is {asked!r}; expected auto or a whole number >= 1")
     cells = CPU_CELLS if device.type == "cpu" else GPU_CELLS
-    automatic = max(min(cells // math.prod(run.cells.shape[1:]), -(-rows // ranks)), 1)
+    automatic = max(min(cells // math.prod(run.cells.shape[1:]), plan.shared_rows(rows, ranks)), 1)
     chunk = stored.chunk_rows if stored is not None else min(automatic if asked == "auto" else int(asked), rows)
     launch = automatic if asked == "auto" else int(asked)
     return TwoLayerSetup(run, made, device, chunk, plan.launches(made, chunk, launch, together=True), inputs)

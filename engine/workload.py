@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
+    from engine.checkpoint import LoadedModel
     from engine.config import Run, SweepConfig
     from engine.family import Family
     from engine.plan import Launch, Plan
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 class Replay(NamedTuple):
     """A cell trained again.
 
-    losses: fp32 [S], before each update. weights: fp32 by name, {} if not kept. model: the configuration that the
-    network's module holds, None where it holds none.
+    losses: fp32 [S], before each update. weights: fp32 by name, {} if not kept. model: what `engine.checkpoint` saves,
+    None where no format of it has the network.
     """
 
     losses: np.ndarray
     weights_digest: int
     weights: "dict[str, torch.Tensor]"
-    model: Any = None
+    model: "LoadedModel | None" = None
 
 
 class Setup(Protocol):
@@ -52,8 +53,12 @@ class Setup(Protocol):
     launches: "list[Launch]"
 
     @property
+    def width(self) -> int:
+        """Runs that train at once, so that a launch should hold as many."""
+
+    @property
     def exact(self) -> str:
-        """What a cell's bits depend on: 'at any width', or 'in the same launch'."""
+        """What a cell's bits depend on: 'at any width', 'in the same wave' or launch."""
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -62,6 +67,9 @@ class Setup(Protocol):
     @property
     def attributes(self) -> dict[str, Any]:
         """What the store says of it."""
+
+    def to_train(self, launch: "Launch", status: np.ndarray) -> np.ndarray:
+        """Flat indices of the cells of a launch that are trained: those missing, and whichever that takes."""
 
     def train(
         self, launch: "Launch", status: np.ndarray, progress: Callable[[float, float], None]
@@ -97,6 +105,10 @@ class Workload:
     label: Callable[[Arrays, np.ndarray, Thresholds], np.ndarray]
     labelled: tuple[str, ...]
     """measurements that `label` reads, beside `status`"""
+    ranks: str
+    """the measurement by which a cell is better the lower it is"""
+    setting: "Callable[[Run], str]"
+    """how it trains what is not swept, in a few words, for a sentence that holds for this alone"""
     traces: bool
     """whether --trace auto stores every loss"""
     unit: str
@@ -122,16 +134,22 @@ class LanguageOptions:
     packing: str = "cut"  # cut: documents end to end, cut every context; best-fit: whole documents, rows filled up
     data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
     validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
-    optimizer: str = "adamw"  # adamw or sgd; by parameter group: adamw,embedding=sgd
+    optimizer: str = "adamw"  # %(legal)s; by parameter group: adamw,matrix=muon
     freeze: str = ""  # parameter groups that are not trained, with commas between
-    schedule: str = "constant"  # constant, cosine, wsd (warm-up, stable, decay) or linear (to zero)
+    count: str = "tokens"  # what tokens and unique_tokens count: %(legal)s (only those that are learned)
+    schedule: str = "constant"  # %(legal)s (wsd: warm-up, stable, decay; linear: to zero)
     micro_batch: int = 0  # sequences a forward pass; larger batches accumulate gradients (0: chosen from the batches)
+
+
+COUNTS = {"tokens": "", "supervised": "supervised"}
+"""the field of a corpus that says what each row adds to `tokens`, by what is counted; '' where every row adds its
+context"""
 
 
 def language_hyper(config: "SweepConfig") -> tuple[str, ...]:
     """Those of the data and the start, of every optimizer that is used, and of the schedule."""
     training = config.training
-    names = ["tokens", "batch", "seed", "init_scale", "warmup", "clip"]
+    names = ["tokens", "unique_tokens", "epochs", "batch", "seed", "init_scale", "warmup", "clip"]
     for optimizer in set(by_group(training.optimizer, config.family.groups).values()):
         names += OPTIMIZERS[optimizer].hyper
     return (*names, *schedule_of(training.schedule).hyper)
@@ -174,8 +192,10 @@ def resolve_language(run: "Run", device: str) -> "Run":
         if group not in run.config.family.groups:
             raise ValueError(f"freeze has {group!r}; expected some of {', '.join(run.config.family.groups)}")
     expect("packing", training.packing, ("cut", "best-fit"))
+    expect("count", training.count, tuple(COUNTS))
     check_schedule(run)
-    check_steps(run)
+    if not COUNTS[training.count]:
+        check_steps(run)
     data = training.data if training.data == "chitchat" else resolved_data(training.data)
     training = replace(training, data=data, micro_batch=training.micro_batch or automatic_micro_batch(run))
     return replace(run, config=replace(run.config, training=training))
@@ -199,16 +219,27 @@ def check_schedule(run: "Run") -> None:
 
 def check_steps(run: "Run") -> None:
     """Raise ValueError unless every cell has two whole steps: one step says nothing about training."""
-    from engine.plan import steps_of
+    from engine.plan import planned_steps
 
-    tokens, batch, context = run.column("tokens"), run.column("batch"), run.config.training.context
-    fewest = steps_of(tokens, batch, context)
-    if fewest.min() < 2:
-        step = int(batch.max()) * context
+    if planned_steps(run).min() < 2:
+        tokens, training = run.column("tokens"), run.config.training
+        step = int(run.column("batch").max()) * training.context
         raise ValueError(
-            f"tokens starts at {tokens.min():g}, below two steps of {step} tokens (batch x context); expected more "
-            f"than {step}: raise tokens, or lower --batch or --context"
+            f"tokens starts at {tokens.min():g}, below two steps of {step} tokens (batch x context; counted are "
+            f"{training.count}); expected more: raise tokens, or lower --batch or --context"
         )
+
+
+def language_setting(run: "Run") -> str:
+    """Optimizer, batch, schedule and data."""
+    training = run.config.training
+    batch = f"{run.config.value('batch'):g}" if "batch" not in run.names else "the batch"
+    said = [training.optimizer, f"{batch} x {training.context} tokens a step", f"{training.schedule} schedule"]
+    said += [f"{name} {value:g}" for name, value in run.config.hyper.items() if name not in ("tokens", "batch")]
+    said += [f"{training.freeze} frozen"] if training.freeze else []
+    from engine.amount import short_name
+
+    return ", ".join([*said, f"on {short_name(training.data)}"])
 
 
 def prepare_language(run: "Run", device: "torch.device", options: Any, ranks: int, stored: "Store | None") -> "Setup":
@@ -270,6 +301,14 @@ def two_layer_reads(run: "Run", name: str) -> bool:
     return name.partition(".")[0] != "lr" or name in (run.source("lr", "0"), run.source("lr", "1"))
 
 
+def two_layer_setting(run: "Run") -> str:
+    """Steps and points."""
+    training = run.config.training
+    points = f"{training.minibatch} of {training.data_points}" if training.minibatch else f"all {training.data_points}"
+    given = [f"{name} {value:g}" for name, value in run.config.hyper.items()]
+    return ", ".join([f"{training.steps} steps of gradient descent", f"{points} points a step", *given])
+
+
 def prepare_two_layer(run: "Run", device: "torch.device", options: Any, ranks: int, stored: "Store | None") -> "Setup":
     """`engine.two_layer.prepare`."""
     from engine.two_layer import prepare
@@ -306,6 +345,8 @@ WORKLOADS: dict[str, Workload] = {
             "first_loss", "nonfinite_step", "val_first", "val_loss", "loss_min", "loss_max", "loss_noise",
             "val_difference_se",
         ),
+        ranks="val_loss",
+        setting=language_setting,
         traces=True,
         unit="tokens",
         keeps_weights=True,
@@ -320,6 +361,8 @@ WORKLOADS: dict[str, Workload] = {
         plan=plan_two_layer,
         label=measure_label,
         labelled=("first_loss", "nonfinite_step", "measure"),
+        ranks="measure",
+        setting=two_layer_setting,
         traces=False,
         unit="steps",
         keeps_weights=False,

@@ -7,8 +7,8 @@ Rotary and norm cost a few operations on tiles that are loaded anyway, so every 
 and nothing but the output and the logsumexp is kept. A program owns one (replica, batch row, kv
 head, block of times) and loops over the query heads of its group, so no sum crosses programs and
 no atomics are needed. Where all keys fit one block (T <= 128 in bf16) a single backward kernel
-yields dq, dk and dv, in three causal pairs of half blocks where no kv head is shared; longer
-contexts take one kernel for dq and one for dk and dv. The halves of the head dimension are separate
+yields dq, dk and dv, in three causal pairs of half blocks where no kv head is shared; contexts of
+several blocks go to `kernels/attention_blocks.py`. The halves of the head dimension are separate
 tiles: rotary then needs no shuffle, and q k^T is two dots.
 """
 
@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_blocks import backward_blocks, forward_blocks
+from kernels.rotary import load_rotated, load_rows, store_rows, store_unrotated
 from kernels.stacking import custom_operator, dense_replicas, dot_precision, fold_vmap
 
 DTYPES = (torch.bfloat16, torch.float32)
-MAX_TIME = 2048
+MAX_TIME = 4096
 MAX_HEAD_DIM = 128
 
 
@@ -43,7 +45,7 @@ def qkv_attention(
 
     qkv_BTC: [B, T, (H + 2 G) K]; cos_TK2, sin_TK2: float32 [T, K / 2]. Returns [B, T, H K] in the
     dtype of qkv. On a GPU: bfloat16 or float32 (float32 products as
-    `torch.get_float32_matmul_precision` says), T <= 2048, even K <= 128; ValueError otherwise.
+    `torch.get_float32_matmul_precision` says), T <= 4096, even K <= 128; ValueError otherwise.
     """
     _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads)
     if qkv_BTC.device.type == "cpu":
@@ -140,17 +142,14 @@ def attention_op(
     K = C // (heads + 2 * kv_heads)
     o_RBTD = qkv_RBTC.new_empty(R, B, T, heads * K)
     logsumexp_RBHT = qkv_RBTC.new_empty(R, B, heads, T, dtype=torch.float32)
-    tiles = forward_tiles(T, K, qkv_RBTC.dtype)
-    grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
-    _attention_forward_kernel[grid](
-        qkv_RBTC.contiguous(),
-        *_tables(cos_RTK2, sin_RTK2),
-        o_RBTD,
-        logsumexp_RBHT,
-        eps,
-        **_shape(B, T, K, heads, kv_heads, qk_norm),
-        **tiles,
-    )
+    qkv_RBTC, tables = qkv_RBTC.contiguous(), _tables(cos_RTK2, sin_RTK2)
+    shape = _shape(B, T, K, heads, kv_heads, qk_norm)
+    if one_block(qkv_RBTC.dtype) >= T:
+        tiles = forward_tiles(T, K, qkv_RBTC.dtype)
+        grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
+        _attention_forward_kernel[grid](qkv_RBTC, *tables, o_RBTD, logsumexp_RBHT, eps, **shape, **tiles)
+    else:
+        forward_blocks(qkv_RBTC, tables, o_RBTD, logsumexp_RBHT, eps, shape)
     return o_RBTD, logsumexp_RBHT
 
 
@@ -183,23 +182,17 @@ def attention_backward_op(
     shape = _shape(B, T, K, heads, kv_heads, qk_norm)
     half = half_block(T, K, heads, kv_heads, qkv_RBTC.dtype)
     if half:
-        grid, tiles = (R * B * heads,), cut_tiles((half, half, 4, 1), T, K)
-        _attention_backward_head_kernel[grid](
+        tiles = cut_tiles((half, half, 4, 1), T, K)
+        _attention_backward_head_kernel[(R * B * heads,)](
             qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, dqkv_RBTC, eps, **shape, **tiles
         )
-        return dqkv_RBTC
-    tiles = backward_tiles(T, K, qkv_RBTC.dtype)
-    one_block = tiles["BLOCK_K"] >= T
-    delta_RBHT = torch.empty_like(logsumexp_RBHT)
-    if not one_block:
-        grid = (R * B * heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
-        _attention_backward_queries_kernel[grid](
-            qkv_RBTC, *tables, o_RBTD, do_RBTD, logsumexp_RBHT, delta_RBHT, dqkv_RBTC, eps, **shape, **tiles
+    elif one_block(qkv_RBTC.dtype) >= T:
+        tiles = backward_tiles(T, K, qkv_RBTC.dtype)
+        _attention_backward_kernel[(R * B * kv_heads,)](
+            qkv_RBTC, *tables, do_RBTD, logsumexp_RBHT, dqkv_RBTC, eps, **shape, **tiles
         )
-    grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_K"]),)
-    _attention_backward_keys_kernel[grid](
-        qkv_RBTC, *tables, do_RBTD, logsumexp_RBHT, delta_RBHT, dqkv_RBTC, eps, ONE_BLOCK=one_block, **shape, **tiles
-    )
+    else:
+        backward_blocks(qkv_RBTC, tables, o_RBTD, do_RBTD, logsumexp_RBHT, dqkv_RBTC, eps, shape)
     return dqkv_RBTC
 
 
@@ -230,22 +223,27 @@ def _shape(B, T, K, heads, kv_heads, qk_norm):
     return {"B": B, "T": T, "K": K, "H": heads, "G": kv_heads, "QK_NORM": qk_norm, "SCALE": 1 / math.sqrt(K)}
 
 
-def forward_tiles(T, K, dtype):
-    """Tile sizes from one replica's shape and dtype alone; BLOCK_K >= T means one block of keys."""
+def one_block(dtype):
+    """The longest context whose keys are one block."""
     if dtype == torch.bfloat16:
-        tiles = (64 if K <= 64 else 128, 128, 4, 1) if T <= 128 else (128, 64, 8, 2)
-    else:
-        tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
-    return cut_tiles(tiles, T, K)
+        return 128
+    return 64 if dot_precision() == "tf32" else 32
+
+
+def forward_tiles(T, K, dtype):
+    """Tile sizes of a context of one block, from one replica's shape and dtype alone."""
+    keys = one_block(dtype)
+    if dtype == torch.bfloat16:
+        return cut_tiles((64 if K <= 64 else 128, keys, 4, 1), T, K)
+    return cut_tiles((keys, keys, 8 if keys == 64 else 4, 1), T, K)
 
 
 def backward_tiles(T, K, dtype):
     """As `forward_tiles`; smaller query blocks, since five products share the registers."""
+    keys = one_block(dtype)
     if dtype == torch.bfloat16:
-        tiles = (128 if K <= 64 else 32, 128, 8, 1) if T <= 128 else (64, 64, 4 if K <= 64 else 8, 2)
-    else:
-        tiles = (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
-    return cut_tiles(tiles, T, K)
+        return cut_tiles((128 if K <= 64 else 32, keys, 8, 1), T, K)
+    return cut_tiles((keys, keys, 8 if keys == 64 else 4, 1), T, K)
 
 
 def half_block(T, K, heads, kv_heads, dtype):
@@ -267,60 +265,6 @@ def cut_tiles(tiles, T, K):
         "num_warps": num_warps if time > 32 else 4,
         "num_stages": num_stages,
     }
-
-
-@triton.jit
-def _load_rotated(x_ptr, cos_ptr, sin_ptr, time, eps, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr):
-    """Both halves of q or k [times, HALF] after rotary and norm, in the dtype of x, and the norm's 1 / rms."""
-    half = tl.arange(0, HALF)
-    inside = (time < T)[:, None] & (half < K // 2)[None, :]
-    x_at = x_ptr + time[:, None] * ROW + half[None, :]
-    table_at = time[:, None] * (K // 2) + half[None, :]
-    x1 = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(x_at + K // 2, mask=inside, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + table_at, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + table_at, mask=inside, other=0.0)
-    y1 = x1 * cos - x2 * sin
-    y2 = x2 * cos + x1 * sin
-    scale = tl.full([time.shape[0]], 1.0, tl.float32)
-    if QK_NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(y1 * y1 + y2 * y2, 1) / K + eps)
-        y1 *= scale[:, None]
-        y2 *= scale[:, None]
-    return y1.to(x_ptr.dtype.element_ty), y2.to(x_ptr.dtype.element_ty), scale
-
-
-@triton.jit
-def _store_unrotated(
-    dy1, dy2, y1, y2, scale, dx_ptr, cos_ptr, sin_ptr, time, T, K, ROW, HALF: tl.constexpr, QK_NORM: tl.constexpr
-):
-    """Take the gradient of `_load_rotated`'s halves back through norm and rotary, and store it."""
-    if QK_NORM:
-        along = (tl.sum(dy1 * y1.to(tl.float32) + dy2 * y2.to(tl.float32), 1) / K)[:, None]
-        dy1 = scale[:, None] * (dy1 - y1.to(tl.float32) * along)
-        dy2 = scale[:, None] * (dy2 - y2.to(tl.float32) * along)
-    half = tl.arange(0, HALF)
-    inside = (time < T)[:, None] & (half < K // 2)[None, :]
-    table_at = time[:, None] * (K // 2) + half[None, :]
-    cos = tl.load(cos_ptr + table_at, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + table_at, mask=inside, other=0.0)
-    dx_at = dx_ptr + time[:, None] * ROW + half[None, :]
-    tl.store(dx_at, dy1 * cos + dy2 * sin, mask=inside)
-    tl.store(dx_at + K // 2, dy2 * cos - dy1 * sin, mask=inside)
-
-
-@triton.jit
-def _load_rows(x_ptr, time, T, K, ROW, FULL):
-    column = tl.arange(0, FULL)
-    inside = (time < T)[:, None] & (column < K)[None, :]
-    return tl.load(x_ptr + time[:, None] * ROW + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_rows(x, x_ptr, time, T, K, ROW, FULL):
-    column = tl.arange(0, FULL)
-    inside = (time < T)[:, None] & (column < K)[None, :]
-    tl.store(x_ptr + time[:, None] * ROW + column[None, :], x, mask=inside)
 
 
 @triton.jit
@@ -346,11 +290,10 @@ def _attention_forward_kernel(
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (replica, batch row, kv head, query block): online softmax over the key blocks."""
+    """Program (replica, batch row, kv head, query block) of a context whose keys are one block."""
     C: tl.constexpr = (H + 2 * G) * K
     GROUP: tl.constexpr = H // G
     LOG2E: tl.constexpr = 1.4426950408889634
-    ONE_BLOCK: tl.constexpr = BLOCK_K >= T
     blocks = tl.cdiv(T, BLOCK_Q)
     # Last blocks first: they see the most keys and should not start last.
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -366,36 +309,24 @@ def _attention_forward_kernel(
 
     q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k_time = tl.arange(0, BLOCK_K)
-    if ONE_BLOCK:
-        k1, k2, _k = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
-        v = _load_rows(v_ptr, k_time, T, K, C, FULL)
-    seen = T if ONE_BLOCK else min(T, (block + 1) * BLOCK_Q)
+    k1, k2, _k = load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+    v = load_rows(v_ptr, k_time, T, K, C, FULL)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q1, q2, _q = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
-        largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        o = tl.zeros([BLOCK_Q, FULL], tl.float32)
-        for start in range(0, seen, BLOCK_K):
-            k_time = start + tl.arange(0, BLOCK_K)
-            if not ONE_BLOCK:
-                k1, k2, _k = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
-                v = _load_rows(v_ptr, k_time, T, K, C, FULL)
-            s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
-            s = tl.where(k_time[None, :] <= q_time[:, None], s, float("-inf"))
-            previous = largest
-            largest = tl.maximum(previous, tl.max(s, 1) * (SCALE * LOG2E))
-            p = tl.exp2(s * (SCALE * LOG2E) - largest[:, None])
-            shrink = tl.exp2(previous - largest)
-            total = total * shrink + tl.sum(p, 1)
-            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
-        _store_rows(o / total[:, None], o_ptr + head * K, q_time, T, K, H * K, FULL)
+        q1, q2, _q = load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+        s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
+        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+        s = tl.where(k_time[None, :] <= q_time[:, None], s, float("-inf"))
+        largest = tl.max(s, 1) * (SCALE * LOG2E)
+        p = tl.exp2(s * (SCALE * LOG2E) - largest[:, None])
+        total = tl.sum(p, 1)
+        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        store_rows(o / total[:, None], o_ptr + head * K, q_time, T, K, H * K, FULL)
         tl.store(logsumexp_ptr + head * T + q_time, largest + tl.log2(total), mask=q_time < T)  # base 2
 
 
 @triton.jit
-def _attention_backward_keys_kernel(
+def _attention_backward_kernel(
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -403,7 +334,6 @@ def _attention_backward_keys_kernel(
     sin_stride,
     do_ptr,
     logsumexp_ptr,
-    delta_ptr,
     dqkv_ptr,
     eps,
     B: tl.constexpr,
@@ -413,48 +343,43 @@ def _attention_backward_keys_kernel(
     G: tl.constexpr,
     QK_NORM: tl.constexpr,
     SCALE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (replica, batch row, kv head, key block): dk and dv, summed over query heads and times.
+    """Program (replica, batch row, kv head) of a context whose keys are one block: dq, dk and dv.
 
     Scores are held transposed, [keys, queries], so that p and ds feed the dots for dv and dk from
-    registers. With ONE_BLOCK all keys of a query are here, and dq and delta are complete too.
+    registers.
     """
     C: tl.constexpr = (H + 2 * G) * K
     GROUP: tl.constexpr = H // G
     LOG2E: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(T, BLOCK_K)
-    block = tl.program_id(0) % blocks
-    kv_head = tl.program_id(0) // blocks % G
-    row = (tl.program_id(0) // (blocks * G)).to(tl.int64)
+    kv_head = tl.program_id(0) % G
+    row = (tl.program_id(0) // G).to(tl.int64)
     cos_ptr += row // B * cos_stride
     sin_ptr += row // B * sin_stride
     qkv_ptr += row * T * C
     dqkv_ptr += row * T * C
     do_ptr += row * T * H * K
     logsumexp_ptr += row * H * T
-    delta_ptr += row * H * T
     k_at = (H + kv_head) * K
     v_at = (H + G + kv_head) * K
 
-    k_time = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k1, k2, k_scale = _load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
-    v = _load_rows(qkv_ptr + v_at, k_time, T, K, C, FULL)
+    k_time = tl.arange(0, BLOCK_K)
+    k1, k2, k_scale = load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
+    v = load_rows(qkv_ptr + v_at, k_time, T, K, C, FULL)
     dk1 = tl.zeros([BLOCK_K, HALF], tl.float32)
     dk2 = tl.zeros([BLOCK_K, HALF], tl.float32)
     dv = tl.zeros([BLOCK_K, FULL], tl.float32)
-    first = 0 if ONE_BLOCK else block * BLOCK_K // BLOCK_Q * BLOCK_Q
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        for start in range(first, T, BLOCK_Q):
+        for start in range(0, T, BLOCK_Q):
             q_time = start + tl.arange(0, BLOCK_Q)
-            q1, q2, q_scale = _load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
-            do = _load_rows(do_ptr + head * K, q_time, T, K, H * K, FULL)
+            q1, q2, q_scale = load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
+            do = load_rows(do_ptr + head * K, q_time, T, K, H * K, FULL)
             logsumexp = tl.load(logsumexp_ptr + head * T + q_time, mask=q_time < T, other=0.0)
             s = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
             s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION)
@@ -463,22 +388,18 @@ def _attention_backward_keys_kernel(
             p = p.to(v.dtype)
             dv = tl.dot(p, do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            if ONE_BLOCK:
-                delta = tl.sum(p * dp, 0)
-            else:
-                delta = tl.load(delta_ptr + head * T + q_time, mask=q_time < T, other=0.0)
+            delta = tl.sum(p * dp, 0)
             ds = tl.where(k_time[:, None] <= q_time[None, :], p * (dp - delta[None, :]), 0.0).to(v.dtype)
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
             dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
-            if ONE_BLOCK:
-                dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * SCALE
-                dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION) * SCALE
-                dq_ptr = dqkv_ptr + head * K
-                _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, q_time, T, K, C, HALF, QK_NORM)
-    _store_rows(dv, dqkv_ptr + v_at, k_time, T, K, C, FULL)
+            dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * SCALE
+            dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION) * SCALE
+            dq_ptr = dqkv_ptr + head * K
+            store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, q_time, T, K, C, HALF, QK_NORM)
+    store_rows(dv, dqkv_ptr + v_at, k_time, T, K, C, FULL)
     dk1 *= SCALE
     dk2 *= SCALE
-    _store_unrotated(dk1, dk2, k1, k2, k_scale, dqkv_ptr + k_at, cos_ptr, sin_ptr, k_time, T, K, C, HALF, QK_NORM)
+    store_unrotated(dk1, dk2, k1, k2, k_scale, dqkv_ptr + k_at, cos_ptr, sin_ptr, k_time, T, K, C, HALF, QK_NORM)
 
 
 @triton.jit
@@ -503,8 +424,8 @@ def _pair(
 @triton.jit
 def _load_upstream(o_ptr, do_ptr, logsumexp_ptr, time, T, K, ROW, FULL: tl.constexpr):
     """do, the logsumexp and delta = sum(do * o) of a block of queries."""
-    do = _load_rows(do_ptr, time, T, K, ROW, FULL)
-    o = _load_rows(o_ptr, time, T, K, ROW, FULL)
+    do = load_rows(do_ptr, time, T, K, ROW, FULL)
+    o = load_rows(o_ptr, time, T, K, ROW, FULL)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     return do, tl.load(logsumexp_ptr + time, mask=time < T, other=0.0), delta
 
@@ -556,105 +477,35 @@ def _attention_backward_head_kernel(
     early = tl.arange(0, BLOCK_K)
     late = BLOCK_K + early
     # late queries, late keys
-    q1, q2, q_scale = _load_rotated(q_ptr, cos_ptr, sin_ptr, late, eps, T, K, C, HALF, QK_NORM)
+    q1, q2, q_scale = load_rotated(q_ptr, cos_ptr, sin_ptr, late, eps, T, K, C, HALF, QK_NORM)
     do, logsumexp, delta = _load_upstream(o_ptr, do_ptr, logsumexp_ptr, late, T, K, H * K, FULL)
-    k1, k2, k_scale = _load_rotated(k_ptr, cos_ptr, sin_ptr, late, eps, T, K, C, HALF, QK_NORM)
-    v = _load_rows(v_ptr, late, T, K, C, FULL)
+    k1, k2, k_scale = load_rotated(k_ptr, cos_ptr, sin_ptr, late, eps, T, K, C, HALF, QK_NORM)
+    v = load_rows(v_ptr, late, T, K, C, FULL)
     p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, late, late, SCALE, True, PRECISION)
-    _store_rows(tl.dot(p, do, input_precision=PRECISION), dv_ptr, late, T, K, C, FULL)
+    store_rows(tl.dot(p, do, input_precision=PRECISION), dv_ptr, late, T, K, C, FULL)
     dk1 = tl.dot(ds, q1, input_precision=PRECISION) * SCALE
     dk2 = tl.dot(ds, q2, input_precision=PRECISION) * SCALE
     dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION)
     dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION)
-    _store_unrotated(dk1, dk2, k1, k2, k_scale, dk_ptr, cos_ptr, sin_ptr, late, T, K, C, HALF, QK_NORM)
+    store_unrotated(dk1, dk2, k1, k2, k_scale, dk_ptr, cos_ptr, sin_ptr, late, T, K, C, HALF, QK_NORM)
     # late queries, early keys
-    k1, k2, k_scale = _load_rotated(k_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
-    v = _load_rows(v_ptr, early, T, K, C, FULL)
+    k1, k2, k_scale = load_rotated(k_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
+    v = load_rows(v_ptr, early, T, K, C, FULL)
     p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, late, SCALE, False, PRECISION)
     dv = tl.dot(p, do, input_precision=PRECISION)
     dk1 = tl.dot(ds, q1, input_precision=PRECISION)
     dk2 = tl.dot(ds, q2, input_precision=PRECISION)
     dq1 = tl.dot(tl.trans(ds), k1, dq1, input_precision=PRECISION) * SCALE
     dq2 = tl.dot(tl.trans(ds), k2, dq2, input_precision=PRECISION) * SCALE
-    _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, late, T, K, C, HALF, QK_NORM)
+    store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, late, T, K, C, HALF, QK_NORM)
     # early queries, early keys
-    q1, q2, q_scale = _load_rotated(q_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
+    q1, q2, q_scale = load_rotated(q_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
     do, logsumexp, delta = _load_upstream(o_ptr, do_ptr, logsumexp_ptr, early, T, K, H * K, FULL)
     p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, early, SCALE, True, PRECISION)
-    _store_rows(tl.dot(p, do, dv, input_precision=PRECISION), dv_ptr, early, T, K, C, FULL)
+    store_rows(tl.dot(p, do, dv, input_precision=PRECISION), dv_ptr, early, T, K, C, FULL)
     dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION) * SCALE
     dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION) * SCALE
     dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * SCALE
     dq2 = tl.dot(tl.trans(ds), k2, input_precision=PRECISION) * SCALE
-    _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, early, T, K, C, HALF, QK_NORM)
-    _store_unrotated(dk1, dk2, k1, k2, k_scale, dk_ptr, cos_ptr, sin_ptr, early, T, K, C, HALF, QK_NORM)
-
-
-@triton.jit
-def _attention_backward_queries_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    cos_stride,
-    sin_stride,
-    o_ptr,
-    do_ptr,
-    logsumexp_ptr,
-    delta_ptr,
-    dqkv_ptr,
-    eps,
-    B: tl.constexpr,
-    T: tl.constexpr,
-    K: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    QK_NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HALF: tl.constexpr,
-    FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Program (replica, batch row, query head, query block): dq, and delta = sum(do * o) for the keys."""
-    C: tl.constexpr = (H + 2 * G) * K
-    LOG2E: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(T, BLOCK_Q)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    head = tl.program_id(0) // blocks % H
-    row = (tl.program_id(0) // (blocks * H)).to(tl.int64)
-    cos_ptr += row // B * cos_stride
-    sin_ptr += row // B * sin_stride
-    qkv_ptr += row * T * C
-    k_ptr = qkv_ptr + (H + head // (H // G)) * K
-    v_ptr = qkv_ptr + (H + G + head // (H // G)) * K
-    q_ptr = qkv_ptr + head * K
-    dq_ptr = dqkv_ptr + row * T * C + head * K
-    o_ptr += row * T * H * K + head * K
-    do_ptr += row * T * H * K + head * K
-    logsumexp_ptr += (row * H + head) * T
-    delta_ptr += (row * H + head) * T
-
-    q_time = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q1, q2, q_scale = _load_rotated(q_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
-    do = _load_rows(do_ptr, q_time, T, K, H * K, FULL)
-    o = _load_rows(o_ptr, q_time, T, K, H * K, FULL)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + q_time, delta, mask=q_time < T)
-    logsumexp = tl.load(logsumexp_ptr + q_time, mask=q_time < T, other=0.0)
-    dq1 = tl.zeros([BLOCK_Q, HALF], tl.float32)
-    dq2 = tl.zeros([BLOCK_Q, HALF], tl.float32)
-    for start in range(0, min(T, (block + 1) * BLOCK_Q), BLOCK_K):
-        k_time = start + tl.arange(0, BLOCK_K)
-        k1, k2, _k = _load_rotated(k_ptr, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)
-        v = _load_rows(v_ptr, k_time, T, K, C, FULL)
-        s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
-        p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = tl.where(k_time[None, :] <= q_time[:, None], p * (dp - delta[:, None]), 0.0).to(do.dtype)
-        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-        dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
-    dq1 *= SCALE
-    dq2 *= SCALE
-    _store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, q_time, T, K, C, HALF, QK_NORM)
+    store_unrotated(dq1, dq2, q1, q2, q_scale, dq_ptr, cos_ptr, sin_ptr, early, T, K, C, HALF, QK_NORM)
+    store_unrotated(dk1, dk2, k1, k2, k_scale, dk_ptr, cos_ptr, sin_ptr, early, T, K, C, HALF, QK_NORM)

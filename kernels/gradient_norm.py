@@ -52,7 +52,7 @@ def _squares_kernel(gradient_ptr, partials_ptr, n, stride, partials_stride, BLOC
 
 
 @triton.jit
-def _sum_of_blocks(partials_ptr, blocks, BLOCK: tl.constexpr):
+def sum_of_blocks(partials_ptr, blocks, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, blocks, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -64,10 +64,10 @@ def _sum_of_blocks(partials_ptr, blocks, BLOCK: tl.constexpr):
 def _root_of_sum_kernel(partials_ptr, norm_ptr, blocks, BLOCK: tl.constexpr):
     replica = tl.program_id(0).to(tl.int64)
     partials_ptr += replica * 2 * blocks
-    squares = _sum_of_blocks(partials_ptr, blocks, BLOCK)
+    squares = sum_of_blocks(partials_ptr, blocks, BLOCK)
     norm = tl.sqrt_rn(squares)
     if squares == float("inf"):
-        norm = tl.sqrt_rn(_sum_of_blocks(partials_ptr + blocks, blocks, BLOCK)) / SMALL
+        norm = tl.sqrt_rn(sum_of_blocks(partials_ptr + blocks, blocks, BLOCK)) / SMALL
     tl.store(norm_ptr + replica, tl.where(norm < float("inf"), norm, float("nan")))
 
 

@@ -1,49 +1,59 @@
-"""Muon's orthogonalisation by Newton-Schulz iteration, batched over replicas and layers.
+"""The polar factor of every matrix of a stack by odd polynomials of degree 5: products only.
 
-Dimensions: R every leading dimension flattened (replicas, layers), M rows, N columns.
+A step is x <- a x + (b G + c G^2) x with G the Gram matrix of the shorter side. Started at a spectral norm of at
+most 1, some steps bring all singular values near 1.
+
+Dimensions: K matrix of the stack (replicas, layers), M rows, N columns.
 """
 
 from torch import Tensor
 
-from kernels.gradient_norm import global_norm_triton
 from kernels.matmul import stacked_matmul
+from kernels.symmetric import symmetric_product
 
-A, B, C = 3.4445, -4.7750, 2.0315
+Coefficients = tuple[tuple[float, float, float], ...]
+
+# Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024): steep at 0, and the
+# singular values end in about [0.7, 1.2]
+QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5
+
+# Amsel et al., "The Polar Express" (2025), arXiv:2505.16932: the best polynomial of each of five steps, with a safety
+# factor of 0.02 and a cushion of 2
+POLAR_EXPRESS: Coefficients = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 
 
-def newton_schulz(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """About U V^T of matrix [..., M, N] = U S V^T, in the same shape and dtype (bf16 or fp32).
+def newton_schulz(x_KMN: Tensor, coefficients: Coefficients = QUINTIC) -> Tensor:
+    """About U V^T of every matrix U S V^T of spectral norm at most 1, [K, M, N] in its dtype (bf16 or fp32).
 
-    Singular values land in about [0.7, 1.2] after 5 steps. A matrix's result has the same bits in
-    any batch. Source: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural
-    networks" (2024), quintic coefficients (3.4445, -4.7750, 2.0315).
+    coefficients: (a, b, c) of each step. A matrix's result has the same bits in any stack.
     """
-    form = newton_schulz_reference if matrix.device.type == "cpu" else newton_schulz_triton
-    return form(matrix, steps, eps)
+    form = newton_schulz_reference if x_KMN.device.type == "cpu" else newton_schulz_triton
+    return form(x_KMN, coefficients)
 
 
-def newton_schulz_reference(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """`newton_schulz` in plain differentiable torch."""
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    norm = x.float().square().sum((-2, -1), keepdim=True).sqrt()
-    x = (x / (norm + eps)).to(matrix.dtype)
-    for _ in range(steps):
+def newton_schulz_reference(x_KMN: Tensor, coefficients: Coefficients = QUINTIC) -> Tensor:
+    """`newton_schulz` in plain torch."""
+    tall = x_KMN.shape[-2] > x_KMN.shape[-1]
+    x = x_KMN.mT if tall else x_KMN
+    for a, b, c in coefficients:
         gram = x @ x.mT
-        polynomial = B * gram + C * (gram @ gram)
-        x = A * x + polynomial @ x
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + polynomial @ x
     return x.mT if tall else x
 
 
-def newton_schulz_triton(matrix: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
-    """Three stacked products a step, on the shorter side's Gram matrix, without transposes."""
-    matrix_RMN = matrix.reshape(-1, *matrix.shape[-2:])
-    rows, columns = matrix_RMN.shape[1:]
-    norm_R = global_norm_triton([matrix_RMN.flatten(1)])
-    x_RMN = (matrix_RMN / (norm_R + eps)[:, None, None]).to(matrix_RMN.dtype)
-    for _ in range(steps):
-        gram = stacked_matmul(x_RMN, x_RMN, "tn" if rows > columns else "nt")
-        polynomial = stacked_matmul(gram, gram, "nn", "add", gram, alpha=C, beta=B)
-        left, right = (x_RMN, polynomial) if rows > columns else (polynomial, x_RMN)
-        x_RMN = stacked_matmul(left, right, "nn", "add", x_RMN, alpha=1.0, beta=A)
-    return x_RMN.view(matrix.shape)
+def newton_schulz_triton(x_KMN: Tensor, coefficients: Coefficients = QUINTIC) -> Tensor:
+    """Three stacked products a step, two of them symmetric, on the shorter side's Gram matrix, without transposes."""
+    tall = x_KMN.shape[1] > x_KMN.shape[2]
+    for a, b, c in coefficients:
+        gram = symmetric_product(x_KMN, tall)
+        polynomial = symmetric_product(gram, extra=gram, alpha=c, beta=b)
+        left, right = (x_KMN, polynomial) if tall else (polynomial, x_KMN)
+        x_KMN = stacked_matmul(left, right, "nn", "add", x_KMN, alpha=1.0, beta=a)
+    return x_KMN

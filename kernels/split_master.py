@@ -38,3 +38,27 @@ def join_bits(weight, remainder):
     """`join_master` of a bf16 weight and an int16 remainder."""
     high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
     return (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_master(weight_ptr, remainder_ptr, at, inside, SPLIT: tl.constexpr):
+    """The fp32 master at some places: of a bf16 weight and its remainder (SPLIT), or the fp32 weight itself."""
+    if SPLIT:
+        high = tl.load(weight_ptr + at, mask=inside, other=0.0)
+        return join_bits(high, tl.load(remainder_ptr + at, mask=inside, other=0))
+    else:
+        return tl.load(weight_ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_master(weight_ptr, remainder_ptr, at, master, inside, SPLIT: tl.constexpr):
+    """Store a new fp32 master, every NaN as the canonical one; whether a weight, as it is kept, is not finite."""
+    bits = tl.where(master != master, NAN_BITS, master.to(tl.int32, bitcast=True))
+    seen = bits  # the weight as the network computes with it, by its bits
+    if SPLIT:
+        seen = bits + 0x8000
+        tl.store(weight_ptr + at, (seen >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+        tl.store(remainder_ptr + at, bits.to(tl.int16), mask=inside)
+    else:
+        tl.store(weight_ptr + at, bits.to(tl.float32, bitcast=True), mask=inside)
+    return tl.max(tl.where(inside, seen & 0x7F800000, 0), axis=0) == 0x7F800000

@@ -10,9 +10,15 @@ from engine.store import Replicate, Writer, create_store, empty_block, open_map
 
 
 def write_store(path: Path, config: SweepConfig, arrays: dict[str, np.ndarray]) -> Replicate:
-    """A complete store of a configuration, its first map; arrays that are not given keep their fill value.
+    """`write_cells` of a grid; its first map."""
+    write_cells(path, config, arrays)
+    return open_map(path)
 
-    arrays: [row, col(, step)], the same for every replicate, or [replicate, row, col(, step)].
+
+def write_cells(path: Path, config: SweepConfig, arrays: dict[str, np.ndarray]) -> None:
+    """A complete store of a configuration; arrays that are not given keep their fill value.
+
+    arrays: [*cells(, step)], the same for every replicate, or [replicate, *cells(, step)].
     """
     run = resolve(config, "cpu")
     steps = int(run.config.workload.plan(run).steps.max())
@@ -26,7 +32,6 @@ def write_store(path: Path, config: SweepConfig, arrays: dict[str, np.ndarray]) 
     for chunk in writer.chunks():
         writer.write_chunk(chunk, {name: array[chunk.replicate] for name, array in block.items()})
     writer.close()
-    return open_map(path)
 
 
 def language_store(

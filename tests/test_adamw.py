@@ -7,6 +7,7 @@ from stacked import DEVICE, normal
 from kernels.accumulate import accumulate_reference_, accumulate_triton_
 from kernels.adamw import AdamWScalars, adamw_, adamw_reference_, adamw_split_, adamw_triton_
 from kernels.gradient_norm import BLOCK, global_norm_reference, global_norm_triton
+from kernels.momentum import MomentumScalars, momentum_step_reference_, momentum_step_triton_
 from kernels.split_master import join_master, round_to_weight, split_master
 
 pytestmark = pytest.mark.kernel
@@ -233,3 +234,23 @@ def test_addresses_beyond_two_to_the_31():
     assert torch.equal(master.count_nonzero(dim=1).cpu(), torch.tensor([0, 0, 5]))
     assert (master[-1, -5:] < -0.09).all()
     torch.testing.assert_close(global_norm_triton([gradient]).cpu(), torch.tensor([0.0, 0.0, 5**0.5]))
+
+
+@pytest.mark.parametrize("lion", [True, False])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_momentum_steps_equal_their_reference_bit_for_bit(lion, split, scaled):
+    results = []
+    for form in (momentum_step_reference_, momentum_step_triton_):
+        state = State(3, 1300, seed=4)
+        state.gradient[0, 5], state.gradient[2, 7] = torch.nan, torch.inf
+        state.active[2] = False
+        rate, decay, beta1, beta2, scale, *_ = state.scalars
+        scalars = MomentumScalars(
+            rate, decay, beta1 if lion else None, beta2, scale if scaled else None, state.active, state.nonfinite
+        )
+        weight, remainder = (state.weight, state.remainder) if split else (state.master, None)
+        form(weight, remainder, state.gradient, state.first, scalars)
+        results.append([*state.tensors(), state.remainder])
+        assert state.nonfinite.tolist() == [1, 0, 0]
+    assert all(same(ours, true) for ours, true in zip(*results, strict=True))

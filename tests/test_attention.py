@@ -134,6 +134,10 @@ def test_refuses_channels_and_tables_that_do_not_fit():
         (512, 2, 1, 128, True),
         (1000, 9, 3, 64, False),
         (2048, 2, 2, 64, True),
+        (300, 4, 2, 80, True),
+        (520, 4, 1, 96, False),
+        (200, 2, 2, 20, True),  # heads that are no whole 16-byte units
+        (4096, 1, 1, 64, True),
     ],
 )
 def test_bf16_matches_float64(T, H, G, K, qk_norm):

@@ -2,6 +2,7 @@
 
 import copyreg
 import itertools
+import json
 import os
 import pickle
 import struct
@@ -14,6 +15,8 @@ from engine.checkpoint import load_model
 from engine.checkpoint.hub_tokenizer import HubTokenizer
 from engine.checkpoint.nanochat_tokenizer import MARKS, NanochatTokenizer, read_pickle
 from engine.checkpoint.tokenizer_files import load_tokenizer
+from engine.data import IGNORED, load_corpus
+from engine.tokenizer import ByteTokenizer
 
 tiktoken = pytest.importorskip("tiktoken", reason="package tiktoken, the reference, is not installed")
 transformers = pytest.importorskip("transformers", reason="package transformers, the reference, is not installed")
@@ -341,6 +344,139 @@ def test_a_template_without_the_assistants_spans_is_refused(tmp_path, template, 
     with pytest.raises(ValueError, match=message) as caught:
         tokenizer.render(CONVERSATION)
     assert "\n" not in str(caught.value)
+
+
+# Templates of published models. What a model has to write is between < and > here: without these they are the template;
+# with generation marks for them, transformers makes the mask by which ours is judged.
+QWEN2 = (
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>"
+    '\n\' }}{%- endif %}{%- for message in messages %}{%- if (message.role == "user") or '
+    "(message.role == \"system\" and not loop.first) %}{{- '<|im_start|>' + message.role + '\n' + message.content + "
+    "'<|im_end|>' + '\n' }}{%- elif message.role == 'assistant' and not message.tool_calls %}"
+    "{{- '<|im_start|>assistant\n' }}<{{- message.content + '<|im_end|>' }}>{{- '\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set header = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n' %}{% if loop.index0 == 0 %}{% set header = bos_token + header %}"
+    "{% endif %}{{ header }}{% if message['role'] == 'assistant' %}<{{ message['content'] | trim + '<|eot_id|>' }}>"
+    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
+    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n'}}{% if message['role'] == 'assistant' %}<{{ message['content'] + '<|im_end|>' }}>"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+    "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' }}<{{ message['content'] + eos_token }}>"
+    "{{ '' }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+    "{% endfor %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}{{ '[INST] ' + "
+    "message['content'] + ' [/INST]' }}{% else %}<{{ message['content'] + eos_token }}>{{ ' ' }}{% endif %}{% endfor %}"
+)
+MISTRAL3 = (  # the system message moves to the last question
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set turns = messages[1:] %}"
+    "{%- else %}{%- set turns = messages %}{%- endif %}{{- bos_token }}{%- for message in turns %}"
+    "{%- if message['role'] == 'user' %}{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\n\n' + "
+    "message['content'] + '[/INST]' }}{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
+    "{%- else %}<{{- ' ' + message['content'] | trim + eos_token }}>{%- endif %}{%- endfor %}"
+)
+TALKS = [
+    [*CONVERSATION, {"role": "user", "content": "\n\nindented"}, {"role": "assistant", "content": "\n\n  so is this "}],
+    [{"role": "system", "content": "Be brief."}, *CONVERSATION[:2], *CONVERSATION[:2]],
+    [{"role": "user", "content": "[/INST] assistant\n"}, {"role": "assistant", "content": "[INST] <|user|>\nuser 12"}],
+]
+
+
+def trained_tokenizer(folder, template, spaces):
+    """Merges learned from text, so that a header's end and a content's start may be one token; bytes or Llama's ▁."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    text = [f"user\n\nthe cat{space}is on the mat assistant\n It's there [INST] [/INST]" for space in (" ", "\n\n")]
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), "▁", "\n"]
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    if spaces:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    own = {"special_tokens": ["<unk>"], "initial_alphabet": alphabet, "show_progress": False}
+    backend.train_from_iterator(text * 9, trainers.BpeTrainer(vocab_size=420, **own))
+    marks = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    fast.add_special_tokens({"additional_special_tokens": marks})
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return HubTokenizer(folder)
+
+
+@pytest.mark.parametrize("spaces", [False, True], ids=["bytes", "spaces"])
+@pytest.mark.parametrize("name", ["QWEN2", "LLAMA3", "SMOLLM2", "ZEPHYR", "MISTRAL", "MISTRAL3"])
+def test_published_templates_are_masked_as_transformers_masks_them_by_marks(tmp_path, name, spaces):
+    template = globals()[name]
+    plain = template.replace("<{{", "{{").replace("}}>", "}}")
+    marked = template.replace("<{{", "{% generation %}{{").replace("}}>", "}}{% endgeneration %}")
+    tokenizer = trained_tokenizer(tmp_path, plain, spaces)
+    for talk in TALKS:
+        if name == "MISTRAL" and talk[0]["role"] == "system":
+            with pytest.raises(ValueError, match=r"refuses a conversation \(roles must alternate\)"):
+                tokenizer.render(talk)
+            continue
+        ids, mask = tokenizer.render(talk)
+        options = {"tokenize": True, "return_dict": True}
+        assert ids.tolist() == tokenizer.backend.apply_chat_template(talk, **options)["input_ids"]
+        judged = tokenizer.backend.apply_chat_template(
+            talk, chat_template=marked, return_assistant_tokens_mask=True, **options
+        )
+        assert ids.tolist() == judged["input_ids"]
+        assert mask.tolist() == [bool(each) for each in judged["assistant_masks"]]
+        assert 0 < mask.sum() < len(mask)
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATING], ids=["spans", "generation marks"])
+def test_replies_of_weight_0_are_not_learned(tmp_path, template):
+    tokenizer = hub_tokenizer(tmp_path, template)
+    for number, left in ((1, " It's there 🙂 <|im_end|>"), (3, "On the mat. the cat<|im_end|>")):
+        talk = [m | {"weight": 0} if n == number else m for n, m in enumerate(CONVERSATION)]
+        ids, mask = tokenizer.render(talk)
+        assert tokenizer.decode(ids[mask]) == left
+
+
+def test_replies_of_weight_0_are_not_learned_by_nanochat_either(tokenizer):
+    talk = [m | {"weight": 0} if n == 1 else m for n, m in enumerate(CONVERSATION)]
+    ids, mask = tokenizer.render(talk)
+    assert tokenizer.decode(ids[mask]) == " It's there 🙂 <|assistant_end|>"
+
+
+def test_python_calls_in_a_file_are_learned_with_their_marks_and_their_outputs_are_not(tokenizer, tmp_path):
+    parts = [("text", "Let me see: "), ("python", "6 * 7"), ("python_output", "42"), ("text", "It is 42.")]
+    reply = {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
+    file = tmp_path / "calls.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "6 * 7?"}, reply]}))
+    corpus = load_corpus(str(file), None, "train", tokenizer, 64, 0)
+    learned = corpus.targets[corpus.targets != IGNORED]
+    expected = "Let me see: <|python_start|>6 * 7<|python_end|>It is 42.<|assistant_end|>"
+    assert tokenizer.decode(learned) == expected
+    with pytest.raises(
+        ValueError, match=r"calls.jsonl line 1: content has a python call, for which this tokenizer has"
+    ):
+        load_corpus(str(file), None, "train", ByteTokenizer(), 64, 0)
+
+
+def test_a_conversation_that_the_tokenizer_refuses_is_named_by_its_place(tokenizer, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": [CONVERSATION[0], CONVERSATION[0], CONVERSATION[1]]}))
+    with pytest.raises(ValueError, match=r"chat.jsonl line 1: message 1 is from 'user', expected 'assistant'"):
+        load_corpus(str(file), None, "train", tokenizer, 8, 0)
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path):

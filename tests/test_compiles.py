@@ -5,6 +5,7 @@ driver that pretends to be a GPU. Launches are noted and left out, as `compile_a
 through Triton's real compiler.
 """
 
+from functools import partial
 from importlib import import_module
 
 import pretend_gpu
@@ -15,6 +16,7 @@ from benchmarks.random_runs import gpt_run, network_of, random_corpus
 from benchmarks.tune import problems
 from engine import step
 from engine.config import resolve
+from engine.evaluate import WHOLE_STACK
 from engine.models import llama
 from engine.network import describe
 from engine.tokenizer import ByteTokenizer
@@ -22,18 +24,28 @@ from kernels import adamw
 from kernels.accumulate import accumulate_triton_
 from kernels.adamw import adamw_triton_
 from kernels.ahead import compile_ahead
+from kernels.attention import attention_backward_op, attention_op
 from kernels.gradient_norm import global_norm_triton
 from kernels.matmul import stacked_matmul
 from kernels.split_master import NAN_BITS
+from kernels.tiles import TUNED, tile_key
 
-EVERY = {"_attention_forward_kernel", "_norm_forward_kernel", "_norm_backward_kernel", "_digest_kernel"}
+EVERY = {"_norm_forward_kernel", "_norm_backward_kernel", "_digest_kernel"}
 EVERY |= {"_gather_kernel", "_order_kernel", "_add_rows_kernel"}
 EVERY |= {"_adamw_kernel", "_cross_entropy_kernel", "_stacked_matmul_kernel", "_sum_kernel"}
 KINDS = {
-    "gpt": {"_attention_backward_head_kernel"},
+    "gpt": {"_attention_forward_kernel", "_attention_backward_head_kernel"},
     "gpt in fp32, clipped, accumulated": {"_squares_kernel", "_root_of_sum_kernel", "_accumulate_kernel"},
-    "llama": {"_swiglu_kernel"},
+    "llama": {"_swiglu_kernel", "_attention_forward_kernel", "_attention_backward_kernel"},
 }
+# T, heads, kv heads, head dim
+LONG_CONTEXTS = [
+    (4096, 12, 12, 64),
+    (2048, 16, 8, 128),
+    (1000, 4, 4, 20),  # heads that are no whole 16-byte units
+]
+LONG_KERNELS = {"_attention_turn_kernel", "_attention_blocks_forward_kernel"}
+LONG_KERNELS |= {"_attention_blocks_queries_kernel", "_attention_blocks_keys_kernel"}
 
 
 def use_kernels():
@@ -60,8 +72,10 @@ def compile_step(kind):
         with torch.device("meta"):
             module = llama.Llama(shape, cpu)
         network = describe(module, llama, shape, lambda seed: llama.initial_weights(shape, seed), ByteTokenizer())
-    made = step.Trainer(run, network, random_corpus(context, network.vocabulary), 2, cpu, 16, [0])
-    check_compiled(made.micro_step, made.probe.piece, lambda: made.stack.digest(torch.tensor([1])))
+    made = step.Trainer(run, network, random_corpus(context, network.vocabulary), 2, cpu, 16, 16)
+    check_compiled(
+        made.micro_step, partial(made.probe.piece, WHOLE_STACK), lambda: made.stack.digest(torch.tensor([1]))
+    )
 
 
 def compile_products():
@@ -69,13 +83,30 @@ def compile_products():
 
 
 def every_product():
-    """Forward, dX and dW of every layer the tiles were tuned for, and the forms that do more than multiply."""
+    """Each tuned tile of forward, dX and dW, in the forms that do more than multiply too."""
+    seen = set()
     for _, replicas, form, m, n, k in problems():
+        choice = form, TUNED.get(tile_key(form, m, n, k, torch.bfloat16))
+        if choice[1] is None or choice in seen:
+            continue
+        seen.add(choice)
         a = torch.empty((replicas, k, m) if form == "tn" else (replicas, m, k), dtype=torch.bfloat16)
         b = torch.empty((replicas, n, k) if form == "nt" else (replicas, k, n), dtype=torch.bfloat16)
         c = torch.empty(replicas, m, n, dtype=torch.bfloat16)
         for epilogue in {"nt": ("none", "add", "relu2"), "nn": ("none", "relu2_backward"), "tn": ("none",)}[form]:
             stacked_matmul(a, b, form, epilogue, c if epilogue in ("add", "relu2_backward") else None, out=c)
+
+
+def compile_attention():
+    check_compiled(*[partial(attention_both_ways, *shape) for shape in LONG_CONTEXTS])
+
+
+def attention_both_ways(T, heads, kv_heads, K):
+    qkv = torch.empty(2, 1, T, (heads + 2 * kv_heads) * K, dtype=torch.bfloat16)
+    table = torch.empty(2, T, K // 2)
+    settings = (heads, kv_heads, True, 1e-6)
+    o, logsumexp = attention_op(qkv, table, table, *settings)
+    attention_backward_op(o, qkv, table, table, o, logsumexp, *settings)
 
 
 def check_compiled(*steps):
@@ -94,3 +125,7 @@ def test_every_kernel_of_a_step_compiles_for_an_h100(tmp_path, kind):
 
 def test_every_tuned_product_compiles_for_an_h100(tmp_path):
     assert pretend_gpu.run("test_compiles", "compile_products", tmp_path) == "_stacked_matmul_kernel\n"
+
+
+def test_attention_of_long_contexts_compiles_for_an_h100(tmp_path):
+    assert set(pretend_gpu.run("test_compiles", "compile_attention", tmp_path).split()) == LONG_KERNELS

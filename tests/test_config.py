@@ -1,7 +1,9 @@
 """Configurations: what `auto` stands for, what is refused, and what is stored."""
 
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from tiny import setup, tiny
 from engine.config import PRESETS, Run, make_config, resolve
 from engine.family import FAMILIES
 from engine.hyper import HYPER_PARAMETERS, sources
+from engine.language import check_matrices
 from engine.optim import OPTIMIZERS, by_group
 from engine.options import read_arguments
 from engine.plan import automatic_micro_batch
@@ -74,14 +77,14 @@ def test_optimizers_combine_by_parameter_group():
 
 
 def test_every_hyper_parameter_can_be_fixed_by_a_flag_of_its_name():
-    given = ["--optimizer", f"{','.join(['adamw', 'embedding=sgd'])}", "--schedule", "wsd"]
+    given = ["--optimizer", "adamw,embedding=sgd,mlp=normuon", "--schedule", "wsd"]
     read = {name for optimizer in OPTIMIZERS.values() for name in optimizer.hyper} | {
         "warmup",
         "decay",
         "floor",
         "clip",
     }
-    for name in (*read, "tokens", "batch", "seed", "init_scale", "label_smoothing"):
+    for name in (*read, "tokens", "batch", "seed", "init_scale", "label_smoothing", "dropout"):
         value = HYPER_PARAMETERS[name].low + 1
         config, _ = read_arguments("", [*given, f"--{name}", str(value)])
         assert config.hyper == {name: value}, name
@@ -107,9 +110,9 @@ def test_a_single_batch_is_cut_into_equal_pieces():
 
 
 BAD = [
-    ({"network": "rnn"}, "network is 'rnn'; expected one of gpt, smollm2, two_layer"),
+    ({"network": "rnn"}, "network is 'rnn'; expected one of gpt, pretrained, two_layer"),
     ({"schedule": "step"}, "schedule is 'step'; expected one of constant, cosine"),
-    ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of adamw, sgd"),
+    ({"optimizer": "adagrad"}, "optimizer is 'adagrad'; expected one of adamw, sgd"),
     ({"precision": "fp64"}, "precision is 'fp64'; expected one of bf16, tf32, fp32"),
     ({"trace": "yes"}, "trace is 'yes'"),
     ({"network": "two_layer", "nonlinearity": "gelu"}, "nonlinearity is 'gelu'"),
@@ -141,17 +144,29 @@ BAD = [
     ({"x": "seed:linear:0:1:2", "tokens": 256}, "tokens starts at 256, below two steps of 256 tokens"),
     ({"x": "batch:linear:1:64:4", "tokens": 300}, "below two steps of 4096 tokens"),
     ({"y": "lr:linear:1:1.000001:64"}, "neighbouring values are equal in float32"),
-    ({"depth": 2, "network": "smollm2"}, "depth is 2, but the network 'smollm2' has no such field"),
+    ({"depth": 2, "network": "smollm2"}, "depth is 2, but the network 'pretrained' has no such field"),
+    ({"depth": 2, "model": "a/b"}, "depth is 2, but the network 'pretrained' has no such field"),
+    ({"model": "a/b", "network": "smollm2"}, "model is 'a/b', but the network is 'smollm2'; leave out one of the two"),
+    ({"model": "a/b", "network": "gpt"}, "model is 'a/b', but the network 'gpt' has no such field"),
+    ({"model": " "}, "model is empty; expected a checkpoint's folder, file or name on the hub"),
     ({"context": 99, "network": "two_layer"}, "context is 99, but the network 'two_layer' has no such field"),
     ({"steps": 99}, "steps is 99, but the network 'gpt' has no such field"),
     ({"lr.0": 0.1}, "lr.0 is 0.1, but this sweep of 'gpt' does not read it"),
     ({"lr": 0.1}, "lr is an axis, and --lr is 0.1; leave out one of the two"),
     ({"x": "beta1:linear:0:0.9:4", "optimizer": "sgd"}, "axis 'beta1' changes nothing in this sweep"),
-    ({"y": "lr.matrix:log:1:2:3", "lr.mlp": 0.1, "lr.attention": 0.1}, "axis lr.matrix changes nothing: every"),
-    ({"y": "lr.embedding:log:1:2:3", "freeze": "embedding"}, "axis lr.embedding changes nothing: every"),
-    ({"network": "two_layer", "y": "lr:log:1:2:3", "lr.0": 1.0}, "axis lr changes nothing: every"),
+    (
+        {"y": "lr.matrix:log:1:2:3", "lr.mlp": 0.1, "lr.attention": 0.1},
+        "axis lr.matrix changes nothing: no parameter group",
+    ),
+    ({"y": "lr.embedding:log:1:2:3", "freeze": "embedding"}, "axis lr.embedding changes nothing: no parameter group"),
+    ({"network": "two_layer", "y": "lr:log:1:2:3", "lr.0": 1.0}, "axis lr changes nothing: no parameter group"),
     ({"network": "two_layer", "problem": "no/such.npz"}, "problem file 'no/such.npz' does not exist"),
     ({"points": "p.csv", "y": "lr:log:1:2:3"}, "points are given beside an axis"),
+    (
+        {"x": "epochs:linear:1:4:4", "unique_tokens": 1e4, "tokens": 2e4},
+        "epochs, tokens, unique_tokens are all given; expected all but one",
+    ),
+    ({"count": "words"}, "count is 'words'; expected one of tokens, supervised"),
     ({"points": "no/such.csv"}, "points file 'no/such.csv' does not exist"),
 ]
 
@@ -170,6 +185,19 @@ def test_a_run_is_what_a_configuration_and_its_cells_make():
     assert run.given == {"lr", "batch", "tokens"}
 
 
+def test_the_third_of_tokens_unique_tokens_and_epochs_follows():
+    def values(**given):
+        run = resolve(make_config(y="lr:log:1e-3:1:2", **given), "cpu")
+        return [run.values(name).tolist() for name in ("tokens", "unique_tokens", "epochs")]
+
+    x = "batch:linear:1:2:2"
+    assert values(x=x, unique_tokens=1e3, epochs=4) == [[4000], [1000], [4]]
+    assert values(x="epochs:log:1:4:3", tokens=4096) == [[4096], [1024, 2048, 4096], [1, 2, 4]]
+    assert values(x="tokens:linear:4096:8192:2", unique_tokens=1024) == [[4096, 8192], [1024], [4, 8]]
+    assert values(x=x, unique_tokens=1024) == [[16384], [1024], [16]], "tokens has a default"
+    assert values(x=x, tokens=4096)[:2] == [[4096], [math.inf]], "whatever there is"
+
+
 def test_a_groups_value_that_its_optimizer_does_not_read_is_refused(tmp_path):
     mixed = {"optimizer": "adamw,embedding=sgd"}
     with pytest.raises(
@@ -177,3 +205,25 @@ def test_a_groups_value_that_its_optimizer_does_not_read_is_refused(tmp_path):
     ):
         setup(tiny(tmp_path, **mixed, **{"momentum.mlp": 0.9}))
     assert setup(tiny(tmp_path, **mixed, **{"momentum.embedding": 0.9})).slots
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "group", "what"),
+    [
+        ("muon", "embedding", "embedding.weight is a table with a row for each token"),
+        ("adamw,unembedding=normuon", "unembedding", "unembedding.weight is a table with a row for each token"),
+    ],
+)
+def test_muon_of_anything_but_matrices_is_refused(tmp_path, optimizer, group, what):
+    with pytest.raises(ValueError, match=f"of group '{group}' takes matrices between hidden units, but {what}"):
+        setup(tiny(tmp_path, optimizer=optimizer))
+    assert setup(tiny(tmp_path, optimizer=optimizer, freeze="embedding,unembedding")).slots
+
+
+def test_a_vector_is_no_matrix(tmp_path):
+    network = SimpleNamespace(tables=set(), groups={"norm": ("mlp",)}, shapes={"norm": (4,)})
+    run = resolve(tiny(tmp_path, optimizer="adamw,mlp=muon"), "cpu")
+    with pytest.raises(
+        ValueError, match=r"of group 'mlp' takes matrices .* but norm is no matrix, its shape is \(4,\)"
+    ):
+        check_matrices(run, network, {"mlp": "muon"}, set())

@@ -26,6 +26,7 @@ from engine.data import (
     read_source,
     to_document,
 )
+from engine.data.corpus import parse_mix
 from engine.data.packing import best_fit_pieces
 from engine.tokenizer import BYTE_MARKS, ByteTokenizer, SmolLM2Tokenizer
 
@@ -231,6 +232,16 @@ def test_a_mixture_takes_documents_by_weight_until_a_source_ends(tmp_path):
         start = "".join(text.split("#")[:documents])
         assert abs(start.count("A") - 0.75 * documents) <= 1
     assert load(mix, context=6, validation_rows=0).digest == corpus.digest
+
+
+def test_colons_in_names_are_the_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_mix(r"C:\chats\a.jsonl") == [(r"C:\chats\a.jsonl", 1)]
+    assert parse_mix(r"C:\a.jsonl:0.7,D:\b.parquet:3e-1") == [(r"C:\a.jsonl", 0.7), (r"D:\b.parquet", 0.3)]
+    assert parse_mix("lr:2/a:1.jsonl:0.7,b:2:0.3") == [("lr:2/a:1.jsonl", 0.7), ("b:2", 0.3)]
+    assert parse_mix("b:2") == [("b", 2)]
+    (tmp_path / "b:2").mkdir()
+    assert parse_mix("b:2") == [("b:2", 1)], "what exists under the whole name is meant"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from engine.api import prepare, run_sweep
 from engine.config import SweepConfig, cells_of
 from engine.options import RunOptions
 from engine.outcome import DONE, NOT_COMPUTED
-from engine.ranks import Rank
 from engine.replay import compare, replay_cell
 from engine.step import Measured
 from engine.store import Store, Writer, open_store
@@ -43,7 +42,7 @@ def small(folder, **changes) -> SweepConfig:
 
 def ready(folder, device: str = "cuda", **changes) -> Setup:
     config = small(folder, **changes)
-    return prepare(config, cells_of(config), RunOptions(device=device), Rank(0, 1), None)
+    return prepare(config, cells_of(config), RunOptions(device=device), 1, None)
 
 
 def run(made: Setup, cell: int, steps: int = STEPS, **own) -> plan.Trajectory:

@@ -40,7 +40,7 @@ CASES = [
     pytest.param(gpt, gpt.GPT, LATER_GPT_CONFIG, id="gpt-2026"),
     pytest.param(gpt2, gpt2.GPT2, GPT2_CONFIG, id="gpt2"),
 ]
-KEY = torch.zeros(2, dtype=torch.int64)
+KEY = torch.zeros(3, dtype=torch.int64)
 
 
 def smoothed(smoothing) -> tuple:
@@ -120,6 +120,25 @@ def test_the_loss_is_the_sum_of_cross_entropies_of_the_logits(family, network, c
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5)  # fp32 sums against fp64
+
+
+@pytest.mark.parametrize(("family", "network", "config"), CASES)
+def test_dropout_acts_behind_the_embedding_and_each_half_of_a_layer(family, network, config, monkeypatch):
+    module, batch = build(network, config), random_batch(config, 0)
+    weights = random_weights(module, 0)
+
+    def loss(rate, step=0, **options):
+        hyper = {"label_smoothing": torch.tensor(0.0)} | ({} if rate is None else {"dropout": torch.tensor(rate)})
+        return functional_call(module, weights, (*batch, hyper, torch.tensor([1, step, 0])), options)
+
+    torch.testing.assert_close(loss(0.0), loss(None), rtol=1e-6, atol=0)
+    assert loss(0.5) == loss(0.5) != loss(None)
+    assert loss(0.5, step=1) != loss(0.5)
+    assert torch.equal(loss(0.5, by_row=True), loss(None, by_row=True))
+    sites = []
+    monkeypatch.setattr("engine.models.dropout", lambda x, rate, key_3, site: sites.append(site) or x)
+    loss(0.5)
+    assert sites == list(range(1 + 2 * config.depth))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

@@ -2,16 +2,18 @@
 
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from engine import plan
 from engine.config import Run, hyper_names, make_config, resolve
+from engine.data import batch_order
 from engine.hyper import rule_of
-from engine.schedule import SCHEDULES
+from engine.schedule import SCHEDULES, SLACK
 
 GIB = 2**30
 RANGES = {
@@ -26,8 +28,20 @@ RANGES = {
     "beta2": "linear:0:0.9",
     "eps": "log:1e-8:1e-3",
     "label_smoothing": "linear:0:0.5",
+    "dropout": "linear:0:0.5",
+    "unique_tokens": "log:300:5000",
+    "epochs": "log:0.5:8",
 }
 AXES = [name for name in hyper_names(make_config()) if name.partition(".")[0] in (*RANGES, "lr")]
+
+
+BUDGET = {"tokens": 0, "unique_tokens": 0, "epochs": 0}
+
+
+def data_of(hyper: dict[str, float], steps: int) -> np.ndarray:
+    """The rows that a run sees in its first steps, of 100 rows of 64 tokens."""
+    unique = min(math.ceil(hyper["unique_tokens"] / 64 * SLACK), 100) if np.isfinite(hyper["unique_tokens"]) else 100
+    return batch_order(int(hyper["seed"]), 100, steps * int(hyper["batch"]), unique)
 
 
 def axis(name: str, points: int) -> str:
@@ -74,9 +88,10 @@ def test_trajectories_serve_every_cell_once_at_its_own_last_step(run, chunk_rows
             for mark in each.marks:
                 for cell in mark.cells:
                     own = {name: values[cell] for name, values in hyper.items()}
-                    assert mark.step == math.ceil(own["tokens"] / (own["batch"] * 64)) >= 2
+                    assert mark.step == math.ceil(own["tokens"] / (own["batch"] * 64) * SLACK) >= 2
                     # the cell's run is the trajectory's, up to the cell's last step
-                    assert own | {"tokens": 0} == each.hyper | {"tokens": 0}
+                    assert own | BUDGET == each.hyper | BUDGET
+                    assert np.array_equal(*[data_of(hyper, mark.step) for hyper in (own, each.hyper)])
                     if plan.needs_horizon(run):
                         assert each.total == mark.step
                     served.append(cell)
@@ -86,6 +101,7 @@ def test_trajectories_serve_every_cell_once_at_its_own_last_step(run, chunk_rows
 @given(runs())
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_runs_are_shared_exactly_where_nothing_needs_the_horizon(run):
+    assume(not {"unique_tokens", "epochs"} & run.given)  # the next test's
     made = plan.plan_runs(run)
     work = made.work_in(np.arange(math.prod(run.shape)))
     shared = len(work.marks) > len(work.runs)
@@ -95,6 +111,45 @@ def test_runs_are_shared_exactly_where_nothing_needs_the_horizon(run):
     elif "batch" not in run.names:
         other = 1 - run.names.index("tokens")
         assert len(work.runs) == run.cells.shape[other] * run.replicates and shared
+
+
+@pytest.mark.parametrize(
+    ("swept", "runs"),
+    [
+        # 4 unique rows seen 1, 2 and 4 times are one run; so are 8
+        ({"y": "unique_tokens:linear:256:512:2", "x": "epochs:log:1:4:3"}, 2),
+        # 16 rows of 16, 8 and 4 unique ones: the first ends with its first epoch, but no other's is as long
+        ({"y": "epochs:log:1:4:3", "x": "seed:linear:0:1:2", "tokens": 1024}, 6),
+        # budgets of 8, 16 and 32 rows: all but one of them end within the first epoch
+        ({"y": "unique_tokens:log:1024:8192:2", "x": "tokens:log:512:2048:3"}, 2),
+        # whole rows: 100 and 120 tokens are two rows of 64
+        ({"y": "unique_tokens:linear:100:120:2", "x": "lr:log:1:2:2", "tokens": 1024}, 2),
+        # nobody sees anything twice: one run
+        ({"y": "unique_tokens:linear:4096:8192:9", "x": "tokens:linear:512:4096:9"}, 1),
+    ],
+)
+def test_runs_are_one_exactly_where_they_see_the_same_data(swept, runs):
+    run = resolve(make_config(**swept, batch=2), "cpu")
+    made = plan.plan_runs(run)
+    work = made.work_in(np.arange(made.steps.size))
+    seen = {(each.hyper["lr"], data_of(each.hyper, each.steps).tobytes()) for each in work.trajectories()}
+    assert len(seen) == len(work.runs) == runs
+
+
+@pytest.mark.parametrize("unique", [None, 7, 40])
+def test_a_supervised_budget_ends_with_the_first_step_that_reaches_it(unique):
+    counts = np.random.default_rng(0).integers(1, 64, 40).astype(np.int32)
+    own = {"unique_tokens": float(counts[batch_order(1, 40, unique)].sum())} if unique else {}
+    config = make_config(y="tokens:linear:300:9000:30", x="batch:linear:1:5:3", replicates=2, count="supervised", **own)
+    run = replace(resolve(config, "cpu"), counts=counts)
+    steps = plan.plan_runs(run).steps
+    for seed, row, col in np.ndindex(*run.shape):
+        batch, tokens = int(run.column("batch")[0, 0, col]), run.column("tokens")[0, row, 0]
+        rows = None if unique is None else int(np.broadcast_to(plan.unique_rows(run), run.shape)[seed, row, col])
+        seen = counts[batch_order(seed, 40, steps[seed, row, col] * batch, rows)]
+        assert seen.sum() >= tokens * SLACK > seen[:-batch].sum()
+    if unique:
+        assert plan.unique_rows(run).ravel().tolist()[1] == unique
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(257, 2), (512, 2), (16384, 64), (16384.5, 65)])

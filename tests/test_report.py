@@ -1,22 +1,26 @@
 """The report is one file that works without a network, looked at in headless Chromium where there is one."""
 
 import base64
+import io
 import json
 import re
-import shutil
-import subprocess
+from html import escape
 
 import numpy as np
 import pytest
+from axe_core_python.base import AXE_FILE_PATH
+from browser import Browser, needs_chromium
 from PIL import Image
-from synthetic import julia_measure, language_store, two_layer_store
+from synthetic import julia_measure, language_store, two_layer_store, write_store
 
 from analysis import page, report
 from analysis.charts import chart_ticks, label_places
+from analysis.colours import LABEL_COLOURS
 from analysis.page import indexed, packed
+from analysis.recommend import recommend
 from analysis.report import json_in_html
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from engine.config import make_config
+from engine.outcome import LABELS, MEANINGS, Thresholds
 
 
 def write(monkeypatch, store, *arguments):
@@ -112,23 +116,77 @@ def test_too_few_seeds_for_a_law_are_said(tmp_path, monkeypatch):
     assert "LR50 needs 8, LR90 16" in html
 
 
-def chromium(tmp_path, address: str, *arguments: str) -> str:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", *arguments, address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """A report in a browser, and its store."""
+    folder = tmp_path_factory.mktemp("report")
+    store = language_store(folder / "s", 32, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        path = write(patch, store)
+    with Browser(folder / "profile") as browser:
+        yield browser.tab(f"{path.as_uri()}#cells=5,3;20,10&layer=0"), store
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium found; install Debian's package chromium to run this test")
-def test_the_page_works_in_a_browser(tmp_path, monkeypatch):
-    store = language_store(tmp_path / "s", 32, 16)
-    path = write(monkeypatch, store)
-    address = f"{path.as_uri()}#cells=5,3;20,10&layer=0"
-    page = chromium(tmp_path, address, "--dump-dom")
-    assert 'data-ready="yes"' in page  # the script ran to its end
-    assert "Row 20, column 10" in page
-    assert f"uv run engine/replay.py --store {store.path} --row 20 --col 10" in page
-    picture = tmp_path / "page.png"
-    chromium(tmp_path, address, f"--screenshot={picture}", "--window-size=1280,900")
-    pixels = np.array(Image.open(picture).convert("RGB"))
-    for code, colour in enumerate(((11, 85, 159), (166, 35, 28))):  # converged, nonfinite
-        assert (np.abs(pixels.astype(int) - colour).max(-1) < 3).sum() > 1000, code
+@needs_chromium
+def test_the_page_works_in_a_browser(opened):
+    tab, store = opened
+    assert tab.run("document.getElementById('where').textContent") == "Row 20, column 10"
+    replay = tab.run("document.getElementById('replay').textContent")
+    assert replay == f"uv run engine/replay.py --store {store.path} --row 20 --col 10"
+    pixels = np.array(Image.open(io.BytesIO(tab.picture())).convert("RGB")).astype(int)
+    for name in ("converged", "nonfinite"):
+        colour = [int(LABEL_COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - colour).max(-1) < 3).sum() > 1000, name
+
+
+@needs_chromium
+def test_the_map_is_reached_and_read_by_keys(opened):
+    tab, _ = opened
+    tab.run("document.getElementById('map').focus()")
+    tab.press("ArrowRight")
+    before = tab.run("document.getElementById('where').textContent")
+    for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
+        tab.press(key)
+    row, column = map(int, re.findall(r"\d+", before))
+    assert tab.run("document.getElementById('where').textContent") == f"Row {row + 1}, column {column + 2}"
+    tab.press("Enter")
+    tab.press("+")
+    assert tab.run("view.scale") == 1.5 and tab.run("chosen.length") == 3
+    tab.press("0")
+    assert tab.run("view.scale") == 1
+
+
+@needs_chromium
+def test_axe_finds_no_violation_with_every_part_open(opened):
+    tab, _ = opened
+    tab.run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+    tab.run(AXE_FILE_PATH.read_text("utf-8") + ";0")
+    found = tab.run("axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html).slice(0, 2)]))")
+    assert found == []
+
+
+def test_the_answer_comes_first_and_every_label_is_defined_where_it_is_shown(tmp_path, monkeypatch):
+    store = language_store(tmp_path / "s", 16, 8)
+    html = write(monkeypatch, store).read_text()
+    answer = html.index(escape(recommend(store.store).sentence()))
+    assert answer < html.index('id="map"') < html.index("How it was measured") < html.index("Boundary dimension")
+    for code in np.unique(store.labels(Thresholds())):
+        assert MEANINGS[LABELS[code]] in html
+    assert "One seed (0): one draw." in html
+
+
+def test_p_train_is_a_map_where_there_are_several_seeds(tmp_path, monkeypatch):
+    rate, breaks = np.geomspace(1e-3, 10, 6)[:, None], 10.0 ** np.arange(-2, 2)[:, None, None]
+    loss = np.where(rate < breaks, 4.0, 9.0) * np.ones((4, 6, 3))
+    config = make_config(y="lr:log:1e-3:10:6", x="tokens:log:1e3:6e4:3", replicates=4, trace="off")
+    arrays = {"first_loss": 5.5, "val_first": 5.5, "val_loss": loss, "last_loss": loss, "loss_min": 3, "loss_max": 9}
+    data = page_data(write(monkeypatch, write_store(tmp_path / "s", config, arrays)).read_text())
+    assert [layer["name"] for layer in data["layers"]][-1] == "P(train), 4 seeds"
+    share = unpack(data["arrays"]["trained"]).reshape(6, 3)
+    assert share == pytest.approx((loss < 5).mean(0))
+    assert data["y"]["name"] == "learning rate"
+
+
+def test_a_map_of_128_by_128_cells_with_traces_stays_small(tmp_path, monkeypatch):
+    path = write(monkeypatch, language_store(tmp_path / "s", 128, 128))
+    assert path.stat().st_size < 15e6

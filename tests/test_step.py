@@ -137,8 +137,8 @@ def test_masked_rows_contribute_exactly_nothing(tmp_path):
     for filler in (0, 200):
         trainer = trainer_of(made, 1)
         # the fourth place of the stream is the row the mask hides in the first step
-        hidden = int(trainer.order[0, 3])
-        assert hidden not in trainer.order[0, :3].tolist()
+        *seen, hidden = trainer.order_of(0, np.inf)[:4].tolist()
+        assert hidden not in seen
         trainer.tokens = trainer.tokens.clone()
         trainer.tokens[hidden] = filler
         [[each]] = trainer.train([run(made, 1, lr=1e-2)])
@@ -146,12 +146,14 @@ def test_masked_rows_contribute_exactly_nothing(tmp_path):
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7])
-def test_a_step_sees_its_own_rows_of_the_stream(tmp_path, batch):
+@pytest.mark.parametrize(("batch", "unique"), [(1, None), (2, None), (3, 5), (7, 3)])
+def test_a_step_sees_its_own_rows_of_the_stream(tmp_path, batch, unique):
     made = setup(tiny(tmp_path, x="batch:linear:1:7:7", tokens=400))
     trainer = trainer_of(made, 2)
-    trainer.fill(1, run(made, 7, batch=batch, tokens=400.0))
-    order = batch_order(0, len(made.corpus.tokens), 100)
+    tokens = {"unique_tokens": 8.0 * unique} if unique else {}
+    trainer.fill(1, run(made, 7, batch=batch, tokens=400.0, **tokens))
+    order = batch_order(0, len(made.corpus.tokens), 100, unique)
+    assert len(set(order[:50].tolist())) == (unique or len(made.corpus.tokens))
     for step in range(7):
         rows = order[step * batch : (step + 1) * batch]
         seen = []
@@ -183,7 +185,7 @@ def test_held_out_loss_is_the_mean_over_the_held_out_targets(tmp_path):
         weights = made.network.initial(slot)
         tokens, targets = map(torch.from_numpy, (made.corpus.validation_tokens, made.corpus.validation_targets))
         unsmoothed = {"label_smoothing": torch.tensor(0.0)}
-        call = (tokens, targets, unsmoothed, torch.zeros(2, dtype=torch.int64))
+        call = (tokens, targets, unsmoothed, torch.zeros(3, dtype=torch.int64))
         total = torch.func.functional_call(made.network.module, weights, call)
         expected = float(total) / int((targets >= 0).sum())
         (probe,) = trainer.probe.of_slots(torch.tensor([slot]), trainer.hyper_R, trainer.graphs)
@@ -202,9 +204,23 @@ def test_a_hyper_parameter_that_is_swept_changes_the_run(tmp_path):
     y = "lr:log:1e-2:2e-2:2"
     for axis in ("clip:log:0.01:10:2", "weight_decay:linear:0:5:2", "beta1:linear:0:0.9:2", "beta2:linear:0.5:0.9:2",
                  "warmup:linear:0:0.5:2", "init_scale:log:0.5:2:2", "label_smoothing:linear:0:0.5:2",
+                 "dropout:linear:0:0.5:2",
                  "lr.mlp:log:1e-3:1:2", "lr.embedding:log:1e-3:1:2", "lr.attention:log:1e-3:1:2"):  # fmt: skip
         _, cells = train(tiny(tmp_path, y, axis, tokens=96), 4)
         assert cells[0, 0].values["weights_digest"] != cells[0, 1].values["weights_digest"], axis
+
+
+def test_dropout_is_drawn_alike_in_any_slot_and_cut_and_left_out_where_off_and_on_the_probe(tmp_path):
+    axes = {"y": "dropout:linear:0:0.6:3", "x": "lr:log:1e-2:2e-2:2", "batch": 4, "tokens": 192, "init_scale": 2.0}
+    _, whole = train(tiny(tmp_path, micro_batch=4, **axes), 6)
+    _, cut = train(tiny(tmp_path, micro_batch=1, **axes), 2)
+    for at, cell in whole.items():
+        np.testing.assert_allclose(cut[at].losses, cell.losses, **CLOSE)
+        assert cell.values["val_first"] == whole[0, 0].values["val_first"]  # nothing is dropped there
+    assert whole[1, 0].losses[0] != whole[0, 0].losses[0]
+    made = setup(tiny(tmp_path, y="lr:log:1e-2:2e-2:2", dropout=0.0))
+    assert "dropout" not in trainer_of(made, 2).names
+    assert "dropout" in trainer_of(setup(tiny(tmp_path, **axes)), 2).names
 
 
 GOLDEN = (

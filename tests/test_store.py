@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import resource
 import signal
 import warnings
@@ -14,7 +15,8 @@ import zarr
 from synthetic import write_store
 from tiny import arrays, assert_equal_bits, forget, sweep, tiny
 
-from engine.config import make_config, resolve
+from engine.api import default_store
+from engine.config import cells_of, make_config, resolve
 from engine.files import FolderLock
 from engine.outcome import Thresholds
 from engine.store import Writer, create_store, open_store
@@ -87,14 +89,18 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 def test_a_store_grows_by_replicates_and_keeps_what_it_has(made):
     before = arrays(open_store(made))
+    steps = before["losses"].shape[-1]
     writer = Writer(made)
-    writer.grow(3)
+    writer.grow(3, steps + 2)  # where seeds decide the steps, the new ones may take more
     writer.close()
     store = open_store(made)
     assert store.run.replicates == 3 and store.run.shape == (3, 3, 4)
     assert (store.status[1:] == 0).all() and (store.status[0] == 1).all()
     for name, array in before.items():
-        assert store.read(name, slice(0, 1)).tobytes() == array.tobytes()
+        read = store.read(name, slice(0, 1))
+        assert read[..., : array.shape[-1]].tobytes() == array.tobytes()
+        assert np.isnan(read[..., array.shape[-1] :]).all()
+    assert store.to_xarray().sizes["step"] == steps + 2
     assert store.to_xarray()["seed"].values.tolist() == [0, 1, 2]
 
 
@@ -234,7 +240,7 @@ def test_other_launches_are_refused_where_bits_depend_on_them(made, capsys):
 
 def test_fewer_replicates_than_are_stored_are_refused(made, capsys):
     writer = Writer(made)
-    writer.grow(2)
+    writer.grow(2, 1)
     writer.close()
     assert "with replicates=2, got 1" in refused(capsys, tiny(made.parent), made)
 
@@ -249,8 +255,36 @@ def test_data_that_changed_since_are_refused(made, capsys):
     data = made.parent / "chat.jsonl"
     data.write_text(data.read_text().replace("cat", "dog"))
     before = contents(made)
-    assert "holds other values than when" in refused(capsys, tiny(made.parent), made)
+    said = refused(capsys, tiny(made.parent, clip=0.5), made)
+    assert "holds a sweep with clip=0.0, got 0.5; data of other content, '" in said and "chat.jsonl'; give the" in said
     assert contents(made) == before
+
+
+def test_an_axis_that_an_older_version_spelt_out_is_the_same(made):
+    file = made / "zarr.json"
+    stored = file.read_text()
+    assert stored.count("tokens:lin:") >= 1
+    file.write_text(stored.replace("tokens:lin:", "tokens:linear:"))
+    sweep(tiny(made.parent), made)
+    assert open_store(made).config.swept.x.startswith("tokens:lin:")
+
+
+def test_stores_are_named_by_network_axes_and_content(tmp_path):
+    def named(**changes):
+        config = tiny(tmp_path, **changes)
+        return default_store(config, cells_of(config)).name
+
+    first = named()
+    assert re.fullmatch(r"gpt-lr-tokens-chat-[0-9a-f]{8}", first)
+    assert named(x="tokens:lin:32:96:4", replicates=3) == named(x="tokens:linear:32.0:96:4") == first
+    points = tmp_path / "points.csv"
+    names = {first, named(seed=1), named(x="tokens:lin:32:96:5"), named(y="lr.mlp:log:1e-3:1:3")}
+    for rows in ("1e-3,64", "1e-2,64"):
+        points.write_text(f"lr,tokens\n{rows}\n")
+        names.add(named(y="", x="", points=str(points)))
+    data = tmp_path / "chat.jsonl"
+    data.write_text(data.read_text().replace("cat", "dog"))
+    assert len({*names, named()}) == 7
 
 
 @pytest.mark.parametrize(

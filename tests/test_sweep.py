@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,15 +13,14 @@ import pytest
 from tiny import arrays, assert_equal_bits, forget, setup, sweep, tiny
 
 from engine import plan
-from engine.api import run_sweep
+from engine.api import prepare_stored, run_sweep
 from engine.config import hyper_names, make_config
-from engine.launch import missing_launches
+from engine.data import batch_order
+from engine.language import CPU_FLOPS, CPU_SLOTS, WAVE_SECONDS, cpu_slots
 from engine.optim import OPTIMIZERS
 from engine.options import RunOptions
 from engine.outcome import DONE, NOT_COMPUTED, Thresholds
-from engine.plan import Chunk
 from engine.progress import Progress
-from engine.ranks import Rank
 from engine.schedule import SCHEDULES
 from engine.step import Trainer
 from engine.store import Writer, open_store
@@ -34,8 +34,10 @@ PAIRS = (
     ("weight_decay:linear:0:2:2", "beta1:linear:0:0.9:2"),
     ("beta2:linear:0.5:0.99:2", "clip:log:0.01:1:2"),
     ("init_scale:log:0.5:2:2", "label_smoothing:linear:0:0.5:2"),
-    ("seed:linear:0:1:2", "batch:linear:2:4:2"),
+    ("seed:linear:0:1:2", "dropout:linear:0:0.5:2"),
     ("eps:log:1e-8:1e-1:2", "weight_decay.mlp:linear:0:2:2"),
+    ("unique_tokens:linear:8:24:2", "tokens:linear:32:64:2"),
+    ("epochs:linear:1:3:2", "lr:log:1e-3:1e-1:2"),
 )
 
 
@@ -62,7 +64,8 @@ def test_any_two_axes_make_a_whole_map(tmp_path, y, x):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_schedule_and_optimizer_trains(tmp_path, schedule, optimizer):
-    config = tiny(tmp_path, "lr:log:1e-3:1e-2:2", "tokens:linear:32:96:2", schedule=schedule, optimizer=optimizer)
+    named = f"adamw,matrix={optimizer}" if OPTIMIZERS[optimizer].matrices_only else optimizer
+    config = tiny(tmp_path, "lr:log:1e-3:1e-2:2", "tokens:linear:32:96:2", schedule=schedule, optimizer=named)
     store = sweep(config.change(warmup=0.2), tmp_path / "s")
     assert (store.status == DONE).all() and np.isfinite(store.read("last_loss")).all()
 
@@ -82,7 +85,8 @@ def test_the_store_says_where_its_numbers_come_from(tmp_path):
     made = store.attributes
     assert made["configuration"] == json.loads(json.dumps(store.config.flat()))
     assert made["configuration_hash"] == store.config.hash
-    assert made["slots"] == 3 and made["exact"] == "in the same launch"
+    assert made["slots"] == 3 and made["exact"] == "in the same wave"
+    assert made["start"] == "nanochat-style, from a random start, over bytes"
     assert made["inputs"] == {"data": setup(tiny(tmp_path)).corpus.digest}
     assert {"date", "command", "commit", "device", "cpu", "threads", "python", "packages"} == made["provenance"].keys()
 
@@ -106,6 +110,28 @@ def test_finished_launches_are_skipped_when_resuming(tmp_path, monkeypatch):
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     [[run]] = launched
     assert {cell for mark in run.marks for cell in mark.cells} == {4, 5, 6, 7}
+
+
+def test_on_a_cpu_an_interruption_costs_one_wave_of_runs(tmp_path, monkeypatch):
+    # 6 runs in one launch, 2 slots: three waves; a cell of the middle one is missing
+    config = tiny(tmp_path, y="lr:log:1e-3:1e30:6")
+    whole = arrays(sweep(config, tmp_path / "s", rows_per_launch="6", slots=2))
+    forget(tmp_path / "s", row=2)
+    trained = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, work, *rest: trained.append(work) or train(self, work, *rest))
+    assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
+    [wave] = trained
+    assert [run.marks[0].cells[0] // 4 for run in wave] == [2, 3]
+
+
+def test_a_wave_on_a_cpu_lasts_half_a_minute_at_most_or_one_run(tmp_path):
+    made = setup(tiny(tmp_path, y="lr:log:1e-3:1:80", schedule="linear"), rows_per_launch="80")
+    [work] = [made.plan.work_in(made.plan.cells_in(launch)) for launch in made.launches]
+    seconds = work.costs.max() * made.network.flops_per_token / CPU_FLOPS
+    for slower, slots in ((1.0, CPU_SLOTS), (WAVE_SECONDS / seconds / 10.5, 10), (1e9, 1)):
+        flops = made.network.flops_per_token * slower
+        assert cpu_slots([work], made.network._replace(flops_per_token=flops)) == slots
 
 
 def test_what_a_launch_has_already_stored_stays_while_it_is_run_again(tmp_path, monkeypatch):
@@ -153,6 +179,27 @@ def test_more_replicates_train_only_the_missing_ones(tmp_path, monkeypatch):
     assert_equal_bits(three, arrays(sweep(config.change(replicates=3), tmp_path / "at once")))
 
 
+def test_supervised_budgets_are_reached_by_every_seed_and_seeds_may_be_added(tmp_path):
+    config = tiny(tmp_path, y="lr:log:1e-3:1e-2:2", x="tokens:linear:40:120:3", count="supervised", unique_tokens=60)
+    sweep(config, tmp_path / "s")
+    store = sweep(config.change(replicates=3), tmp_path / "s")
+    counts, unique = store.run.counts, plan.unique_rows(store.run)
+    for seed, col in np.ndindex(3, 3):
+        steps, rows = store.read("steps")[seed, 0, col], int(unique[seed, 0, 0])
+        first = counts[batch_order(seed, len(counts), rows)]
+        assert first.sum() >= 60 > first[:-1].sum()
+        seen = counts[batch_order(seed, len(counts), 2 * steps, rows)]
+        assert seen.sum() >= [40, 80, 120][col] > seen[:-2].sum()
+    assert_equal_bits(arrays(store), arrays(sweep(config.change(replicates=3), tmp_path / "at once")))
+    again = prepare_stored(store, "cpu").replay(17)
+    assert again.weights_digest == store.read("weights_digest")[2, 1, 2]
+
+
+def test_more_unique_tokens_than_there_are_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unique_tokens goes up to 200, but the data have 192 \(tokens\) in 24 rows"):
+        setup(tiny(tmp_path, unique_tokens=200))
+
+
 def test_a_resumed_sweep_keeps_the_stored_coordinates(tmp_path):
     store = sweep(tiny(tmp_path), tmp_path / "s")
     group = Writer(tmp_path / "s").group
@@ -172,7 +219,7 @@ def test_a_list_of_points_is_swept_and_resumed(tmp_path):
     forget(tmp_path / "s", 1)
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     (tmp_path / "p.csv").write_text("lr,beta1,tokens\n1e-2,0.9,64\n1e-1,0.5,48\n4e-2,0.1,96\n")
-    with pytest.raises(ValueError, match="holds other values than when"):
+    with pytest.raises(ValueError, match="holds a sweep with points of other content"):
         sweep(config, tmp_path / "s")
 
 
@@ -190,50 +237,48 @@ def test_the_live_map_and_the_final_one_have_the_same_labels(tmp_path, network):
     assert len(np.unique(watched[-1].codes())) > 1
 
 
-def test_ranks_share_the_launches_between_them(tmp_path):
-    config = tiny(tmp_path, y="lr:log:1e-3:1e-1:5", x="tokens:linear:32:48:2")
-    sweep(config, tmp_path / "s", rows_per_launch="1")
-    for row in range(5):
-        forget(tmp_path / "s", row)
-    made = setup(config, rows_per_launch="1")
-    writer = Writer(tmp_path / "s")
-    shares = [list(missing_launches(made, writer, Rank(index, 2))) for index in range(2)]
-    writer.close()
-    assert shares == [[(Chunk(0, row, row + 1),) for row in rows] for rows in ((0, 2, 4), (1, 3))]
-
-
 DRIVER = """
 import json, os, signal, sys, time
 plan = json.loads(sys.argv[1])
 sys.path.insert(0, plan["tests"])
+import numpy as np
 import tiny
 from pathlib import Path
 from engine import launch
 from engine.outcome import DONE
 from engine.store import open_store
+from engine.sweep import main
 launch.FLUSH = 0.0
-folder, partial = Path(plan["folder"]), {"KILL": False, "INT": False}
+folder = Path(plan["folder"])
 
 def fork(path, changes, **environment):
     child = os.fork()
     if child == 0:
         os.environ.update(environment)
-        tiny.sweep(tiny.tiny(folder, **changes), path, rows_per_launch=plan['rows'])
+        os.dup2(os.open(f"{path}.said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        words = tiny.flags(tiny.tiny(folder, **changes), path)
+        try:
+            main([*words, "--rows-per-launch", plan["rows"]])
+        except SystemExit as end:
+            os._exit(end.code)
         os._exit(0)
     return child
 
-for kind in partial:
-    for delay in plan["delays"]:
+def done(path):
+    return (open_store(path).status == DONE) if path.exists() else np.zeros(1, bool)
+
+for kind, delays in plan["delays"].items():
+    number, codes = signal.Signals["SIG" + kind].value, []
+    for delay in delays:
         child = fork(folder / kind, plan["killed"])
-        while not (folder / kind).exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.001)
+        while not codes and not done(folder / kind).any() and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.001)  # the first is ended once it has something to keep
         time.sleep(delay)
-        os.kill(child, getattr(signal, "SIG" + kind))
-        os.waitpid(child, 0)
-        done = open_store(folder / kind).status == DONE
-        print(kind, "after", delay, "s:", done.sum(), "cells done", flush=True)
-        partial[kind] |= not done.all()
-assert all(partial.values()), "no sweep was ended before it was through"
+        os.kill(child, number)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(kind, "after", delay, "s:", done(folder / kind).sum(), "cells done", codes, flush=True)
+    # one that has not begun to train is ended by the signal itself
+    assert codes[0] == (-number if kind == "KILL" else 128 + number) and set(codes[1:]) <= {codes[0], -number, 0}, codes
 ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": plan["port"]}
 children = [fork(folder / "ranks", plan["ranked"], RANK=str(rank), **ranks) for rank in range(2)]
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
@@ -252,7 +297,9 @@ def driven(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("driven")
     tests = Path(__file__).parent
-    delays = [0.02, *np.random.default_rng(os.getpid()).uniform(0.05, 1.2, 5).round(3).tolist()]
+    random = np.random.default_rng(os.getpid())
+    counts = {"KILL": 4, "INT": 1, "TERM": 1, "HUP": 1}
+    delays = {kind: [0.0, *random.uniform(0.05, 1.2, count).round(3).tolist()] for kind, count in counts.items()}
     told = {"tests": str(tests), "folder": str(folder), "delays": delays, "port": str(free_port())}
     told |= {"killed": KILLED, "ranked": RANKED, "rows": "2"}
     environment = os.environ | {"PYTHONPATH": str(tests.parent)}
@@ -263,9 +310,21 @@ def driven(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["KILL", "INT"])
-def test_a_sweep_ended_at_random_moments_and_resumed_equals_the_uninterrupted_one(driven, kind):
-    whole = arrays(sweep(tiny(driven, **KILLED), driven / f"whole{kind}", **ROWS))
+@pytest.fixture(scope="module")
+def whole(driven) -> dict[str, np.ndarray]:
+    """What the sweeps that were ended hold when they are not."""
+    return arrays(sweep(tiny(driven, **KILLED), driven / "whole", **ROWS))
+
+
+@pytest.mark.parametrize("kind", ["INT", "TERM", "HUP"])
+def test_a_signal_is_one_line_that_says_what_is_kept(driven, kind):
+    first, *others = (driven / f"{kind}.said").read_text().splitlines()
+    assert int(re.fullmatch(r"interrupted: (\d+) of 48 cells kept, the same command goes on", first)[1]) > 0
+    assert all(line.startswith("interrupted: ") for line in others)
+
+
+@pytest.mark.parametrize("kind", ["KILL", "INT", "TERM", "HUP"])
+def test_a_sweep_ended_at_random_moments_and_resumed_equals_the_uninterrupted_one(driven, whole, kind):
     ended = open_store(driven / kind)
     done = ended.status == DONE
     assert np.array_equal(ended.read("weights_digest")[done], whole["weights_digest"][done])

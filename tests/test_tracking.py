@@ -80,27 +80,52 @@ def test_an_offline_run_holds_aggregates_the_map_and_the_store(tmp_path, offline
     for row in launches:
         assert row["cells_per_second"] > 0 and row["tokens_per_second"] > 0
         assert sum(row[f"cells/{name}"] for name in LABELS if f"cells/{name}" in row) == row["cells"]
-    assert len({key for row in rows for key in row if not key.startswith(("_", "map/"))}) <= 10, "no name a cell"
+    assert len({key for row in rows for key in row if not key.startswith(("_", "map/", "cells_table"))}) <= 10, (
+        "no name a cell"
+    )
     [image] = [row for row in rows if "map/drawn/path" in row]
     assert image["map/drawn/_type"] == "image-file" and image["map/drawn/width"] == 8
     assert len(list(offline.rglob("drawn_*.png"))) == 1
-    [artifact] = [record.artifact for record in read if record.WhichOneof("record_type") == "artifact"]
+    logged = [record.artifact for record in read if record.WhichOneof("record_type") == "artifact"]
+    [artifact], [page] = ([each for each in logged if each.type == kind] for kind in ("sweep", "report"))
     assert artifact.name == "sweep-s" and artifact.type == "sweep"
+    assert page.name == "report-s" and [entry.path for entry in page.manifest.contents] == ["report.html"]
     paths = {entry.path for entry in artifact.manifest.contents}
     assert "zarr.json" in paths and any(path.startswith("status/c/") for path in paths)
+    assert [row["_step"] for row in launches] == [4, 8, 12], "a resumed sweep's lines follow the earlier ones"
+    [file] = offline.rglob("cells_table_*.table.json")
+    table = json.loads(file.read_text("utf-8"))
+    cells = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    kept = open_store(store)
+    assert len(cells) == 12 and {"lr", "tokens", "seed", "label", "val_loss"} <= set(table["columns"])
+    assert [cell["val_loss"] for cell in cells] == pytest.approx(kept.read("val_loss").ravel().tolist(), nan_ok=True)
+    assert sorted({cell["lr"] for cell in cells}) == pytest.approx(kept.run.cells.y.values.tolist())
+    said = summary(read)
+    assert said["lr/best"] == 0.01
+    assert sum(count for name, count in said.items() if name.startswith("labels/")) == 12
+
+
+def summary(read: list) -> dict:
+    """What a run's summary says at its end."""
+    updates = [r.summary.update for r in read if r.WhichOneof("record_type") == "summary"]
+    return {i.key or "/".join(i.nested_key): json.loads(i.value_json) for update in updates for i in update}
 
 
 def run_pictured(config, path, picture) -> None:
     """Sweep with W&B offline; a picture is put among the figures where the analysis would draw its own."""
+    import wandb
+
     finish = tracking.Tracking.finish
 
-    def with_picture(self, store):
+    def with_picture(self, store, found):
         picture.save(store / "figures" / "drawn.png")
-        finish(self, store)
+        (store / "figures" / "report.html").write_text("<p>a report</p>", "utf-8")
+        finish(self, store, {"lr/best": 0.01})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking.Tracking, "finish", with_picture)
         sweep(config, path, wandb="offline", rows_per_launch="1")
+    wandb.teardown()  # its process has then written all of its file
 
 
 def test_a_resumed_sweep_goes_on_in_its_own_run(tmp_path, offline):
@@ -114,8 +139,8 @@ def test_a_resumed_sweep_goes_on_in_its_own_run(tmp_path, offline):
 def test_a_store_of_any_name_is_an_artifact(tmp_path, offline):
     sweep(tiny(tmp_path), tmp_path / "[lr = 0.1, ä]", wandb="offline")
     [file] = offline.rglob("*.wandb")
-    [artifact] = [record.artifact for record in records(file) if record.WhichOneof("record_type") == "artifact"]
-    assert artifact.name == "sweep--lr-0.1-"
+    artifacts = [record.artifact for record in records(file) if record.WhichOneof("record_type") == "artifact"]
+    assert "sweep--lr-0.1-" in [artifact.name for artifact in artifacts]
 
 
 def test_without_a_key_nothing_is_made(tmp_path, offline, monkeypatch, capsys):
@@ -143,7 +168,7 @@ def test_what_wandb_raises_is_a_users_error(tmp_path, monkeypatch, error):
 def test_off_is_nothing_at_all(tmp_path, offline):
     track = tracking.start("off", "p", "", tiny(tmp_path), first=True)
     track.launch(None)
-    track.finish(tmp_path)
+    track.finish(tmp_path, {})
     assert track.run is None and list(offline.iterdir()) == []
     assert tracking.start("offline", "p", "", tiny(tmp_path), first=False).run is None, "the first rank only"
 

@@ -10,7 +10,6 @@ from engine.api import prepare, run_sweep
 from engine.config import SweepConfig, cells_of, make_config
 from engine.options import RunOptions
 from engine.outcome import NOT_COMPUTED
-from engine.ranks import Rank
 from engine.store import Store, Writer, open_store
 from engine.workload import Setup
 
@@ -49,9 +48,19 @@ def sweep(config: SweepConfig, path: Path, **options) -> Store:
     return open_store(path)
 
 
+def flags(config: SweepConfig, path: Path) -> list[str]:
+    """The command line that gives a configuration and a store."""
+    default = make_config(config.network).flat()
+    words = ["--network", config.network, "--store", str(path), "--device", "cpu", "--quiet"]
+    for name, value in config.flat().items():
+        if value != default.get(name):
+            words += ["--" + name, str(value)]
+    return words
+
+
 def setup(config: SweepConfig, **options) -> Setup:
     """What a sweep of this configuration would train with on the CPU."""
-    return prepare(config, cells_of(config), RunOptions(device="cpu", **options), Rank(0, 1), None)
+    return prepare(config, cells_of(config), RunOptions(device="cpu", **options), 1, None)
 
 
 def arrays(store: Store) -> dict[str, np.ndarray]:

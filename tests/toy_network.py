@@ -35,7 +35,7 @@ class LSTM(nn.Module):
         self.bias = nn.Parameter(torch.empty(4 * width))
         self.unembedding = nn.Parameter(torch.empty(vocabulary, width))
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, hyper: dict[str, Tensor], key_2: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, hyper: dict[str, Tensor], key_3: Tensor) -> Tensor:
         """Summed loss, 0-dim; hyper: `leak`, the share of the hidden state that stays as it was."""
         hidden_BD = cell_BD = torch.zeros_like(self.embedding[tokens_BT[:, 0]])
         outputs = []

@@ -2,27 +2,31 @@
 
 The mask is that of the template's generation marks where it has them. Where it has none, it covers
 the assistant's spans: what the template writes behind the prompt for a reply, up to the mark that ends
-it. Every span is looked for in the whole rendered string, and a template that hides, moves or rewrites
-a reply is refused, since a wrong mask would train on the wrong text.
+it. Every span is verified against the whole rendered string, and a template that hides or rewrites a
+reply is refused, since a wrong mask would train on the wrong text.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engine.tokenizer import Rendered
+from engine.tokenizer import Message, Rendered, is_learned
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE = "fractal-probe-reply"
+QUESTION, PROBE = "fractal-probe-question", "fractal-probe-reply"
 
 
 class HubTokenizer:
     """A tokenizer of `transformers`, with the methods of `engine.tokenizer`'s classes."""
+
+    calls = False
 
     def __init__(self, folder: Path):
         if find_spec("transformers") is None:
@@ -62,63 +66,104 @@ class HubTokenizer:
         tokens = np.array([*self.encode(text), *self.boundary], dtype=np.int32)
         return tokens, np.ones(len(tokens), dtype=np.bool_)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> Rendered:
+    def render(self, messages: Sequence[Message]) -> Rendered:
         """(tokens, supervised) of one conversation, as its chat template writes it.
 
+        The tokens are those of the whole rendered string. A token that a reply has any part of is the reply's.
         ValueError without a template, or where a reply is not found in what the template writes.
         """
         if not isinstance(self.template, str):
             raise ValueError(f"{self.folder} has no chat template: add one to its tokenizer_config.json")
-        given = [dict(message) for message in messages]
+        given = [{"role": message["role"], "content": message["content"]} for message in messages]
+        learned = [is_learned(message) for message in messages if message["role"] == "assistant"]
         if GENERATION.search(self.template):
-            rendered = self.backend.apply_chat_template(
-                given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return np.array(rendered["input_ids"], np.int32), np.array(rendered["assistant_masks"], np.bool_)
-        whole = self._text(given)
-        spans = [self._span(given, index, whole) for index, m in enumerate(given) if m["role"] == "assistant"]
+            rendered = self._apply(given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            mask = self._only(np.array(rendered["assistant_masks"], np.bool_), learned)
+            return np.array(rendered["input_ids"], np.int32), mask
+        whole = self._apply(given, tokenize=False)
         encoded = self.backend(whole, add_special_tokens=False, return_offsets_mapping=True)
-        starts = np.array([start for start, _ in encoded["offset_mapping"]], dtype=np.int64)
-        supervised = np.zeros(len(starts), np.bool_)
-        for begin, end in spans:
-            supervised |= (starts >= begin) & (starts < end)
+        first, last = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        supervised = np.zeros(len(first), np.bool_)
+        for (begin, end), own in zip(self._spans(given, whole), learned, strict=True):
+            supervised |= (last > begin) & (first < end) & own
         return np.array(encoded["input_ids"], np.int32), supervised
 
-    def _text(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
-            return self.backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            return self.backend.apply_chat_template(messages, **options)
         except Exception as error:  # a template raises what it likes
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"the chat template of {self.folder} refuses a conversation ({reason}): mend it"
             ) from error
 
-    def _span(self, messages: list[dict[str, Any]], index: int, whole: str) -> tuple[int, int]:
-        """First and end character of what a model writes for the reply at `index`, with the mark that ends it."""
-        content = messages[index]["content"]
-        before = self._text(messages[:index], prompt=True)
-        lead, end = self._around(messages[:index])
-        if whole.startswith(before):
-            for text in (content, content.strip()):
-                for opening in (lead, ""):
-                    if whole.startswith(opening + text + end, len(before)):
-                        return len(before), len(before) + len(opening + text + end)
-        raise ValueError(
-            f"the chat template of {self.folder} does not show reply {index} where its prompt ends: give a template "
-            f"with generation marks"
+    def _only(self, mask: NDArray[np.bool_], learned: list[bool]) -> NDArray[np.bool_]:
+        """The generation marks' mask without the replies that are not learned."""
+        if all(learned):
+            return mask
+        number = np.diff(mask, prepend=False).cumsum() // 2  # of the reply a token is in, where it is in one
+        if number[-1] + mask[-1] != len(learned):
+            raise ValueError(
+                f"the chat template of {self.folder} marks {number[-1] + mask[-1]} replies of {len(learned)}, so that "
+                f"none can be left out: remove the weights of 0"
+            )
+        return mask & np.array([*learned, False])[number]
+
+    def _spans(self, messages: list[dict[str, Any]], whole: str) -> list[tuple[int, int]]:
+        """First and end character, in the rendered string, of what a model writes for each reply, end mark included.
+
+        The conversation is rendered once more with words in the replies' places that occur nowhere else. What stands
+        between these must stand between the replies too: with the replies put back, the string is the whole one.
+        """
+        replies = [message["content"] for message in messages if message["role"] == "assistant"]
+        names = iter(words := [f"{PROBE}-{number}." for number in range(len(replies))])
+        probed = self._apply(
+            [m | {"content": next(names)} if m["role"] == "assistant" else m for m in messages], tokenize=False
+        )
+        if any(probed.count(word) != 1 for word in words):
+            raise ValueError(self._without_spans)
+        opening, lead, closing = self._around
+        spans, place, rest = [], 0, probed
+        for number, (word, reply) in enumerate(zip(words, replies, strict=True)):
+            before, rest = rest.split(word)
+            after = rest.split(words[number + 1])[0] if number + 1 < len(words) else rest
+            start = place + len(before)
+            forms = (reply, reply.strip(), reply.lstrip(), reply.rstrip())
+            text = next((text for text in forms if whole.startswith(text + after, start)), None)
+            if text is None or not whole.startswith(before, place):
+                raise ValueError(
+                    f"the chat template of {self.folder} does not show reply {number + 1} as it is: give a template "
+                    f"with generation marks"
+                )
+            if opening and opening in before:
+                lead = before[before.rindex(opening) + len(opening) :]
+            place = start + len(text)
+            ended = len(closing) if after.startswith(closing) else 0
+            spans.append((start - (len(lead) if before.endswith(lead) else 0), place + ended))
+        if whole[place:] != rest:
+            raise ValueError(self._without_spans)
+        return spans
+
+    @property
+    def _without_spans(self) -> str:
+        return (
+            f"the chat template of {self.folder} writes no assistant's span behind its prompt: give a template with "
+            f"generation marks"
         )
 
-    def _around(self, before: list[dict[str, Any]]) -> tuple[str, str]:
-        """What the template writes before a last reply, behind its prompt, and behind the reply to end it."""
-        prompt = self._text(before, prompt=True)
-        probed = self._text([*before, {"role": "assistant", "content": PROBE}])
-        at = probed.find(PROBE, len(prompt))
-        if not probed.startswith(prompt) or at < 0:
-            raise ValueError(
-                f"the chat template of {self.folder} writes no assistant's span behind its prompt: give a template "
-                f"with generation marks"
-            )
-        return probed[len(prompt) : at], probed[at + len(PROBE) :].rstrip()
+    @cached_property
+    def _around(self) -> tuple[str, str, str]:
+        """What opens a reply where the template says so, what it writes behind the prompt of a lone reply, and what
+        ends one."""
+        question = [{"role": "user", "content": QUESTION}]
+        prompt = self._apply(question, tokenize=False, add_generation_prompt=True)
+        bare = self._apply(question, tokenize=False)
+        answered = self._apply([*question, {"role": "assistant", "content": PROBE}], tokenize=False)
+        at = answered.find(PROBE, len(prompt))
+        if not answered.startswith(prompt) or at < 0:
+            raise ValueError(self._without_spans)
+        opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
+        return opening, answered[len(prompt) : at], answered[at + len(PROBE) :].rstrip()
 
     def save(self, folder: Path) -> None:
         """The files that `transformers` and `load_model` read."""

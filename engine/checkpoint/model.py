@@ -1,7 +1,10 @@
 """A loaded checkpoint: configuration, weights by our names, tokenizer, and logits."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -9,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from engine.checkpoint.tensors import Weights
 from engine.models import gpt, gpt2, llama, parameter_shapes
 
 ModelConfig = gpt.GPTConfig | gpt2.GPT2Config | llama.LlamaConfig
+
+POSITIONS = "positions.weight"
+"""the one parameter whose shape depends on the context"""
 
 
 class FamilyFile(NamedTuple):
@@ -34,15 +41,10 @@ def family_name(config: ModelConfig) -> str:
     return next(name for name, family in FAMILIES.items() if type(config) is family.config)
 
 
-def is_loadable(config: Any) -> bool:
-    """Whether `load_model` knows a configuration's network."""
-    return any(type(config) is family.config for family in FAMILIES.values())
-
-
-def make_module(config: ModelConfig) -> nn.Module:
-    """The network with parameters on the meta device and its tables on the CPU."""
+def make_module(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """The network with parameters on the meta device and its tables on `device`."""
     with torch.device("meta"):
-        return FAMILIES[family_name(config)].network(config)
+        return FAMILIES[family_name(config)].network(config, device)
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -55,8 +57,8 @@ class LoadedModel:
     path: str
     """what was loaded"""
     config: ModelConfig
-    weights: dict[str, Tensor]
-    """parameters by our names, on the CPU, in the dtype they are stored in"""
+    weights: Mapping[str, Tensor]
+    """parameters by our names, on the CPU, in the dtype they are stored in; of a file each is read when asked for"""
     tokenizer_found: Any = None
     """the tokenizer, None without one"""
     chat_template: str | None = None
@@ -76,16 +78,45 @@ class LoadedModel:
     def tokenizer(self) -> Any:
         """What the checkpoint's vocabulary stands for, as in `engine.tokenizer`; ValueError without one."""
         if self.tokenizer_found is None:
-            raise ValueError(f"{self.path} has no tokenizer: put its tokenizer files into the folder")
+            raise ValueError(f"{self.path} has no tokenizer: put its files into the folder, or give --tokenizer")
         return self.tokenizer_found
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what the network computes: its configuration and every weight, whatever file holds them.
+
+        ValueError naming a parameter that is not finite.
+        """
+        fields = {"family": family_name(self.config), "config": asdict(self.config)}
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        for name in self.weights:
+            weight = self.weights[name].detach().contiguous()
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{self.path} holds {name} with values that are not finite: give a whole checkpoint")
+            digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+            digest.update(weight.view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def with_context(self, context: int) -> "LoadedModel":
         """The same model for shorter rows; ValueError beyond what it was trained for."""
-        config = self.config.with_context(context)
-        weights = dict(self.weights)
-        if "positions.weight" in weights:
-            weights["positions.weight"] = weights["positions.weight"][:context]
+        config, weights = self.config.with_context(context), self.weights
+        if POSITIONS in weights:
+            readers = {name: partial(weights.__getitem__, name) for name in weights}
+            weights = Weights(readers | {POSITIONS: lambda: self.weights[POSITIONS][:context]})
         return replace(self, config=config, weights=weights)
+
+    def with_weights(self, trained: Mapping[str, Tensor]) -> "LoadedModel":
+        """The same model with other weights, which may be those of shorter rows: later positions stay as they are."""
+        weights = dict(trained)
+        if POSITIONS in weights:
+            rows = weights[POSITIONS]
+            weights[POSITIONS] = torch.cat([rows, self.weights[POSITIONS][len(rows) :].to(rows.dtype)])
+        return replace(self, weights=weights)
+
+    @cached_property
+    def fp32_weights(self) -> dict[str, Tensor]:
+        """Every parameter in float32, kept."""
+        return {name: weight.float() for name, weight in self.weights.items()}
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
@@ -102,7 +133,7 @@ class LoadedModel:
                 f"got ids {int(ids.min())} to {int(ids.max())}, expected ids below the vocabulary of "
                 f"{self.config.vocabulary}: use the model's own tokenizer"
             )
-        named = {f"network.{name}": weight.float() for name, weight in self.weights.items()}
+        named = {f"network.{name}": weight for name, weight in self.fp32_weights.items()}
         return functional_call(_Logits(self.module), named, (ids,))
 
 

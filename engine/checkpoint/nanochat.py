@@ -107,7 +107,12 @@ def infer_config(fields: dict[str, Any], stored: dict[str, Stored], file: Path, 
         raise refuse(
             "smear_gate.weight", f"of shape {list(stored['smear_gate.weight'].shape)} beside a gate of {gate_width}"
         )
-    if gate_width == 32 and softcap is None:
+    left_open = gate_width == 32
+    if left_open and softcap not in (None, 15, 20):
+        raise ValueError(
+            f"got softcap {softcap:g}, but nanochat had 15 or 20 with the tensors of {file}: give one of them"
+        )
+    if left_open and softcap is None:
         print(
             f"{file}: soft cap 15 taken; nanochat's of {WEEK_OF_20} has the same tensors and 20: give softcap 20 then",
             file=sys.stderr,
@@ -125,11 +130,11 @@ def infer_config(fields: dict[str, Any], stored: dict[str, Stored], file: Path, 
         kv_heads=fields["n_kv_head"],
         context=context,
         vocabulary=fields["vocab_size"],
-        softcap=15.0 if softcap is None else softcap,
+        softcap=20.0 if left_open and softcap == 20 else 15.0,
         norm_eps=TORCH_EPS,
         rotary_base=100_000.0 if new else 10_000.0,
         rotary_reversed=True,
-        rotary_rounded=not new and softcap != 20,
+        rotary_rounded=not new and not (left_open and softcap == 20),
         qk_scale=(1.2 if smear else 1.15) if new else 1.0,
         window_pattern=(fields.get("window_pattern") or "L").upper(),
         short_window=short,

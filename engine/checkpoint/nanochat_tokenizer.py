@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from engine.tokenizer import Rendered
+from engine.tokenizer import Message, Rendered, is_learned
 
 MARKS = (
     "<|bos|>",
@@ -121,6 +121,8 @@ def make_backend(pattern: str, ranks: Mapping[bytes, int], marks: Mapping[str, i
 class NanochatTokenizer:
     """nanochat's encoding and its chat rendering, with the methods of `engine.tokenizer`'s classes."""
 
+    calls = True
+
     def __init__(self, pattern: str, ranks: dict[bytes, int], marks: dict[str, int]):
         """pattern: splits a text. ranks: id of each byte string. marks: id of each mark, the nine at least."""
         self.pattern, self.ranks, self.marks = pattern, ranks, marks
@@ -161,13 +163,14 @@ class NanochatTokenizer:
         tokens = np.array([self.padding, *self.encode(text)], dtype=np.int32)
         return tokens, np.ones(len(tokens), dtype=np.bool_)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> Rendered:
+    def render(self, messages: Sequence[Message]) -> Rendered:
         """(tokens, supervised) of one conversation, at most 2,048 of them.
 
         bos, then each message between its role's marks. A first system message opens the user message
         behind it, a blank line between. An assistant's content is a text or a list of parts {"type":
         "text" | "python" | "python_output", "text": str}. Trained on are its texts, its python calls
-        with their marks, and the mark that ends it. ValueError for roles that do not take turns.
+        with their marks, and the mark that ends it, save replies with "weight": 0. ValueError for roles that do
+        not take turns.
         """
         messages = list(messages)
         if messages and messages[0]["role"] == "system":
@@ -181,15 +184,16 @@ class NanochatTokenizer:
             if message["role"] != role:
                 raise ValueError(f"message {index} is from {message['role']!r}, expected {role!r}: let them take turns")
             pieces.append(([self.marks[f"<|{role}_start|>"]], False))
-            pieces += self._content(message["content"], role)
-            pieces.append(([self.marks[f"<|{role}_end|>"]], role == "assistant"))
+            learned = is_learned(message)
+            pieces += self._content(message["content"], role, learned)
+            pieces.append(([self.marks[f"<|{role}_end|>"]], learned))
         tokens = np.concatenate([np.asarray(piece, dtype=np.int32) for piece, _ in pieces])
         supervised = np.repeat([learned for _, learned in pieces], [len(piece) for piece, _ in pieces])
         return tokens[:MAX_TOKENS], supervised[:MAX_TOKENS]
 
-    def _content(self, content: Any, role: str) -> list[tuple[Sequence[int], bool]]:
+    def _content(self, content: Any, role: str, learned: bool) -> list[tuple[Sequence[int], bool]]:
         if isinstance(content, str):
-            return [(self.encode(content), role == "assistant")]
+            return [(self.encode(content), learned)]
         if role == "user" or not isinstance(content, list):
             raise ValueError(f"a {role}'s content is {type(content).__name__}, expected text: mend the conversation")
         pieces: list[tuple[Sequence[int], bool]] = []
@@ -200,7 +204,7 @@ class NanochatTokenizer:
             if kind in PARTS:
                 start, end = PARTS[kind]
                 tokens = [self.marks[start], *tokens, self.marks[end]]
-            pieces.append((tokens, kind != "python_output"))
+            pieces.append((tokens, learned and kind != "python_output"))
         return pieces
 
     def save(self, folder: Path) -> None:

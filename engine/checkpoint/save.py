@@ -59,9 +59,10 @@ def save_model(
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def our_fields(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a network under our names."""
-    return {"model_type": OURS, "family": family_name(config), "config": asdict(config)}
+def our_fields(config: ModelConfig, tokenizer: Any = None) -> dict[str, Any]:
+    """config.json of a network under our names; of tokenizers it says only that it is bytes."""
+    named = {"tokenizer": tokenizer.name} if isinstance(tokenizer, ByteTokenizer) else {}
+    return {"model_type": OURS, "family": family_name(config), "config": asdict(config)} | named
 
 
 def load_ours(folder: Path, file: Path | None) -> LoadedModel:
@@ -86,7 +87,8 @@ def load_ours(folder: Path, file: Path | None) -> LoadedModel:
     if not source.is_file():
         raise ValueError(f"{source} does not exist: give a whole checkpoint")
     weights = join(read_safetensors(source), {name: Source((name,)) for name in shapes}, shapes, source)
-    return LoadedModel(str(folder), config, weights)
+    tokenizer = ByteTokenizer() if fields.get("tokenizer") == ByteTokenizer.name else None
+    return LoadedModel(str(file or folder), config, weights, tokenizer)
 
 
 def save_smollm2_tokenizer(folder: Path, tokenizer: SmolLM2Tokenizer, chat_template: str | None) -> None:
@@ -106,28 +108,39 @@ def save_smollm2_tokenizer(folder: Path, tokenizer: SmolLM2Tokenizer, chat_templ
     (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def save_safetensors(path: str | Path, weights: Mapping[str, Tensor], config: ModelConfig | None = None) -> None:
+def save_safetensors(
+    path: str | Path, weights: Mapping[str, Tensor], config: ModelConfig | None = None, tokenizer: Any = None
+) -> None:
     """Writes {name: tensor} to a .safetensors file, and the configuration, if given, to a .json of its name.
 
-    Each is written whole or not at all; ValueError as `check_folder`.
+    Each is written whole or not at all; ValueError as `check_destination`.
     """
-    check_folder(path)
+    check_destination(path)
     replace_file(path, save({name: weight.contiguous().cpu() for name, weight in weights.items()}))
     if config is not None:
-        replace_file(Path(path).with_suffix(".json"), json.dumps(our_fields(config), indent=2).encode() + b"\n")
+        replace_file(
+            Path(path).with_suffix(".json"), json.dumps(our_fields(config, tokenizer), indent=2).encode() + b"\n"
+        )
 
 
-def check_folder(path: str | Path) -> None:
-    """ValueError where a file of weights cannot be written: no folder, a folder itself, or the name of another kind.
+def names_file(path: str | Path) -> bool:
+    """Whether weights saved to a path are one file: a .safetensors file, device or pipe; else they are a folder."""
+    path = Path(path)
+    return path.suffix == ".safetensors" or (path.exists() and not path.is_dir())
+
+
+def check_destination(path: str | Path) -> None:
+    """ValueError where weights cannot be saved: the folder above is missing, or the place is taken by something else.
 
     A device or pipe may have any name.
     """
     path = Path(path)
     check_above(Path(os.path.realpath(path)))
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file to write")
-    if path.suffix != ".safetensors" and (path.is_file() or not path.exists()):
-        raise ValueError(f"got {path}, expected a name that ends in .safetensors: weights are written in that format")
+    other = path.suffix[1:].isalpha() and path.suffix != ".safetensors"
+    if (other and not path.exists()) or (path.is_file() and path.suffix != ".safetensors"):
+        raise ValueError(f"got {path}, expected a name that ends in .safetensors, or that of a new folder: rename it")
+    if path.is_dir() and (names_file(path) or any(path.iterdir())):
+        raise ValueError(f"{path} is a folder with something in it: give the name of a new one, or of a file to write")
 
 
 def check_above(path: Path) -> None:

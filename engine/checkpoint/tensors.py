@@ -1,8 +1,9 @@
 """Tensors of a checkpoint under our names: what a file holds, and how its tensors become ours.
 
 A layout says for each of our parameters which stored tensors its rows come from, so one table
-serves reading (join) and writing (split). Tensors stay in the dtype they are stored in, and one at
-a time is read from a .safetensors file, so loading takes the file's size and one matrix more.
+serves reading (join) and writing (split). Names and shapes are checked when a checkpoint is opened;
+a parameter is read, in the dtype it is stored in, when it is asked for, so that a network on its way
+to a device takes no more of the host's memory than one parameter.
 
 The .safetensors format (github.com/huggingface/safetensors) is eight bytes of length, a JSON
 header, and data. It is read here, since the library maps the whole file into memory beside what is
@@ -10,7 +11,8 @@ copied out of it; it is written by the library.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +47,8 @@ class Source(NamedTuple):
 
     names: stored tensors whose rows are joined. rows: of each, None where there is one. transposed:
     stored as [in, out]. padded: more rows than ours may be stored, which are left out. swapped: head
-    dimension K of tensors whose heads are stored with their halves swapped, 0 for none.
+    dimension K of tensors whose heads are stored with their halves swapped, 0 for none. paired: K of
+    tensors whose heads are stored by neighbouring pairs (2i, 2i + 1) instead of (i, i + K/2), 0 for none.
     """
 
     names: tuple[str, ...]
@@ -53,9 +56,26 @@ class Source(NamedTuple):
     transposed: bool = False
     padded: bool = False
     swapped: tuple[int, ...] = ()
+    paired: tuple[int, ...] = ()
 
 
 Layout = dict[str, Source]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Parameters by name, each read anew whenever it is asked for: none of them is kept."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
+        self.readers = dict(readers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
 
 
 def read_safetensors(file: Path) -> dict[str, Stored]:
@@ -100,7 +120,7 @@ def join(
     shapes: Mapping[str, tuple[int, ...]],
     path: Path,
     ignored: Callable[[str], bool] = lambda name: False,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Our parameters, by name, of the given shapes.
 
     Raises ValueError for a tensor that is missing, of another shape, without fractions, or unknown
@@ -110,20 +130,27 @@ def join(
     for name in sorted(stored.keys() - known):
         if not ignored(name):
             raise ValueError(f"{path} holds tensor {name}, which no network that it says it is has: {_FOREIGN}")
-    weights = {}
     for ours, source in layout.items():
-        parts = []
-        for index, name in enumerate(source.names):
+        for name, rows in zip(source.names, source.rows or shapes[ours][:1], strict=True):
             if name not in stored:
                 raise ValueError(f"{path} lacks tensor {name}: {_FOREIGN}")
-            expected = (source.rows[index], *shapes[ours][1:]) if source.rows else shapes[ours]
-            expected = expected[::-1] if source.transposed else expected
-            _check(path, name, stored[name], expected, source.padded)
-            part = stored[name].read()
-            part = part.T.contiguous() if source.transposed else part[: expected[0]]
-            parts.append(swap_halves(part, source.swapped[index]) if source.swapped else part)
-        weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return weights
+            expected = (rows, *shapes[ours][1:])
+            _check(path, name, stored[name], expected[::-1] if source.transposed else expected, source.padded)
+    return Weights({ours: partial(_read, stored, source, shapes[ours]) for ours, source in layout.items()})
+
+
+def _read(stored: Mapping[str, Stored], source: Source, shape: tuple[int, ...]) -> Tensor:
+    """One parameter of ours out of the tensors that hold it."""
+    parts = []
+    for index, (name, rows) in enumerate(zip(source.names, source.rows or shape[:1], strict=True)):
+        part = stored[name].read()
+        part = part.T.contiguous() if source.transposed else part[:rows]
+        if source.swapped:
+            part = swap_halves(part, source.swapped[index])
+        if source.paired:
+            part = unpair(part, source.paired[index])
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 _FOREIGN = "give a whole checkpoint of a family named in the README"
@@ -153,3 +180,8 @@ def split(weights: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
 def swap_halves(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of q or k with the halves of each head swapped: a rotation by minus its angle; 0 leaves them."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2) if head_dim else rows
+
+
+def unpair(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k from neighbouring pairs (2i, 2i + 1) of each head to pairs (i, i + K/2); 0 leaves them."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2) if head_dim else rows

@@ -3,7 +3,7 @@ in turn (`corpus`)."""
 
 from engine.data.chat import to_document
 from engine.data.corpus import Corpus, Tokenizer, check_vocabulary, load_corpus
-from engine.data.order import batch_order, permutation
+from engine.data.order import batch_order, permutation, rows_that_hold
 from engine.data.packing import IGNORED, pack
 from engine.data.sources import Source, hub_source, read_source
 
@@ -19,5 +19,6 @@ __all__ = [
     "pack",
     "permutation",
     "read_source",
+    "rows_that_hold",
     "to_document",
 ]

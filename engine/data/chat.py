@@ -32,6 +32,8 @@ PAIRS = (
 )
 SYSTEM = ("system", "system_prompt")
 WEIGHTS = ("weight", "train", "training")
+CALLS = ("python", "python_output")
+"""Kinds of parts of a reply, beside text, as nanochat's: a call of python, and what it printed."""
 UNPLACED = ("tool_calls", "function_call", "tools", "functions", "reasoning_content", "thinking")
 COLUMNS = {
     *TURNS,
@@ -56,7 +58,8 @@ def to_document(record: Record, place: str) -> list[Message] | str:
     A field that is null is as good as absent. Layouts, the first that matches:
 
     - messages / conversations: turns of role + content (OpenAI) or from + value (ShareGPT); a reply whose `weight`
-      is 0 or whose `train` is false is not learned, and its message gets "weight": 0
+      is 0 or whose `train` is false is not learned, and its message gets "weight": 0; a content may be a list of parts
+      of type text, whose texts become lines, and in a reply python and python_output, then it stays a list
     - prompt + completion, instruction (+ input) + output, question (+ context) + answer or answers (the first of
       them); prompt and completion may be lists of turns, then only the completion's replies are learned
     - texts: turns of user + assistant about a document (DocVQA as chat)
@@ -136,7 +139,7 @@ def _message(turn: Any, place: str) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{place}: role {role!r} is unknown, expected one of {', '.join(ROLES)}: rename it")
     _refuse_unplaced(turn, place)
-    message: Message = {"role": ROLES[role], "content": _content(turn[text_field], place, text_field)}
+    message: Message = {"role": ROLES[role], "content": _content(turn[text_field], place, text_field, ROLES[role])}
     for field in WEIGHTS:
         weight = turn.get(field)
         if weight is None:
@@ -155,12 +158,28 @@ def _message(turn: Any, place: str) -> Message:
     return message
 
 
+def text_of(message: Message) -> str:
+    """All the text of a message, with that of its calls."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def refuse_calls(messages: list[Message], place: str) -> None:
+    """ValueError for python calls, for tokenizers that have no marks for them."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            raise ValueError(
+                f"{place}: content has a python call, for which this tokenizer has no marks: write it into the text, "
+                f"or give a checkpoint with nanochat's tokenizer"
+            )
+
+
 def refuse_empty(messages: list[Message], place: str) -> None:
     """ValueError for a conversation without turns, and for a user's or an assistant's turn without text."""
     if not messages:
         raise ValueError(f"{place}: the conversation has no turns, expected some: remove the record")
     for number, message in enumerate(messages, 1):
-        if message["role"] != "system" and not message["content"].strip():
+        if message["role"] != "system" and not text_of(message).strip():
             raise ValueError(
                 f"{place}: turn {number} ({message['role']}) is empty, expected text: fill it or remove the record"
             )
@@ -175,13 +194,16 @@ def _refuse_unplaced(fields: Record, place: str) -> None:
             )
 
 
-def _content(value: Any, place: str, field: str) -> str:
-    """A turn's text: itself, or the texts among its parts, a line each."""
+def _content(value: Any, place: str, field: str, role: str) -> Any:
+    """A turn's text: itself, or the texts among its parts, a line each; its parts where some are calls."""
     if not isinstance(value, list):
         return _text(value, place, field)
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in value]
+    if role == "assistant" and any(kind in CALLS for kind in kinds) and {*kinds} <= {"text", *CALLS}:
+        of = f"a part of {field}"
+        return [{"type": k, "text": _text(part.get("text"), place, of)} for k, part in zip(kinds, value, strict=True)]
     texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
+    for kind, part in zip(kinds, value, strict=True):
         if kind == "text":
             texts.append(_text(part.get("text"), place, f"a part of {field}"))
         elif kind not in ("image", "image_url"):

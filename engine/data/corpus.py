@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.data.chat import refuse_empty, to_document
+from engine.data.chat import refuse_calls, refuse_empty, to_document
 from engine.data.order import permutation
 from engine.data.packing import IGNORED, Rows, best_fit_pieces, best_fit_rows, cut_rows
 from engine.data.sources import Source, read_source
@@ -77,8 +77,13 @@ class Documents:
                 continue
             if not source.empty_turns:
                 refuse_empty(document, source.place(index))
+            if not tokenizer.calls:
+                refuse_calls(document, source.place(index))
             if any(map(is_learned, document)):
-                yield tokenizer.render(document)
+                try:
+                    yield tokenizer.render(document)
+                except ValueError as error:  # of roles and templates, which know no place
+                    raise ValueError(f"{source.place(index)}: {error}") from error
             else:
                 self.skipped += 1
 
@@ -222,8 +227,10 @@ def _check_filled(
         raise ValueError(
             f"context {context} is longer than the data {data} ({read} tokens): give a shorter context or more data"
         )
+    dropped = validation.dropped + training.dropped
+    more = f" with a target (and {dropped} without)" if dropped else ""
     raise ValueError(
         f"data {data} gives {len(validation.tokens_NT) + len(training.tokens_NT)} rows of context "
-        f"{context}, expected {validation_rows} to hold out and at least 1 to train on: give "
+        f"{context}{more}, expected {validation_rows} to hold out and at least 1 to train on: give "
         f"fewer validation rows, a shorter context or more documents (split .txt by blank lines)"
     )

@@ -3,6 +3,8 @@
 A network file holds a frozen config, an `nn.Module`, and functions of the same names:
 
     parameter_groups(config, name)     the groups of a parameter: two where it is tied
+    batch_invariant(config)            whether every operator whose gradient sums over rows is one of `kernels`
+    fused_rows(config, name)           rows of the matrices that lie in one parameter, () where it is one
     initial_weights(config, seed)      {name: fp32 CPU tensor}
     flops_per_token(config)            FLOPs to train on one token
     activation_bytes(config, tokens, bytes_per_element)
@@ -13,9 +15,10 @@ networks share.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kernels.attention import qkv_attention
-from kernels.norm import rms_norm
+from kernels.dropout import dropout
+from kernels.linear import linear, linear_add_norm
+from kernels.norm import add_rms_norm, rms_norm
 
 
 class Embedding(nn.Module):
@@ -32,6 +37,34 @@ class Embedding(nn.Module):
     def __init__(self, vocabulary: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))
+
+
+class Dropout(NamedTuple):
+    """The dropouts of one forward: their rate, 0-dim fp32, and seed, step and first row of the batch, int64 [3]."""
+
+    rate: Tensor
+    key_3: Tensor
+
+    def __call__(self, x: Tensor, site: int) -> Tensor:
+        """x with elements dropped by random numbers of their own at each site."""
+        return dropout(x, self.rate, self.key_3, site)
+
+
+def dropout_of(hyper: Mapping[str, Tensor], key_3: Tensor) -> Dropout | None:
+    """The dropouts of a forward that has a rate for them."""
+    return Dropout(hyper["dropout"], key_3) if "dropout" in hyper else None
+
+
+def linear_drop_add_norm(
+    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None, eps: float, drop: Dropout | None, site: int
+) -> tuple[Tensor, Tensor]:
+    """`kernels.linear.linear_add_norm` with a dropout between the product and the addition, where there is one.
+
+    The product is then rounded before it is added, so that a rate of 0 beside others is no dropout but for that.
+    """
+    if drop is None:
+        return linear_add_norm(x, weight_OI, residual, norm_O, eps)
+    return add_rms_norm(drop(linear(x, weight_OI), site), residual, norm_O, eps)
 
 
 def weight_generator(seed: int, name: str) -> np.random.Generator:
@@ -60,6 +93,17 @@ def uniform_weights(seed: int, name: str, shape: tuple[int, ...], std: float) ->
 def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the order of the module."""
     return {name: tuple(weight.shape) for name, weight in network.named_parameters()}
+
+
+def rows_of(*heights: int) -> tuple[tuple[int, int], ...]:
+    """First row and last + 1 of matrices of some heights that lie one after another."""
+    ends = list(accumulate(heights))
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def qkv_rows(heads: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in the fused projection."""
+    return rows_of(heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
 
 
 def rotary_tables(

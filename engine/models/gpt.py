@@ -23,19 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from engine.models import (
+    Dropout,
     Embedding,
     check_positive,
     check_shape,
+    dropout_of,
+    linear_drop_add_norm,
     norm_heads,
     normal_weights,
     parameter_shapes,
+    qkv_rows,
     rotary_tables,
     shorter_context,
     uniform_weights,
     windowed_attention,
 )
 from kernels.embedding import embedding
-from kernels.linear import linear, linear_add_norm, relu2_mlp_norm
+from kernels.linear import linear, linear_relu2, relu2_mlp_norm
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
 
@@ -118,6 +122,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config = config
+        self.layer = layer
         self.window = config.window(layer)
         projected = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = nn.Parameter(torch.empty(projected, config.width))
@@ -126,7 +131,13 @@ class Attention(nn.Module):
             self.value_gate = nn.Parameter(torch.empty(config.kv_heads, config.value_gate))
 
     def forward(
-        self, normed_BTD: Tensor, x_BTD: Tensor, values_BTC: Tensor | None, cos_TK2: Tensor, sin_TK2: Tensor
+        self,
+        normed_BTD: Tensor,
+        x_BTD: Tensor,
+        values_BTC: Tensor | None,
+        cos_TK2: Tensor,
+        sin_TK2: Tensor,
+        drop: Dropout | None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         heads, kv_heads, eps = config.heads, config.kv_heads, config.norm_eps
@@ -138,7 +149,7 @@ class Attention(nn.Module):
             scale_K = qkv_BTC.new_full((config.head_dim,), config.qk_scale)
             qkv_BTC = norm_heads(qkv_BTC, heads, kv_heads, scale_K, scale_K, eps)
         mixed_BTD = windowed_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps, self.window)
-        return linear_add_norm(mixed_BTD, self.output, x_BTD, None, eps)
+        return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, None, eps, drop, 1 + 2 * self.layer)
 
     def add_values(self, qkv_BTC: Tensor, normed_BTD: Tensor, values_BTC: Tensor) -> Tensor:
         """v plus the token's value embedding, gated a head (Zhou et al. 2024, arXiv:2410.17897)."""
@@ -151,26 +162,36 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.norm_eps = config.norm_eps
         self.up = nn.Parameter(torch.empty(config.mlp_width, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
 
-    def forward(self, normed_BTD: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        return relu2_mlp_norm(normed_BTD, self.up, self.down, x_BTD, None, self.norm_eps)
+    def forward(self, normed_BTD: Tensor, x_BTD: Tensor, drop: Dropout | None) -> tuple[Tensor, Tensor]:
+        if drop is None:
+            return relu2_mlp_norm(normed_BTD, self.up, self.down, x_BTD, None, self.norm_eps)
+        hidden_BTF = linear_relu2(normed_BTD, self.up)
+        return linear_drop_add_norm(hidden_BTF, self.down, x_BTD, None, self.norm_eps, drop, 2 + 2 * self.layer)
 
 
 class Layer(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attention = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(
-        self, normed_BTD: Tensor, x_BTD: Tensor, values_BTC: Tensor | None, cos_TK2: Tensor, sin_TK2: Tensor
+        self,
+        normed_BTD: Tensor,
+        x_BTD: Tensor,
+        values_BTC: Tensor | None,
+        cos_TK2: Tensor,
+        sin_TK2: Tensor,
+        drop: Dropout | None,
     ) -> tuple[Tensor, Tensor]:
-        return self.mlp(*self.attention(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2))
+        return self.mlp(*self.attention(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2, drop), drop)
 
 
 class GPT(nn.Module):
@@ -201,12 +222,15 @@ class GPT(nn.Module):
         self.register_buffer("cos_TK2", cos_TK2.to(device), persistent=False)
         self.register_buffer("sin_TK2", sin_TK2.to(device), persistent=False)
 
-    def features(self, tokens_BT: Tensor) -> Tensor:
-        """The normed residual stream [B, T, D] that the unembedding reads."""
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+        """The normed residual stream [B, T, D] that the unembedding reads; drop: behind the embedding and each half
+        of a layer."""
         config, eps = self.config, self.config.norm_eps
         time = tokens_BT.shape[-1]
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
         x_BTD = rms_norm(embedding(tokens_BT, self.embedding.weight), None, eps)
+        if drop is not None:
+            x_BTD = drop(x_BTD, 0)
         if config.smear:
             gate_BT1 = self.smear_lambda * torch.sigmoid(linear(x_BTD[:, 1:, :SMEAR_CHANNELS], self.smear_gate))
             x_BTD = torch.cat([x_BTD[:, :1], x_BTD[:, 1:] + gate_BT1 * x_BTD[:, :-1]], dim=1)
@@ -220,20 +244,21 @@ class GPT(nn.Module):
             if config.has_values(index):
                 table: Any = self.value_embeddings[str(index)]
                 values_BTC = embedding(tokens_BT, table.weight)
-            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2, drop)
             if index == config.depth // 2:
                 middle_BTD = x_BTD
         return rms_norm(x_BTD - self.backout_lambda * middle_BTD, None, eps) if config.smear else normed_BTD
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_2: Tensor, by_row: bool = False
+        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_3: Tensor, by_row: bool = False
     ) -> Tensor:
         """Summed loss, 0-dim fp32, over the targets that are not -100; by_row: each row's own [B], not smoothed.
 
-        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p. key_2: seed and step; nothing is
-        drawn.
+        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p; dropout, where any is dropped.
+        key_3: seed, step and first row of the batch, int64, by which it is drawn; by row nothing is.
         """
-        features_BTD, head_VD = self.features(tokens_BT), self.unembedding.weight
+        drop = None if by_row else dropout_of(hyper, key_3)
+        features_BTD, head_VD = self.features(tokens_BT, drop), self.unembedding.weight
         if by_row:
             return linear_cross_entropy_by_row(features_BTD, head_VD, targets_BT, self.config.softcap)
         x_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
@@ -264,6 +289,20 @@ def parameter_groups(config: GPTConfig, name: str) -> tuple[str, ...]:
     if name.startswith("layers."):
         return (name.split(".")[2],)
     return ("smear",) if name.startswith(("smear_", "backout_")) else (name.split(".")[0],)
+
+
+def batch_invariant(config: GPTConfig) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    What later generations add (lambdas, gates, windows, smear) is plain torch, whose sums depend on the stack.
+    """
+    windows = any(config.window(layer) is not None for layer in range(config.depth))
+    return not (windows or config.lambdas or config.value_gate or config.smear)
+
+
+def fused_rows(config: GPTConfig, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in their fused projection."""
+    return qkv_rows(config.heads, config.kv_heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: GPTConfig, seed: int) -> dict[str, Tensor]:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.models import Embedding, check_positive, check_shape, normal_weights, parameter_shapes, shorter_context
+from engine.models import (
+    Dropout,
+    Embedding,
+    check_positive,
+    check_shape,
+    dropout_of,
+    normal_weights,
+    parameter_shapes,
+    qkv_rows,
+    shorter_context,
+)
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
 from kernels.linear import linear
@@ -63,9 +73,10 @@ class GPT2Config:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
         self.config = config
+        self.layer = layer
         self.norm = nn.Parameter(torch.empty(config.width))
         self.norm_bias = nn.Parameter(torch.empty(config.width))
         self.qkv = nn.Parameter(torch.empty(3 * config.width, config.width))
@@ -73,17 +84,20 @@ class Attention(nn.Module):
         self.output = nn.Parameter(torch.empty(config.width, config.width))
         self.output_bias = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor, drop: Dropout | None) -> Tensor:
         heads = self.config.heads
         normed_BTD = layer_norm(x_BTD, self.norm, self.norm_bias, self.config.norm_eps)
         qkv_BTC = linear(normed_BTD, self.qkv) + self.qkv_bias
         mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, heads)
-        return x_BTD + linear(mixed_BTD, self.output) + self.output_bias
+        if drop is None:
+            return x_BTD + linear(mixed_BTD, self.output) + self.output_bias
+        return x_BTD + drop(linear(mixed_BTD, self.output) + self.output_bias, 1 + 2 * self.layer)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
+        self.layer = layer
         self.norm_eps = config.norm_eps
         self.norm = nn.Parameter(torch.empty(config.width))
         self.norm_bias = nn.Parameter(torch.empty(config.width))
@@ -92,20 +106,22 @@ class MLP(nn.Module):
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
         self.down_bias = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, drop: Dropout | None) -> Tensor:
         normed_BTD = layer_norm(x_BTD, self.norm, self.norm_bias, self.norm_eps)
         hidden_BTF = functional.gelu(linear(normed_BTD, self.up) + self.up_bias, approximate="tanh")
-        return x_BTD + linear(hidden_BTF, self.down) + self.down_bias
+        if drop is None:
+            return x_BTD + linear(hidden_BTF, self.down) + self.down_bias
+        return x_BTD + drop(linear(hidden_BTF, self.down) + self.down_bias, 2 + 2 * self.layer)
 
 
 class Layer(nn.Module):
-    def __init__(self, config: GPT2Config):
+    def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
-        self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config, layer)
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
-        return self.mlp(self.attention(x_BTD, cos_TK2, sin_TK2))
+    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor, drop: Dropout | None) -> Tensor:
+        return self.mlp(self.attention(x_BTD, cos_TK2, sin_TK2, drop), drop)
 
 
 class GPT2(nn.Module):
@@ -120,7 +136,7 @@ class GPT2(nn.Module):
         self.config = config
         self.embedding = Embedding(config.vocabulary, config.width)
         self.positions = Embedding(config.context, config.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.depth))
         self.final_norm = nn.Parameter(torch.empty(config.width))
         self.final_norm_bias = nn.Parameter(torch.empty(config.width))
         if not config.tied:
@@ -132,24 +148,28 @@ class GPT2(nn.Module):
     def head_VD(self) -> Tensor:
         return self.embedding.weight if self.config.tied else self.unembedding.weight
 
-    def features(self, tokens_BT: Tensor) -> Tensor:
-        """The normed residual stream [B, T, D] that the head reads."""
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+        """The normed residual stream [B, T, D] that the head reads; drop: behind the embedding and each half of a
+        layer, as in the original, whose dropout of attention weights is left out."""
         time = tokens_BT.shape[-1]
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
         x_BTD = embedding(tokens_BT, self.embedding.weight) + self.positions.weight[:time]
+        if drop is not None:
+            x_BTD = drop(x_BTD, 0)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TK2, sin_TK2)
+            x_BTD = layer(x_BTD, cos_TK2, sin_TK2, drop)
         return layer_norm(x_BTD, self.final_norm, self.final_norm_bias, self.config.norm_eps)
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_2: Tensor, by_row: bool = False
+        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_3: Tensor, by_row: bool = False
     ) -> Tensor:
         """Summed loss, 0-dim fp32, over the targets that are not -100; by_row: each row's own [B], not smoothed.
 
-        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p. key_2: seed and step; nothing is
-        drawn.
+        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p; dropout, where any is dropped.
+        key_3: seed, step and first row of the batch, int64, by which it is drawn; by row nothing is.
         """
-        features_BTD, head_VD = self.features(tokens_BT), self.head_VD()
+        drop = None if by_row else dropout_of(hyper, key_3)
+        features_BTD, head_VD = self.features(tokens_BT, drop), self.head_VD()
         if by_row:
             return linear_cross_entropy_by_row(features_BTD, head_VD, targets_BT, NO_SOFTCAP)
         x_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
@@ -175,6 +195,19 @@ def parameter_groups(config: GPT2Config, name: str) -> tuple[str, ...]:
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
+
+
+def batch_invariant(config: GPT2Config) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    LayerNorm and the biases are plain torch, whose sums over rows depend on the stack.
+    """
+    return False
+
+
+def fused_rows(config: GPT2Config, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v in their fused projection."""
+    return qkv_rows(config.heads, config.heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: GPT2Config, seed: int) -> dict[str, Tensor]:

@@ -18,19 +18,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.models import (
+    Dropout,
     Embedding,
     check_positive,
     check_shape,
+    dropout_of,
+    linear_drop_add_norm,
     norm_heads,
     normal_weights,
     parameter_shapes,
+    qkv_rows,
     rotary_tables,
+    rows_of,
     shorter_context,
 )
 from kernels.activation import swiglu
 from kernels.attention import qkv_attention
 from kernels.embedding import embedding
-from kernels.linear import linear, linear_add_norm
+from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
 
@@ -109,9 +114,10 @@ class LlamaConfig:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.config = config
+        self.layer = layer
         projected = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.norm = nn.Parameter(torch.empty(config.width))
         self.qkv = nn.Parameter(torch.empty(projected, config.width))
@@ -125,7 +131,13 @@ class Attention(nn.Module):
             self.k_norm = nn.Parameter(torch.empty(config.head_dim))
 
     def forward(
-        self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor, cos_TK2: Tensor, sin_TK2: Tensor
+        self,
+        normed_BTD: Tensor,
+        x_BTD: Tensor,
+        next_norm_D: Tensor,
+        cos_TK2: Tensor,
+        sin_TK2: Tensor,
+        drop: Dropout | None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         qkv_BTC = linear(normed_BTD, self.qkv)
@@ -136,33 +148,44 @@ class Attention(nn.Module):
         if config.output_bias:
             x_BTD = x_BTD + self.output_bias
         mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, config.heads, config.kv_heads, False, config.norm_eps)
-        return linear_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, config.norm_eps)
+        eps, site = config.norm_eps, 1 + 2 * self.layer
+        return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, eps, drop, site)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.norm_eps = config.norm_eps
         self.norm = nn.Parameter(torch.empty(config.width))
         self.gate_up = nn.Parameter(torch.empty(2 * config.mlp_width, config.width))
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
 
-    def forward(self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor, drop: Dropout | None
+    ) -> tuple[Tensor, Tensor]:
         hidden_BTF = swiglu(linear(normed_BTD, self.gate_up))
-        return linear_add_norm(hidden_BTF, self.down, x_BTD, next_norm_D, self.norm_eps)
+        site = 2 + 2 * self.layer
+        return linear_drop_add_norm(hidden_BTF, self.down, x_BTD, next_norm_D, self.norm_eps, drop, site)
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config, layer)
 
     def forward(
-        self, normed_BTD: Tensor, x_BTD: Tensor, next_norm_D: Tensor, cos_TK2: Tensor, sin_TK2: Tensor
+        self,
+        normed_BTD: Tensor,
+        x_BTD: Tensor,
+        next_norm_D: Tensor,
+        cos_TK2: Tensor,
+        sin_TK2: Tensor,
+        drop: Dropout | None,
     ) -> tuple[Tensor, Tensor]:
-        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, self.mlp.norm, cos_TK2, sin_TK2)
-        return self.mlp(normed_BTD, x_BTD, next_norm_D)
+        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, self.mlp.norm, cos_TK2, sin_TK2, drop)
+        return self.mlp(normed_BTD, x_BTD, next_norm_D, drop)
 
 
 class Llama(nn.Module):
@@ -176,7 +199,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.depth))
         self.final_norm = nn.Parameter(torch.empty(config.width))
         if not config.tied:
             self.unembedding = Embedding(config.vocabulary, config.width)
@@ -188,27 +211,31 @@ class Llama(nn.Module):
     def head_VD(self) -> Tensor:
         return self.embedding.weight if self.config.tied else self.unembedding.weight
 
-    def features(self, tokens_BT: Tensor) -> Tensor:
-        """The normed residual stream [B, T, D] that the head reads."""
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+        """The normed residual stream [B, T, D] that the head reads; drop: behind the embedding and each half of a
+        layer."""
         time = tokens_BT.shape[-1]
         cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
         x_BTD = embedding(tokens_BT, self.embedding.weight)
+        if drop is not None:
+            x_BTD = drop(x_BTD, 0)
         # the residual stream is normed where it is updated, with the weight of whoever reads it next
         norms: list[Any] = [layer.attention.norm for layer in self.layers] + [self.final_norm]
         normed_BTD = rms_norm(x_BTD, norms[0], self.config.norm_eps)
         for layer, next_norm_D in zip(self.layers, norms[1:], strict=True):
-            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos_TK2, sin_TK2)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos_TK2, sin_TK2, drop)
         return normed_BTD
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_2: Tensor, by_row: bool = False
+        self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_3: Tensor, by_row: bool = False
     ) -> Tensor:
         """Summed loss, 0-dim fp32, over the targets that are not -100; by_row: each row's own [B], not smoothed.
 
-        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p. key_2: seed and step; nothing is
-        drawn.
+        hyper: label_smoothing ε, 0-dim fp32: (1 - ε)·nll + ε·mean over V of -log p; dropout, where any is dropped.
+        key_3: seed, step and first row of the batch, int64, by which it is drawn; by row nothing is.
         """
-        features_BTD, head_VD = self.features(tokens_BT), self.head_VD()
+        drop = None if by_row else dropout_of(hyper, key_3)
+        features_BTD, head_VD = self.features(tokens_BT, drop), self.head_VD()
         if by_row:
             return linear_cross_entropy_by_row(features_BTD, head_VD, targets_BT, NO_SOFTCAP)
         x_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
@@ -230,6 +257,21 @@ def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
+
+
+def batch_invariant(config: LlamaConfig) -> bool:
+    """Whether a cell's bits on a GPU depend on the cell alone.
+
+    Biases are added in plain torch, and the sum over rows of their gradient depends on the stack.
+    """
+    return not (config.qkv_bias or config.output_bias)
+
+
+def fused_rows(config: LlamaConfig, name: str) -> tuple[tuple[int, int], ...]:
+    """Rows of q, k and v, and of gate and up, in their fused projections."""
+    if name.endswith(".gate_up"):
+        return rows_of(config.mlp_width, config.mlp_width)
+    return qkv_rows(config.heads, config.kv_heads, config.head_dim) if name.endswith(".qkv") else ()
 
 
 def initial_weights(config: LlamaConfig, seed: int) -> dict[str, Tensor]:

@@ -1,0 +1,16 @@
+"""What a script imports first, from its own folder: says how to start it where its packages are not installed.
+
+Standard library only.
+"""
+
+import sys
+from importlib.util import find_spec
+from os.path import relpath
+
+if sys.version_info < (3, 11) or any(find_spec(name) is None for name in ("engine", "numpy", "simple_parsing", "rich")):
+    script = relpath(str(sys.modules["__main__"].__file__))
+    sys.stderr.write(
+        f"error: Python {sys.version.split()[0]} has not what {script} needs; start it by `uv run {script}`, "
+        f"or once `make setup` and then `.venv/bin/python {script}`\n"
+    )
+    sys.exit(2)
