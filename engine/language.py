@@ -79,7 +79,7 @@ class LanguageSetup:
         """What the store says of it."""
         probe = (self.corpus.validation_targets >= 0).sum()
         given = {"amount": amount_of(self.corpus), "data": self.corpus.description}
-        given["start"] = self.run.config.family.help  # where the untrained weights come from
+        given["start"] = self.run.config.family.origin(self.run.config.shape)
         return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | given
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
