@@ -8,9 +8,10 @@ import numpy as np
 
 from analysis.axes import extent
 from analysis.classify import measured, trains
-from analysis.colours import CONVERGENCE_COLOURS, LABEL_COLOURS, colour_scale, equalise
-from analysis.maps import Map
+from analysis.colours import CONVERGENCE_COLOURS, LABEL_COLOURS, SHARE_COLOURS, colour_scale, equalise
+from analysis.maps import Map, Trained
 from engine.grid import Axis
+from engine.hyper import long_name
 from engine.outcome import LABELS, MISSING
 from engine.store import Replicate
 
@@ -29,9 +30,15 @@ def packed(array: np.ndarray) -> dict[str, str]:
 
 
 def axis_json(axis: Axis, values: np.ndarray) -> dict:
-    """Name, values, and the drawn extent (log10 units for a log axis)."""
+    """Name in words, values, and the drawn extent (log10 units for a log axis)."""
     low, high = extent(axis)
-    return {"name": axis.name, "log": axis.scale == "log", "from": low, "to": high, "values": values.tolist()}
+    return {
+        "name": long_name(axis.name),
+        "log": axis.scale == "log",
+        "from": low,
+        "to": high,
+        "values": values.tolist(),
+    }
 
 
 def indexed(scaled: np.ndarray) -> np.ndarray:
@@ -88,6 +95,18 @@ def convergence_layer(value: np.ndarray) -> tuple[np.ndarray, dict]:
     return indexed((equalise(value) + 1) / 2), layer
 
 
+def trained_layer(trained: Trained) -> dict:
+    """How the page colours the share of seeds that train."""
+    return {
+        "name": f"P(train), {trained.seeds} seeds",
+        "array": "trained_index",
+        "line": "#000000",
+        "colours": [None, *colour_scale(SHARE_COLOURS, 254).tolist(), None],
+        "legend": [],
+        "ramp": {"from": "none trains", "to": "all train", "colours": [colour for _, colour in SHARE_COLOURS]},
+    }
+
+
 def label_layer(codes: np.ndarray) -> dict:
     """How the page colours label codes."""
     present = [code for code in range(1, len(LABELS)) if (codes == code).any()]
@@ -124,7 +143,7 @@ def traces_json(store: Replicate, stride: int) -> dict | None:
     return {"step": packed(steps), "losses": packed(losses.astype(np.float32)), "row_stride": thin, "col_stride": thin}
 
 
-def page_data(found: Map, live: bool = False) -> dict:
+def page_data(found: Map, live: bool = False, trained: Trained | None = None) -> dict:
     """Everything the page's script draws, as JSON values; of a running sweep without its traces."""
     store, stride = found.store, -(-max(found.codes.shape) // MOST_CELLS)
     loss_index, loss = loss_layer(store, found.codes)
@@ -136,7 +155,11 @@ def page_data(found: Map, live: bool = False) -> dict:
         "convergence_index": convergence_index,
         "value": found.value.astype(np.float32),
     }
-    values = [["convergence value", "value"]]
+    layers, values = [label_layer(found.codes), loss, convergence], [["convergence value", "value"]]
+    if trained is not None:
+        layers.append(trained_layer(trained))
+        arrays |= {"trained": trained.share.astype(np.float32), "trained_index": indexed(trained.share)}
+        values.append(["share of seeds that train", "trained"])
     for name, spec in store.store.specs.items():
         if name != "status" and not spec.by_step and spec.dtype != "u8":  # digests are no numbers to look at
             arrays[name] = store.read(name)
@@ -150,7 +173,7 @@ def page_data(found: Map, live: bool = False) -> dict:
         "labels": LABELS,
         "y": axis_json(store.grid.y, store.grid.y.values[::stride]),
         "x": axis_json(store.grid.x, store.grid.x.values[::stride]),
-        "layers": [label_layer(found.codes), loss, convergence],
+        "layers": layers,
         "values": values,
         "arrays": {name: packed(array) for name, array in thinned.items()},
         "traces": None if live else traces_json(store, stride),

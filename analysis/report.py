@@ -24,7 +24,7 @@ from analysis.charts import Series, chart
 from analysis.classify import Labelling, counts
 from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
-from analysis.maps import Map, analyse
+from analysis.maps import Map, analyse, trained_share
 from analysis.noise import exponent_of, read_noise, verdict
 from analysis.page import page_data
 from analysis.recommend import recommend, shown_columns, why_not
@@ -176,7 +176,9 @@ def write_store_report(path: Path) -> None:
 
 def report_html(found: Map, labelling: Labelling, live: bool = False) -> str:
     """The whole page; live, it asks analysis/serve.py for what is new."""
-    store, data = found.store, page_data(found, live)
+    store = found.store
+    several = store.run.replicates > 1 and not live
+    data = page_data(found, live, trained_share(store.store, labelling.thresholds) if several else None)
     shown = "" if data["stride"] == 1 else f"; the map below shows every {data['stride']}th row and column"
     parts = {
         "title": escape(found.title),

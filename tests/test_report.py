@@ -11,7 +11,7 @@ import pytest
 from axe_core_python.base import AXE_FILE_PATH
 from browser import Browser, needs_chromium
 from PIL import Image
-from synthetic import julia_measure, language_store, two_layer_store
+from synthetic import julia_measure, language_store, two_layer_store, write_store
 
 from analysis import page, report
 from analysis.charts import chart_ticks, label_places
@@ -19,6 +19,7 @@ from analysis.colours import LABEL_COLOURS
 from analysis.page import indexed, packed
 from analysis.recommend import recommend
 from analysis.report import json_in_html
+from engine.config import make_config
 from engine.outcome import LABELS, MEANINGS, Thresholds
 
 
@@ -172,6 +173,18 @@ def test_the_answer_comes_first_and_every_label_is_defined_where_it_is_shown(tmp
     for code in np.unique(store.labels(Thresholds())):
         assert MEANINGS[LABELS[code]] in html
     assert "One seed (0): one draw." in html
+
+
+def test_p_train_is_a_map_where_there_are_several_seeds(tmp_path, monkeypatch):
+    rate, breaks = np.geomspace(1e-3, 10, 6)[:, None], 10.0 ** np.arange(-2, 2)[:, None, None]
+    loss = np.where(rate < breaks, 4.0, 9.0) * np.ones((4, 6, 3))
+    config = make_config(y="lr:log:1e-3:10:6", x="tokens:log:1e3:6e4:3", replicates=4, trace="off")
+    arrays = {"first_loss": 5.5, "val_first": 5.5, "val_loss": loss, "last_loss": loss, "loss_min": 3, "loss_max": 9}
+    data = page_data(write(monkeypatch, write_store(tmp_path / "s", config, arrays)).read_text())
+    assert [layer["name"] for layer in data["layers"]][-1] == "P(train), 4 seeds"
+    share = unpack(data["arrays"]["trained"]).reshape(6, 3)
+    assert share == pytest.approx((loss < 5).mean(0))
+    assert data["y"]["name"] == "learning rate"
 
 
 def test_a_map_of_128_by_128_cells_with_traces_stays_small(tmp_path, monkeypatch):
