@@ -3,6 +3,7 @@
 Data, network and plan make a `Setup`; its trainer is allocated at the first launch and kept.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from engine import plan
 from engine.amount import amount_of, amount_words, epochs_words
+from engine.command import warn
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
 from engine.hyper import rule_of
@@ -79,7 +81,7 @@ class LanguageSetup:
         """What the store says of it."""
         probe = (self.corpus.validation_targets >= 0).sum()
         given = {"amount": amount_of(self.corpus), "data": self.corpus.description}
-        given["start"] = self.run.config.family.help  # where the untrained weights come from
+        given["start"] = self.run.config.family.origin(self.run.config.shape)
         return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | given
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
@@ -90,11 +92,36 @@ class LanguageSetup:
     def train(
         self, launch: Launch, status: np.ndarray, progress: Callable[[float, float], None]
     ) -> Iterator[list[tuple[np.ndarray, dict[str, np.ndarray]]]]:
-        """Train what is missing of a launch; yields what each poll measured, as (flat cells, measurements)."""
-        self.trainer = self.trainer or self.new_trainer(self.slots)
-        for wave in self.waves(self.to_train(launch, status)):
-            for measured in self.trainer.train(wave, self.counted(progress)):
-                yield [(np.array(each.mark.cells), each.values) for each in measured]
+        """Train what is missing of a launch; yields what each poll measured, as (flat cells, measurements).
+
+        Where the device's memory does not hold the slots, half as many go on: with what is not measured yet where
+        cells are batch-invariant, else with the whole launch again. Raises ValueError where not even one fits.
+        """
+        exact = batch_invariant(self.run, self.device, self.network)
+        left = self.to_train(launch, status)
+        while len(left):
+            todo = left
+            try:
+                self.trainer = self.trainer or self.new_trainer(self.slots)
+                for wave in self.waves(todo):
+                    for measured in self.trainer.train(wave, self.counted(progress)):
+                        if exact:
+                            left = np.setdiff1d(left, [cell for each in measured for cell in each.mark.cells])
+                        yield [(np.array(each.mark.cells), each.values) for each in measured]
+                return
+            except torch.OutOfMemoryError:
+                self.trainer = None
+            self.halve_slots(exact)
+
+    def halve_slots(self, exact: bool) -> None:
+        """Go on with half as many slots, and say so. Raises ValueError where there was one."""
+        if self.slots == 1:
+            raise ValueError("one replica does not fit into the device's memory; lower --context or --micro-batch")
+        gc.collect()
+        torch.cuda.empty_cache()
+        before, self.slots = self.slots, self.slots // 2
+        then = "with the same bits" if exact else "its launch begins again, and its bits are those of that width"
+        warn(f"{before} replicas do not fit into the device's memory: {self.slots} train at once, {then}")
 
     def waves(self, cells: np.ndarray) -> list[list[Trajectory]]:
         """The runs that serve some cells, as they are given to the slots: each wave when the one before has ended."""

@@ -7,6 +7,7 @@ through Triton's real compiler.
 
 from functools import partial
 from importlib import import_module
+from itertools import product
 
 import pretend_gpu
 import pytest
@@ -20,13 +21,16 @@ from engine.evaluate import WHOLE_STACK
 from engine.models import llama
 from engine.network import describe
 from engine.tokenizer import ByteTokenizer
-from kernels import adamw
+from kernels import adamw, muon
 from kernels.accumulate import accumulate_triton_
 from kernels.adamw import adamw_triton_
 from kernels.ahead import compile_ahead
 from kernels.attention import attention_backward_op, attention_op
+from kernels.dropout import dropout_op
 from kernels.gradient_norm import global_norm_triton
 from kernels.matmul import stacked_matmul
+from kernels.momentum import MomentumScalars, momentum_step_triton_
+from kernels.newton_schulz import newton_schulz_triton
 from kernels.split_master import NAN_BITS
 from kernels.tiles import TUNED, tile_key
 
@@ -109,6 +113,31 @@ def attention_both_ways(T, heads, kv_heads, K):
     attention_backward_op(o, qkv, table, table, o, logsumexp, *settings)
 
 
+def compile_optimizers():
+    check_compiled(optimizer_kernels)
+
+
+def optimizer_kernels():
+    """Muon's, Lion's and heavy ball's on split and plain masters, and dropout."""
+    scalar, active, broken = torch.empty(2), torch.empty(2, dtype=torch.bool), torch.empty(2, dtype=torch.int32)
+    for dtype, (rows, columns) in product((torch.bfloat16, torch.float32), ((256, 128), (128, 256))):
+        x, wide = torch.empty(2, rows, columns, dtype=dtype), torch.empty(2, rows, columns)
+        remainder = torch.empty(2, rows, columns, dtype=torch.int16) if dtype == torch.bfloat16 else None
+        matrix = muon.Matrix(x, remainder, x, wide, None)
+        scalars = muon.MuonScalars(scalar, scalar, scalar, scalar, None, active, broken)
+        muon.nesterov_triton_(x, wide, x, scalars)
+        muon.total_triton(muon.sums_of_squares_triton(x, rows=True))
+        factors = muon.sums_of_squares_triton(x, rows=rows > columns)
+        for factor, cautious in ((factors, True), (None, False)):
+            muon.descend_triton_(matrix, x, factor, scalar, scalar, cautious, scalars)
+        newton_schulz_triton(x)
+        flat = [None if each is None else each.flatten(1) for each in (x, remainder, x, wide)]
+        for beta1 in (scalar, None):
+            own = MomentumScalars(scalar, scalar, beta1, scalar, scalar, active, broken)
+            momentum_step_triton_(*flat, own)
+        dropout_op(x, scalar, torch.empty(2, 3, dtype=torch.int64), 1)
+
+
 def check_compiled(*steps):
     assert compile_ahead(*steps) == len(pretend_gpu.loaded)
     for kernel in pretend_gpu.loaded:
@@ -129,3 +158,9 @@ def test_every_tuned_product_compiles_for_an_h100(tmp_path):
 
 def test_attention_of_long_contexts_compiles_for_an_h100(tmp_path):
     assert set(pretend_gpu.run("test_compiles", "compile_attention", tmp_path).split()) == LONG_KERNELS
+
+
+def test_every_optimizers_kernels_and_dropout_compile_for_an_h100(tmp_path):
+    names = {"_nesterov_kernel", "_squares_kernel", "_total_kernel", "_descend_kernel", "_symmetric_kernel"}
+    names |= {"_stacked_matmul_kernel", "_momentum_kernel", "_dropout_kernel"}
+    assert set(pretend_gpu.run("test_compiles", "compile_optimizers", tmp_path).split()) == names
