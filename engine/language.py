@@ -81,7 +81,8 @@ class LanguageSetup:
         """What the store says of it."""
         probe = (self.corpus.validation_targets >= 0).sum()
         given = {"amount": amount_of(self.corpus), "data": self.corpus.description}
-        given["start"] = self.run.config.family.help  # where the untrained weights come from
+        loaded = self.network.loaded
+        given["start"] = loaded.path if loaded else self.run.config.family.help  # where untrained weights come from
         return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | given
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:
