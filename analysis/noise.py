@@ -1,18 +1,12 @@
 """The noise floor of a map: `uv run analysis/noise.py --store S --share 0.1`.
 
 Whole lines of the grid (columns where the y axis alone is a learning rate, so that every line crosses
-the boundary; else rows) are trained again, each as a sweep of its own with exactly the parent's
-coordinates, stored inside it as `noise/<variant>-row-<i>` or `-column-<i>`. Variants:
+the boundary; else rows) are trained again in every variant of analysis/variants.py, each as a sweep of its own with
+exactly the parent's coordinates, stored inside it as `noise/<variant>-<k>-row-<i>` or `-column-<i>`.
 
-- repeat: nothing changed but the stack a cell trains in; on a GPU cells are batch-invariant and no label changes.
-- precision: the network's finest precision, or its coarsest where the map has the finest, if that one
-  tells neighbouring cells apart at all; it then says how deep the coarsest goes, and the map's own deeper.
-- order: other seed, thus other initial weights and data order (language models).
-- permuted: the same hidden units in another order (the paper's network): the same mathematics,
-  rounded differently.
-
-What changes near the boundary says how deep a zoom can go: a map is signal while fewer labels change
-there than half of what two unrelated maps would differ by.
+A map is signal while fewer labels change near the boundary than half of what two unrelated maps would differ by. How
+deep a zoom can go follows from the map's own f(eps) (analysis/uncertainty.py): a change as small as the spacing of a
+zoom's cells flips f(eps) of the cells, and where that is no more than what the variant flips, the zoom shows noise.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -28,29 +22,35 @@ from rich.table import Table
 
 from analysis.boundary import map_edges, near
 from analysis.classify import Labelling, classify, measured, trains
-from analysis.dimension import measurable, measure
+from analysis.exponent import Exponent
 from analysis.sequence import train
+from analysis.uncertainty import read_measured
+from analysis.variants import VARIANTS, check_variants, coarser_precision, other_precision, variants
 from engine.command import parse, screen, user_errors
 from engine.config import SweepConfig
 from engine.grid import Axis, Grid
 from engine.store import Replicate, open_map
 
 BAND = 2  # cells from the boundary that count as near
-VARIANTS = ("repeat", "precision", "order", "permuted")
+FEWEST_LINES = 4  # below it there is no interval over lines
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What one variant changed."""
+    """What one variant changed; intervals are 95%, over lines, NaN below FEWEST_LINES of them."""
 
     variant: str
     lines: int  # lines trained again
-    near: int  # measured cells within BAND of the boundary
+    orders: int  # times each was: data orders of the variant `order`, else 1
+    near: int  # measured cells within BAND of the boundary, of all times
     away: int  # the others
     labels_near: float  # share of the near cells whose label changed
     labels_away: float
     flips_near: float  # share of the near cells that changed between training and breaking
+    flips_near_interval: tuple[float, float]
     flips_away: float
+    flips: float  # share of all cells
+    flips_interval: tuple[float, float]
     chance: float  # share of the near cells that would flip between two unrelated maps
     coarser: str = ""  # the variant's precision, where it is coarser than the map's, whose own floor lies deeper
 
@@ -59,18 +59,36 @@ class Floor:
         """Whether no near cell flips, or fewer than half of chance."""
         return self.flips_near == 0 or self.flips_near < self.chance / 2
 
-    def depth(self, exponent: float) -> float:
-        """Linear zoom beyond this map at which half of chance flips: (chance / 2 / flips)^(1 / exponent).
+    @property
+    def unseen(self) -> float:
+        """The share of all cells that flips, or without a flip what three would be: a 95% bound."""
+        return self.flips or 3 / max(self.near + self.away, 1)
 
-        The share of uncertain cells near a boundary of dimension D grows as zoom^(2 - D) (the uncertainty
-        exponent, Grebogi et al. 1983). Without a flip, three flips are taken (their 95% bound), so the
-        depth is a lower bound.
 
-        Args:
-            exponent: 2 - D.
-        """
-        flips = max(self.flips_near, 3 / self.near if self.flips_near == 0 else 0)
-        return max(self.chance / 2 / flips, 1e-9) ** (1 / exponent) if flips else math.inf
+@dataclass(frozen=True)
+class Depth:
+    """How fine a map's cells may become: its f(eps), and the spacing of its cells in the units of eps."""
+
+    law: Exponent
+    spacing: float
+
+    def zoom(self, share: float) -> float:
+        """Linear zoom at which a change of one cell flips no more than this share: spacing over the eps with that f."""
+        return self.spacing / self.law.size_at(share)
+
+
+def depth_of(store: Replicate) -> Depth | None:
+    """What a map's own f(eps) says, where it was measured over a window of both axes and is a power law; else None."""
+    grid = store.grid
+    for found in read_measured(store):
+        if set(found.over) == {grid.y.name, grid.x.name} and not found.law.refused:
+            steps = []
+            for axis in (grid.y, grid.x):
+                low, high = found.over[axis.name]
+                one = math.log(axis.high / axis.low) if axis.scale == "log" else (axis.high - axis.low) / (high - low)
+                steps.append(one / max(axis.points - 1, 1))
+            return Depth(found.law, math.sqrt(steps[0] * steps[1]))
+    return None
 
 
 # ---- training
@@ -113,29 +131,6 @@ def line_path(store: Replicate, variant: str, line: str) -> Path:
     return store.path / "noise" / f"{variant}-{('row', 'column')[line_axis(store.grid)]}-{line}"
 
 
-def variants(store: Replicate) -> dict[str, SweepConfig]:
-    """The configurations that a map of this store is compared with, where that can be."""
-    config = store.config.change(replicates=1)
-    if "seed" not in store.run.names:
-        config = config.change(seed=store.config.seed + store.index)
-    made, other = {"repeat": config}, other_precision(config)
-    if store.grid.y.distinct(other) and store.grid.x.distinct(other):
-        made["precision"] = config.change(precision=other)
-    name, reordered = config.workload.order(store)
-    return made | ({name: reordered.change(replicates=1)} if name else {})
-
-
-def other_precision(config: SweepConfig) -> str:
-    """The precision to compare with: the finest one, or the coarsest where the finest is the map's own."""
-    coarsest, *_, finest = config.family.precisions
-    return finest if config.swept.precision != finest else coarsest
-
-
-def coarser_precision(config: SweepConfig) -> str:
-    """`other_precision` where it is coarser than the map's own, else ''."""
-    return other_precision(config) if config.swept.precision == config.family.precisions[-1] else ""
-
-
 def train_lines(store: Replicate, share: float, chosen: list[str], device: str, console: Console) -> None:
     """Train the lines of every chosen variant that are not stored yet."""
     points = store.grid.shape[line_axis(store.grid)]
@@ -144,14 +139,16 @@ def train_lines(store: Replicate, share: float, chosen: list[str], device: str, 
     if "precision" in chosen and "precision" not in possible:
         other = other_precision(store.config)
         console.print(f"precision: left out, neighbouring cells are the same in {other}", highlight=False)
-    for variant, config in possible.items():
+    for variant, configs in possible.items():
         if variant not in chosen:
             continue
-        for line in lines:
-            cells = line_cells(store, line)
-            path = line_path(store, variant, f"{line:05d}")
-            train(line_config(config, cells), path, device, quiet=True, cells=cells)
-        console.print(f"{variant}: {len(lines)} of {points} lines trained again", highlight=False)
+        for k, config in enumerate(configs):
+            for line in lines:
+                cells = line_cells(store, line)
+                path = line_path(store, f"{variant}-{k}", f"{line:05d}")
+                train(line_config(config, cells), path, device, quiet=True, cells=cells)
+        times = f", {len(configs)} times" if len(configs) > 1 else ""
+        console.print(f"{variant}: {len(lines)} of {points} lines trained again{times}", highlight=False)
 
 
 # ---- reading
@@ -166,7 +163,7 @@ def read_noise(store: Replicate, labelling: Labelling) -> list[Floor]:
         codes, close = codes.T, close.T
     found = []
     for variant in VARIANTS:
-        pattern = line_path(store, variant, "*")
+        pattern = line_path(store, f"{variant}-*", "*")
         paths = sorted(p for p in pattern.parent.glob(pattern.name) if (p / "zarr.json").is_file())
         if not paths:
             continue
@@ -177,12 +174,18 @@ def read_noise(store: Replicate, labelling: Labelling) -> list[Floor]:
                 raise ValueError(f"{again.path} is not a line of {store.path}; delete it and measure the noise again")
         labels = np.stack([classify(again, labelling.thresholds).ravel() for again in stores])
         coarser = coarser_precision(store.config) if variant == "precision" else ""
-        found.append(replace(compare(variant, codes[lines], labels, close[lines]), coarser=coarser))
+        found.append(replace(compare(variant, codes, labels, close, np.array(lines)), coarser=coarser))
     return found
 
 
-def compare(variant: str, before: np.ndarray, after: np.ndarray, close: np.ndarray) -> Floor:
-    """Compare label codes [line, cell] of two trainings; `close` marks the cells near the boundary."""
+def compare(variant: str, before: np.ndarray, after: np.ndarray, close: np.ndarray, lines: np.ndarray) -> Floor:
+    """Compare a map's label codes [line, cell] with those of lines trained again, [again, cell].
+
+    Args:
+        close: which cells of the map are near its boundary, bool [line, cell].
+        lines: which line each was, [again]; one may be there several times.
+    """
+    before, close = before[lines], close[lines]
     known = measured(before) & measured(after)
     near_cells, away = known & close, known & ~close
     changed, flipped = before != after, trains(before) != trains(after)
@@ -191,52 +194,85 @@ def compare(variant: str, before: np.ndarray, after: np.ndarray, close: np.ndarr
     def share(what: np.ndarray, where: np.ndarray) -> float:
         return float(what[where].mean()) if where.any() else 0.0
 
+    single = np.unique(lines)
     return Floor(
         variant=variant,
-        lines=len(before),
+        lines=len(single),
+        orders=-(-len(lines) // max(len(single), 1)),
         near=int(near_cells.sum()),
         away=int(away.sum()),
         labels_near=share(changed, near_cells),
         labels_away=share(changed, away),
         flips_near=share(flipped, near_cells),
+        flips_near_interval=interval_over_lines(flipped, near_cells, lines),
         flips_away=share(flipped, away),
+        flips=share(flipped, known),
+        flips_interval=interval_over_lines(flipped, known, lines),
         chance=float(2 * trained * (1 - trained)),
     )
 
 
-def exponent_of(store: Replicate, labelling: Labelling) -> float:
-    """2 - D of a store's boundary, kept in [0.1, 1]; 1, a smooth boundary's, where no dimension is to be had."""
-    blocks = map_edges(classify(store, labelling.thresholds))
-    found = measure(blocks) if measurable([blocks]) else None
-    return float(np.clip(2 - found.value, 0.1, 1)) if found else 1.0
+def interval_over_lines(what: np.ndarray, where: np.ndarray, lines: np.ndarray) -> tuple[float, float]:
+    """95% interval of the share of `what` in `where` [again, cell]: t over the lines left out in turn.
+
+    The cells of a line, and its repetitions, are one draw. Without an event, exact over the cells as if independent:
+    the least that the upper end can be.
+    """
+    from scipy import stats
+
+    from analysis.replicates import exact_interval
+
+    single, place = np.unique(lines, return_inverse=True)
+    events, cells = np.zeros(len(single)), np.zeros(len(single))
+    np.add.at(events, place, (what & where).sum(1))
+    np.add.at(cells, place, where.sum(1))
+    n = len(single)
+    if not events.sum():
+        return 0.0, float(exact_interval(0, int(cells.sum()))[1])
+    others = cells.sum() - cells
+    if n < FEWEST_LINES or (others == 0).any():
+        return math.nan, math.nan
+    left_out = (events.sum() - events) / others
+    value = events.sum() / cells.sum()
+    half = float(stats.t.isf(0.025, n - 1)) * math.sqrt((n - 1) * left_out.var())
+    return max(value - half, 0.0), min(value + half, 1.0)
 
 
-def verdict(floor: Floor, exponent: float) -> str:
-    """How deep the map is signal by this variant, in words; `exponent` is 2 - D of its boundary."""
+def verdict(floor: Floor, depth: Depth | None) -> str:
+    """How deep the map is signal by this variant, in words."""
     where = f" in {floor.coarser}, coarser than the map" if floor.coarser else ""
     if not floor.near:
         return "no cell near a boundary was trained again"
     if not floor.is_signal:
         return f"noise{where}" if where else "noise: this map is already beyond its floor"
-    zoom = floor.depth(exponent)
-    if zoom <= 1:
+    if depth is None:
+        return f"signal in this map{where}; how deep, its f(eps) over both axes says: analysis/uncertainty.py"
+    zoom = depth.zoom(floor.unseen)
+    if not zoom > 1:
         return "signal in this map, too few cells to say of any zoom"
-    bound = "at least" if floor.flips_near == 0 else "about"
+    bound = "at least" if floor.flips == 0 else "about"
     return f"signal, down to {bound} a {zoom:.3g}x zoom ({math.log(zoom, 4):.1f} zooms of 4x){where}"
 
 
-def noise_table(store: Replicate, floors: list[Floor], exponent: float) -> Table:
+def percent_words(value: float, interval: tuple[float, float]) -> str:
+    """A share with its interval, where there is one."""
+    low, high = interval
+    return f"{value:.2%} [{low:.2%}, {high:.2%}]" if math.isfinite(low) else f"{value:.2%}, no interval"
+
+
+def noise_table(store: Replicate, floors: list[Floor], depth: Depth | None) -> Table:
     """The floors of one store, for the terminal: cells near and away from the boundary."""
-    title = f"noise floor: {store.path}, uncertainty exponent {exponent:.2f}"
-    head = ("variant", "lines", "near / away", "labels changed", "flips", "chance")
-    table = Table(*head, title=title, title_justify="left", box=None)
+    law = f", uncertainty exponent {depth.law.alpha:.2f}" if depth else ""
+    head = ("variant", "lines", "near / away", "labels changed", "flips near", "flips away", "chance")
+    table = Table(*head, title=f"noise floor: {store.path}{law}", title_justify="left", box=None)
     for f in floors:
         table.add_row(
             f.variant,
-            str(f.lines),
+            f"{f.lines} x {f.orders}" if f.orders > 1 else str(f.lines),
             f"{f.near} / {f.away}",
             f"{f.labels_near:.2%} / {f.labels_away:.2%}",
-            f"{f.flips_near:.2%} / {f.flips_away:.2%}",
+            percent_words(f.flips_near, f.flips_near_interval),
+            f"{f.flips_away:.2%}",
             f"{f.chance:.0%}",
         )
     return table
@@ -257,18 +293,15 @@ def main() -> None:
     """Train a share of a map again and print what changed."""
     options = parse(Options, "Train a share of a map again, differently rounded or ordered, and count changed labels.")
     with user_errors():
-        chosen = [name.strip() for name in options.variants.split(",")] if options.variants else list(VARIANTS)
-        unknown = [name for name in chosen if name not in VARIANTS]
-        if unknown:
-            raise ValueError(f"variants has {', '.join(unknown)}, expected some of {', '.join(VARIANTS)}")
+        chosen = check_variants(options.variants)
         console, store = screen(), open_map(options.store, options.replicate)
         for path in [store.path, *(store.children() if options.zooms else [])]:
             current = open_map(path)
             train_lines(current, options.share, chosen, options.device, console)
-            floors, exponent = read_noise(current, options), exponent_of(current, options)
-            console.print(noise_table(current, floors, exponent))
+            floors, depth = read_noise(current, options), depth_of(current)
+            console.print(noise_table(current, floors, depth))
             for floor in floors:
-                console.print(f"{floor.variant}: {verdict(floor, exponent)}", highlight=False)
+                console.print(f"{floor.variant}: {verdict(floor, depth)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """What replicates say: the probability that a cell trains, and the rates at which it first falls to a level.
 
 P(train) need not fall monotonically with the rate, so neither a logistic over all rates nor the first break
-from below is the border. P is estimated by local logistic regression (local likelihood, linear in the log
-rate, tricube kernel; Fan, Heckman, Wand 1995), and the rate LR_q is where it first falls below q going up from
-the best rate. What lies above are islands.
+from below is the border. P is estimated by local logistic regression (local likelihood, tricube kernel; Fan,
+Heckman, Wand 1995), and the rate LR_q is where it first falls below q going up from the best rate. What lies above
+are islands. The bandwidth is the one under which a fit linear in the log rate predicts left-out seeds best; the fit
+itself is quadratic, whose bias is small beside its interval (robust bias correction: Calonico, Cattaneo, Farrell 2018).
 
 An interval of LR_q is the set of rates at which P = q is not rejected: a quasi-likelihood ratio of the local fit
-against t with n - 1 degrees, its dispersion from leaving out whole seeds, since the cells of one seed are
+against t with n - 1 degrees, its dispersion near q from leaving out whole seeds, since the cells of one seed are
 correlated. It covers better than resampled crossings, which jump from one side of a dip to the other
 (benchmarks/coverage.py). Resampled crossings, the same seeds in all columns, carry the laws of analysis/laws.py.
 """
@@ -21,9 +22,14 @@ from scipy import stats
 FEWEST_SEEDS = {0.5: 8, 0.9: 16}  # seeds below which a crossing of that level is refused
 DRAWS = 400  # bootstrap draws
 SHRINK = 0.75  # share of the best predicting bandwidth that is used: its bias stays small beside the interval
-RIDGE = 0.01  # penalty of the local slope, which keeps separated outcomes finite
+REACH = 0.5  # bandwidths for which P must stay below a level for an interval to end there
 MOST_COLUMNS = 16  # from which the bandwidth is chosen, evenly spread where a map has more
+RIDGE = 0.01  # penalty of the local slope and bend, which keeps separated outcomes finite
+LINEAR = 1e9  # penalty of a bend that is not fitted
 CERTAIN = 12.0  # largest absolute logit
+REFINED = 4  # places a step of the rates at which an interval's ends are looked for
+APART = 0.25  # bandwidths that places at which a curve is drawn through lie apart, at most, where the rates allow
+NEAR = 1.0  # logits from q within which the dispersion of LR_q is taken, about
 
 
 @dataclass(frozen=True)
@@ -93,75 +99,77 @@ def resampled_interval(draws: np.ndarray, seeds: int, confidence: float = 0.95) 
 
 
 @njit(cache=True)
-def window(log_rate, at, bandwidth):
-    """First and last index of the rates that the kernel at rate `at` reaches."""
-    first, last = at, at
-    while first > 0 and log_rate[at] - log_rate[first - 1] < bandwidth:
-        first -= 1
-    while last < len(log_rate) - 1 and log_rate[last + 1] - log_rate[at] < bandwidth:
-        last += 1
-    return first, last
+def tricube(log_rate, place, bandwidth):
+    """Weight of a rate in the kernel around a place; 0 beyond it."""
+    u = abs(log_rate - place) / bandwidth
+    return (1 - u * u * u) ** 3 if u < 1 else 0.0
 
 
 @njit(cache=True)
-def local_fit(trained, runs, log_rate, at, bandwidth, logit, slope, fixed):
-    """The penalised local fit at rate `at` of one column's counts [rate], by Newton's method from (logit, slope).
+def local_fit(trained, runs, log_rate, place, bandwidth, stiff, logit, fixed):
+    """The penalised fit of one column's counts [rate] around a place on the log-rate axis, by Newton's method.
+
+    Args:
+        stiff: penalty of the bend; LINEAR for none.
+        logit: of P at the place, to start from, or to hold where `fixed`.
 
     Returns:
-        logit (as it came where `fixed`), slope a bandwidth, and the logit's variance were outcomes independent.
+        logit, its variance were outcomes independent (0 where fixed), and the penalised log likelihood.
     """
-    first, last = window(log_rate, at, bandwidth)
-    variance = 0.0
+    first = np.searchsorted(log_rate, place - bandwidth)
+    last = np.searchsorted(log_rate, place + bandwidth)
+    slope, bend, variance = 0.0, 0.0, 0.0
     for _ in range(40):
-        score, score_slope = 0.0, -RIDGE * slope
-        twice, mixed, twice_slope = 1e-9, 0.0, RIDGE  # minus the second derivatives
-        for j in range(first, last + 1):
-            u = (log_rate[j] - log_rate[at]) / bandwidth
-            cubed = abs(u * u * u)
-            weight = (1 - cubed) * (1 - cubed) * (1 - cubed)
-            p = 1 / (1 + math.exp(-logit - slope * u))
+        # gradient of the log likelihood, and minus its second derivatives
+        g0, g1, g2 = 0.0, -RIDGE * slope, -stiff * bend
+        h00, h01, h02, h11, h12, h22 = 1e-9, 0.0, 0.0, RIDGE, 0.0, stiff
+        for j in range(first, last):
+            u, weight = (log_rate[j] - place) / bandwidth, tricube(log_rate[j], place, bandwidth)
+            p = 1 / (1 + math.exp(-min(max(logit + slope * u + bend * u * u, -30.0), 30.0)))
             residual, information = weight * (trained[j] - runs[j] * p), weight * runs[j] * p * (1 - p)
-            score += residual
-            score_slope += residual * u
-            twice += information
-            mixed += information * u
-            twice_slope += information * u * u
-        determinant = twice * twice_slope - mixed * mixed
-        variance = twice_slope / max(determinant, 1e-300)
+            g0 += residual
+            g1 += residual * u
+            g2 += residual * u * u
+            h00 += information
+            h01 += information * u
+            h02 += information * u * u
+            h12 += information * u * u * u
+            h22 += information * u * u * u * u
+        h11 += h02
+        # the inverse by cofactors
+        c00 = h11 * h22 - h12 * h12
         if fixed:
-            move, move_slope = 0.0, score_slope / twice_slope
+            move, move_slope, move_bend = 0.0, (h22 * g1 - h12 * g2) / c00, (h11 * g2 - h12 * g1) / c00
         else:
-            move = (twice_slope * score - mixed * score_slope) / determinant
-            move_slope = (twice * score_slope - mixed * score) / determinant
-        size = max(abs(move), abs(move_slope))
-        if size > 2:
-            move, move_slope = move * 2 / size, move_slope * 2 / size
-        logit, slope = min(max(logit + move, -CERTAIN), CERTAIN), slope + move_slope
+            c01, c02 = h02 * h12 - h01 * h22, h01 * h12 - h02 * h11
+            c11, c12, c22 = h00 * h22 - h02 * h02, h01 * h02 - h00 * h12, h00 * h11 - h01 * h01
+            determinant = max(h00 * c00 + h01 * c01 + h02 * c02, 1e-300)
+            variance = c00 / determinant
+            move = (c00 * g0 + c01 * g1 + c02 * g2) / determinant
+            move_slope = (c01 * g0 + c11 * g1 + c12 * g2) / determinant
+            move_bend = (c02 * g0 + c12 * g1 + c22 * g2) / determinant
+        size = max(abs(move), abs(move_slope), abs(move_bend))
+        shorter = 2 / size if size > 2 else 1.0
+        logit = min(max(logit + shorter * move, -CERTAIN), CERTAIN)
+        slope += shorter * move_slope
+        bend += shorter * move_bend
         if size < 1e-3:
             break
-    return logit, slope, variance
-
-
-@njit(cache=True)
-def local_likelihood(trained, runs, log_rate, at, bandwidth, logit, slope):
-    """The penalised log likelihood that `local_fit` maximises."""
-    first, last = window(log_rate, at, bandwidth)
-    likelihood = -RIDGE * slope * slope / 2
-    for j in range(first, last + 1):
-        u = (log_rate[j] - log_rate[at]) / bandwidth
-        linear = logit + slope * u
+    likelihood = -(RIDGE * slope * slope + stiff * bend * bend) / 2
+    for j in range(first, last):
+        u = (log_rate[j] - place) / bandwidth
+        linear = logit + slope * u + bend * u * u
         softplus = max(linear, 0.0) + math.log1p(math.exp(-abs(linear)))
-        likelihood += (1 - abs(u) ** 3) ** 3 * (trained[j] * linear - runs[j] * softplus)
-    return likelihood
+        likelihood += tricube(log_rate[j], place, bandwidth) * (trained[j] * linear - runs[j] * softplus)
+    return logit, variance, likelihood
 
 
 @njit(cache=True)
-def window_logit(trained, runs, log_rate, at, bandwidth):
-    """Logit of the share trained within the kernel at rate `at`, +-CERTAIN where all end alike, and where it does."""
+def window_logit(trained, runs, log_rate, place, bandwidth):
+    """Logit of the share trained within the kernel, +-CERTAIN where all end alike, and where it does."""
     yes, no = 0.0, 0.0
-    first, last = window(log_rate, at, bandwidth)
-    for j in range(first, last + 1):
-        weight = (1 - (abs(log_rate[j] - log_rate[at]) / bandwidth) ** 3) ** 3
+    for j in range(np.searchsorted(log_rate, place - bandwidth), np.searchsorted(log_rate, place + bandwidth)):
+        weight = tricube(log_rate[j], place, bandwidth)
         yes += weight * trained[j]
         no += weight * (runs[j] - trained[j])
     if yes < 1e-12 or no < 1e-12:
@@ -170,18 +178,18 @@ def window_logit(trained, runs, log_rate, at, bandwidth):
 
 
 @njit(parallel=True, cache=True)
-def local_logits(trained, runs, log_rate, bandwidth, start, stop_below):
-    """Logits of P [draw, rate] from counts [draw, rate], from rate `start` until one is below `stop_below`.
+def local_logits(trained, runs, log_rate, places, bandwidth, stiff, stop_below):
+    """Logits of P [draw, place] from counts [draw, rate], until one is below `stop_below`.
 
     What is not computed is -CERTAIN.
     """
-    found = np.full(trained.shape, -CERTAIN)
+    found = np.full((len(trained), len(places)), -CERTAIN)
     for draw in prange(len(trained)):
-        slope = 0.0
-        for at in range(start, trained.shape[1]):
-            logit, alike = window_logit(trained[draw], runs[draw], log_rate, at, bandwidth)
-            if not alike:  # the slope at the rate before is near this one's
-                logit, slope, _ = local_fit(trained[draw], runs[draw], log_rate, at, bandwidth, logit, slope, False)
+        for at in range(len(places)):
+            column = (trained[draw], runs[draw], log_rate, places[at], bandwidth)
+            logit, alike = window_logit(*column)
+            if not alike:
+                logit = local_fit(*column, stiff, logit, False)[0]
             found[draw, at] = logit
             if logit < stop_below:
                 break
@@ -189,21 +197,19 @@ def local_logits(trained, runs, log_rate, bandwidth, start, stop_below):
 
 
 @njit(cache=True)
-def signed_roots(trained, runs, log_rate, bandwidth, levels):
-    """Signed roots [level, rate] of twice the log likelihood ratio against P = q, logits [rate] and variances [rate].
+def signed_roots(trained, runs, log_rate, places, bandwidth, levels):
+    """Signed roots [level, place] of twice the log likelihood ratio against P = q, logits and variances [place].
 
     Args:
         levels: logits of the q [level].
     """
-    rates = len(log_rate)
-    roots, logits, variances = np.empty((len(levels), rates)), np.empty(rates), np.empty(rates)
-    for at in range(rates):
-        column = (trained, runs, log_rate, at, bandwidth)
-        logits[at], slope, variances[at] = local_fit(*column, window_logit(*column)[0], 0.0, False)
-        free = local_likelihood(*column, logits[at], slope)
+    roots = np.empty((len(levels), len(places)))
+    logits, variances = np.empty(len(places)), np.empty(len(places))
+    for at in range(len(places)):
+        column = (trained, runs, log_rate, places[at], bandwidth, RIDGE)
+        logits[at], variances[at], free = local_fit(*column, window_logit(*column[:5])[0], False)
         for i in range(len(levels)):
-            held = local_likelihood(*column, *local_fit(*column, levels[i], slope, True)[:2])
-            root = math.sqrt(max(2 * (free - held), 0.0))
+            root = math.sqrt(max(2 * (free - local_fit(*column, levels[i], True)[2]), 0.0))
             roots[i, at] = root if logits[at] > levels[i] else -root
     return roots, logits, variances
 
@@ -220,6 +226,12 @@ def bandwidths(log_rate: np.ndarray) -> np.ndarray:
     return narrowest * 2 ** np.arange(0, octaves + 1e-9, 0.5)
 
 
+def places_along(log_rate: np.ndarray, bandwidth: float, start: int = 0) -> np.ndarray:
+    """Every n-th rate from index `start` on, and the last: a fit does not change within APART bandwidths."""
+    every = max(int(APART * bandwidth / np.diff(log_rate).max()), 1)
+    return np.append(log_rate[start:-1:every], log_rate[-1])
+
+
 def choose_bandwidth(log_rate: np.ndarray, trained: np.ndarray, runs: np.ndarray) -> float:
     """SHRINK times the half-width under which all other seeds predict each seed's outcomes best, decades.
 
@@ -232,10 +244,12 @@ def choose_bandwidth(log_rate: np.ndarray, trained: np.ndarray, runs: np.ndarray
     unsure = 0.5 / trained.shape[1]  # no seed's outcome is predicted more surely than the others can say
 
     def likelihood(width: float) -> float:
-        total = 0.0
+        total, places = 0.0, places_along(log_rate, width)
         for yes, all_runs in zip(trained[some], runs[some], strict=True):
-            logits = local_logits(yes.sum(0) - yes, all_runs.sum(0) - all_runs, log_rate, width, 0, -np.inf)
-            p = np.clip(probability(logits), unsure, 1 - unsure)
+            others = yes.sum(0) - yes, all_runs.sum(0) - all_runs
+            logits = local_logits(*others, log_rate, places, width, LINEAR, -np.inf)
+            every = np.stack([np.interp(log_rate, places, each) for each in logits])
+            p = np.clip(probability(every), unsure, 1 - unsure)
             total += float((yes * np.log(p) + (all_runs - yes) * np.log1p(-p)).sum())
         return total
 
@@ -323,56 +337,55 @@ def borders(
     )
     log_rate, taken, columns = np.log10(rates), resampled_seeds(seeds, draws), len(runs_CSR)
     width = choose_bandwidth(log_rate, trained_CSR, runs_CSR)
+    steps = np.arange((len(rates) - 1) * REFINED + 1) / REFINED
+    places = np.interp(steps, np.arange(len(rates)), log_rate)
     rate, low, high = (np.empty((len(levels), columns)) for _ in range(3))
     drawn, share = np.empty((len(levels), draws, columns)), np.empty((len(rates), columns))
     started = np.empty(columns)
     islands: list[list[tuple[tuple[float, float], ...]]] = [[] for _ in levels]
     goals = np.log(np.array(levels) / (1 - np.array(levels)))
     for col, (trained, runs) in enumerate(zip(trained_CSR, runs_CSR, strict=True)):
-        roots, logit, variance = signed_roots(trained.sum(0), runs.sum(0), log_rate, width, goals)
-        roots /= math.sqrt(dispersion(log_rate, trained, runs, width, logit, variance))
-        share[:, col] = probability(logit)
-        start = int(logit.argmax()) if best is None else int(best[col])
+        roots, logit, variance = signed_roots(trained.sum(0), runs.sum(0), log_rate, places, width, goals)
+        left_out = trained.sum(0) - trained, runs.sum(0) - runs
+        jackknife = (seeds - 1) * local_logits(*left_out, log_rate, places, width, RIDGE, -np.inf).var(0)
+        share[:, col] = probability(logit[::REFINED])
+        start = int(logit[::REFINED].argmax()) if best is None else int(best[col])
         started[col] = rates[start]
-        resampled = local_logits(taken @ trained, taken @ runs, log_rate, width, start, goals.min())
+        along = places_along(log_rate, width, start)
+        resampled = local_logits(taken @ trained, taken @ runs, log_rate, along, width, RIDGE, goals.min())
         critical = stats.t.isf(0.025, seeds - 1)
         for i, goal in enumerate(goals):
-            rate[i, col] = first_below(logit[None], log_rate, goal, start)[0]
-            low[i, col] = first_below(roots[i : i + 1], log_rate, critical, start)[0]
-            high[i, col] = first_below(roots[i : i + 1], log_rate, -critical, start)[0]
+            root = roots[i : i + 1] / math.sqrt(dispersion(jackknife, logit, variance, goal))
+            rate[i, col] = first_below(logit[None], places, goal, start * REFINED)[0]
+            low[i, col] = first_below(root, places, critical, start * REFINED)[0]
+            high[i, col] = first_below(highest_ahead(root, places, REACH * width), places, -critical, start * REFINED)[
+                0
+            ]
             low[i, col], high[i, col] = at_least_a_step(rates, low[i, col], high[i, col])
-            drawn[i, :, col] = first_below(resampled, log_rate, goal, start)
-            islands[i].append(ranges_above(logit, rates, goal, rate[i, col]))
+            drawn[i, :, col] = first_below(resampled, along, goal, 0)
+            islands[i].append(ranges_above(logit[::REFINED], rates, goal, rate[i, col]))
     return Borders(
         levels, seeds, float(rates[-1]), started, rate, low, high, drawn, tuple(tuple(i) for i in islands), share, width
     )
 
 
-def dispersion(
-    log_rate: np.ndarray,
-    trained: np.ndarray,
-    runs: np.ndarray,
-    bandwidth: float,
-    logit: np.ndarray,
-    variance: np.ndarray,
-) -> float:
-    """How much more P varies when whole seeds are left out in turn than independent outcomes would, over the column.
+def dispersion(jackknife: np.ndarray, logit: np.ndarray, variance: np.ndarray, goal: float) -> float:
+    """How much more P varies near a level when whole seeds are left out than independent outcomes would.
 
     Args:
-        trained, runs: [seed, rate].
-        logit, variance: of the fit to all seeds [rate].
+        jackknife, logit, variance: of the fit to all seeds, [place].
+        goal: logit of the level.
     """
-    left_out = local_logits(trained.sum(0) - trained, runs.sum(0) - runs, log_rate, bandwidth, 0, -np.inf)
-    jackknife = (len(trained) - 1) * left_out.var(0)
     p = probability(logit)
-    weight = (p * (1 - p)) ** 2  # on the scale of P, where certainty varies by nothing
-    expected = (weight * variance).sum()
+    # on the scale of P, where certainty varies by nothing
+    weight = (p * (1 - p)) ** 2 * np.exp(-(((logit - goal) / NEAR) ** 2) / 2)
+    observed, expected = (weight * jackknife).sum(), (weight * variance).sum()
     # a column without any variation shows no dispersion: each seed then counts as one outcome
-    return float((weight * jackknife).sum() / expected) if (jackknife > 0).any() else float(len(log_rate))
+    return float(observed / expected) if observed > 0 else len(logit) / REFINED
 
 
 def first_below(height: np.ndarray, log_rate: np.ndarray, goal: float, start: int) -> np.ndarray:
-    """The rate at which each curve [draw, rate] first falls below `goal` from index `start` on [draw].
+    """The rate at which each curve [draw, place] first falls below `goal` from index `start` on [draw].
 
     Linear between the rates. 0 where it is below at `start`, inf where it never falls.
     """
@@ -385,6 +398,15 @@ def first_below(height: np.ndarray, log_rate: np.ndarray, goal: float, start: in
         part = np.clip((upper - goal) / (upper - lower), 0, 1)
     crossing = 10 ** (log_rate[after - 1] + part * (log_rate[after] - log_rate[after - 1]))
     return np.where(below[:, 0], 0.0, np.where(below.any(1), crossing, np.inf))
+
+
+def highest_ahead(height: np.ndarray, places: np.ndarray, reach: float) -> np.ndarray:
+    """The largest of each curve [draw, place] from a place up to `reach` beyond it.
+
+    Below a level it says that the curve stays there: of many places, one is below by chance more often than any is.
+    """
+    ends = np.searchsorted(places, places + reach, "right")
+    return np.stack([height[:, at:end].max(1) for at, end in enumerate(ends)], axis=1)
 
 
 def at_least_a_step(rates: np.ndarray, low: float, high: float) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from analysis.classify import Labelling, counts
 from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
 from analysis.maps import Map, analyse, trained_share
-from analysis.noise import exponent_of, read_noise, verdict
+from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
 from analysis.recommend import recommend, shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
@@ -96,15 +96,15 @@ def noise_html(store: Replicate, labelling: Labelling) -> str:
     for path in [store.path, *store.children()]:
         current = store if path == store.path else open_map(path)
         floors = read_noise(current, labelling)
-        exponent = exponent_of(current, labelling) if floors else 1.0
+        depth = depth_of(current)
         rows += [
             (
                 path.name if path != store.path else "this map",
                 f.variant,
                 f"{f.near} / {f.away}",
                 f"{f.labels_near:.2%} / {f.labels_away:.2%}",
-                f"{f.flips_near:.2%} / {f.flips_away:.2%}",
-                verdict(f, exponent),
+                f"{percent_words(f.flips_near, f.flips_near_interval)} / {f.flips_away:.2%}",
+                verdict(f, depth),
             )
             for f in floors
         ]

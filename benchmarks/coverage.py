@@ -30,9 +30,9 @@ from scipy.interpolate import PchipInterpolator
 
 from analysis.boundary import edges
 from analysis.dimension import measure
+from analysis.exponent import Exponent, differs, draw_points, fit_exponent
 from analysis.laws import best_rate_law, best_rates, critical_rate_law, over_seeds
 from analysis.replicates import FEWEST_SEEDS, borders, exact_interval
-from analysis.uncertainty import Exponent, differs, draw_points, fit_exponent
 
 RESULTS = Path(__file__).with_name("results")
 RATES = np.logspace(-3, 1, 48)

@@ -16,6 +16,8 @@ from engine.optim import OPTIMIZERS, by_group
 from engine.outcome import Arrays, Thresholds, measure_label, probe_label
 from engine.schedule import SCHEDULES
 
+ORDERS = 3  # other seeds whose data order a noise floor takes
+
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
@@ -113,8 +115,8 @@ class Workload:
     """what the progress counts"""
     keeps_weights: bool
     """whether a replay gives the cell's final weights"""
-    order: "Callable[[Replicate], tuple[str, SweepConfig]]"
-    """(name, configuration): the same sweep in another order, for the noise floor; ('', ...) where there is none"""
+    order: "Callable[[Replicate], dict[str, list[SweepConfig]]]"
+    """the same sweep in other orders, by what is ordered, for the noise floor; {} where there is none"""
 
 
 # ---- language models
@@ -254,11 +256,12 @@ def plan_language(run: "Run") -> "Plan":
     return plan_runs(run)
 
 
-def other_seed(store: "Replicate") -> tuple[str, "SweepConfig"]:
-    """Another seed, thus other initial weights and data order; nothing where the seed is swept."""
+def other_seeds(store: "Replicate") -> dict[str, list["SweepConfig"]]:
+    """ORDERS other seeds, thus other initial weights and data orders; nothing where the seed is swept."""
     if "seed" in store.run.names:
-        return "", store.config
-    return "order", store.config.change(seed=store.config.seed + store.run.replicates)
+        return {}
+    first = store.config.seed + store.run.replicates
+    return {"order": [store.config.change(seed=first + k, replicates=1) for k in range(ORDERS)]}
 
 
 # ---- the paper's two-layer network
@@ -320,13 +323,13 @@ def plan_two_layer(run: "Run") -> "Plan":
     return plan_cells(run)
 
 
-def permuted(store: "Replicate") -> tuple[str, "SweepConfig"]:
+def permuted(store: "Replicate") -> dict[str, list["SweepConfig"]]:
     """`engine.two_layer.permuted_problem`: the same hidden units in another order; nothing where the seed is swept."""
     if "seed" in store.run.names or store.run.replicates > 1:
-        return "", store.config
+        return {}
     from engine.two_layer import permuted_problem
 
-    return "permuted", store.config.change(problem=str(permuted_problem(store)))
+    return {"permuted": [store.config.change(problem=str(permuted_problem(store)), replicates=1)]}
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -347,7 +350,7 @@ WORKLOADS: dict[str, Workload] = {
         traces=True,
         unit="tokens",
         keeps_weights=True,
-        order=other_seed,
+        order=other_seeds,
     ),
     "two_layer": Workload(
         options=TwoLayerTraining,

@@ -9,7 +9,9 @@ from synthetic import julia_measure, language_store, two_layer_store, write_stor
 
 from analysis import noise
 from analysis.classify import Labelling
-from analysis.noise import chosen_lines, compare, line_axis, line_cells, line_config, read_noise, verdict
+from analysis.exponent import fit_exponent
+from analysis.noise import Depth, chosen_lines, compare, line_axis, line_cells, line_config, read_noise, verdict
+from analysis.variants import coarser_precision, variants
 from engine.api import run_sweep
 from engine.config import make_config
 from engine.grid import Grid
@@ -54,7 +56,7 @@ def test_changes_are_counted_near_and_away_and_only_where_both_were_measured():
     before = np.array([[CONVERGED, CONVERGED, NONFINITE, NONFINITE, CONVERGED]])
     after = np.array([[MARGINAL, NONFINITE, NONFINITE, MISSING, CONVERGED]])
     close = np.array([[False, True, True, True, False]])
-    floor = compare("repeat", before, after, close)
+    floor = compare("repeat", before, after, close, np.arange(1))
     assert (floor.near, floor.away) == (2, 2)
     assert (floor.labels_near, floor.flips_near) == (0.5, 0.5)
     assert (floor.labels_away, floor.flips_away) == (0.5, 0.0)
@@ -62,32 +64,57 @@ def test_changes_are_counted_near_and_away_and_only_where_both_were_measured():
     assert not floor.is_signal
 
 
-def test_depth_follows_the_uncertainty_exponent():
-    before = np.tile([CONVERGED, NONFINITE], (1, 200))
+def law(alpha: float, dimension: int = 2):
+    """f(eps) = 0.1 * eps^alpha, exactly."""
+    eps = np.logspace(-3, 0, 7)
+    return fit_exponent(eps, np.round(1000003 * 0.1 * eps**alpha), np.full(7, 1000003), 0.75, dimension)
+
+
+def test_depth_follows_the_maps_own_f_of_eps():
+    before = np.tile([CONVERGED, NONFINITE], (4, 200))
     after = before.copy()
-    after[0, :10] = CONVERGED  # five flips of 400
-    floor = compare("precision", before, after, np.ones(before.shape, bool))
-    assert floor.flips_near == 5 / 400
-    assert floor.depth(1.0) == pytest.approx(0.25 / (5 / 400))
-    assert floor.depth(0.5) == pytest.approx((0.25 / (5 / 400)) ** 2)
-    assert "down to about a 20x zoom" in verdict(floor, 1.0)
-    same = compare("repeat", before, before, np.ones(before.shape, bool))
-    assert same.depth(1.0) == pytest.approx(0.25 / (3 / 400))
-    assert "at least" in verdict(same, 1.0)
+    after[:, 0], after[:, 2] = NONFINITE, NONFINITE  # eight flips of 1,600
+    floor = compare("precision", before, after, np.ones(before.shape, bool), np.arange(4))
+    assert floor.flips == floor.flips_near == 8 / 1600
+    # f falls to 0.005 = 0.1 eps^alpha at eps = 0.05^(1 / alpha); cells lie 0.5 apart
+    for alpha in (1.0, 0.5):
+        assert Depth(law(alpha), 0.5).zoom(floor.unseen) == pytest.approx(0.5 / 0.05 ** (1 / alpha), rel=1e-3)
+    assert "down to about a 10x zoom" in verdict(floor, Depth(law(1.0), 0.5))
+    assert "its f(eps) over both axes says" in verdict(floor, None)
+    same = compare("repeat", before, before, np.ones(before.shape, bool), np.arange(4))
+    assert same.unseen == 3 / 1600
+    assert "at least" in verdict(same, Depth(law(1.0), 0.5))
+
+
+def test_intervals_are_over_lines_and_their_orders_are_one_draw():
+    before = np.tile([CONVERGED, NONFINITE], (6, 50))
+    after = before.copy()
+    after[:, ::4] = NONFINITE
+    alike = compare("order", before, after, np.ones(before.shape, bool), np.arange(6))
+    assert alike.flips == 0.25 and alike.flips_interval == pytest.approx((0.25, 0.25))  # every line flips the same
+    after[3:] = before[3:]
+    lines = np.tile(np.arange(6), 2)
+    twice = compare("order", before, np.concatenate([after, after]), np.ones(before.shape, bool), lines)
+    assert (twice.lines, twice.orders) == (6, 2)
+    once = compare("order", before, after, np.ones(before.shape, bool), np.arange(6))
+    assert twice.flips_interval == once.flips_interval
+    assert once.flips_interval[0] == pytest.approx(max(0.125 - 2.571 * 0.125 / np.sqrt(5), 0))  # t with 5 degrees
+    few = compare("order", before[:3], after[:3], np.ones((3, 100), bool), np.arange(3))
+    assert np.isnan(few.flips_interval).all()
 
 
 def test_a_coarser_precision_speaks_for_itself_and_is_left_out_where_it_merges_cells(tmp_path, monkeypatch, capsys):
     config = CONFIG.change(precision="fp64", y="lr.0:linear:10:20:8", x="lr.1:linear:10:10.0000001:8")
     store = write_store(tmp_path / "s", config, {"measure": np.where(np.eye(8) > 0, 1.0, -1.0)})
-    assert list(noise.variants(store)) == ["repeat", "permuted"]
+    assert list(variants(store)) == ["repeat", "permuted"]
     run(monkeypatch, "--store", store.path, "--share", 0.1, "--variants", "precision")
     assert "precision: left out, neighbouring cells are the same in fp32" in capsys.readouterr().out
-    assert noise.coarser_precision(config) == "fp32"
-    assert noise.coarser_precision(config.change(precision="fp32")) == ""
+    assert coarser_precision(config) == "fp32"
+    assert coarser_precision(config.change(precision="fp32")) == ""
     before = np.tile([CONVERGED, NONFINITE], (1, 200))
-    turned = compare("precision", before, before[:, ::-1], np.ones(before.shape, bool))
-    assert verdict(replace(turned, coarser="fp32"), 1.0) == "noise in fp32, coarser than the map"
-    assert verdict(turned, 1.0) == "noise: this map is already beyond its floor"
+    turned = compare("precision", before, before[:, ::-1], np.ones(before.shape, bool), np.arange(1))
+    assert verdict(replace(turned, coarser="fp32"), None) == "noise in fp32, coarser than the map"
+    assert verdict(turned, None) == "noise: this map is already beyond its floor"
 
 
 def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):
@@ -97,7 +124,7 @@ def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):
         arrays = {name: store.read(name)[:, line : line + 1] for name in store.store.specs if name != "losses"}
         arrays["nonfinite_step"] = store.read("nonfinite_step")[:, line : line + 1].copy()
         arrays["nonfinite_step"][0] = 1  # far from the boundary, one label differs
-        write_store(store.path / "noise" / f"precision-column-{line:05d}", config, arrays)
+        write_store(store.path / "noise" / f"precision-0-column-{line:05d}", config, arrays)
     (floor,) = read_noise(store, Labelling())
     assert (floor.variant, floor.lines) == ("precision", 2)
     assert floor.near + floor.away == 64
@@ -107,7 +134,7 @@ def test_stored_lines_are_compared_with_the_map_they_came_from(tmp_path):
 
 def test_a_stored_line_that_is_none_of_the_map_is_refused(tmp_path):
     store = language_store(tmp_path / "s", 8, 4)
-    write_store(store.path / "noise" / "repeat-column-00001", line_config(store.config, line_cells(store, 2)), {})
+    write_store(store.path / "noise" / "repeat-0-column-00001", line_config(store.config, line_cells(store, 2)), {})
     with pytest.raises(ValueError, match="is not a line of"):
         read_noise(store, Labelling())
 
@@ -126,6 +153,7 @@ def test_command_trains_every_variant_of_the_papers_network(tmp_path, monkeypatc
     assert list(floors) == ["repeat", "precision", "permuted"]
     assert {floor.lines for floor in floors.values()} == {3}
     assert floors["repeat"].labels_near == floors["repeat"].labels_away == 0
+    assert floors["repeat"].flips_interval[0] == 0 < floors["repeat"].flips_interval[1]
     for floor in floors.values():
         assert floor.flips_away < 0.2
 
