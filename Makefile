@@ -39,8 +39,8 @@ sweep: .venv/ready ## map the default grid (more flags: make sweep SWEEP="--y lr
 smollm2: .venv/ready ## fine-tune SmolLM2-135M over learning rate x tokens (wants a GPU)
 	$(RUN) engine/sweep.py --preset smollm2-sft $(SWEEP)
 
-test: .venv/ready ## run the tests
-	$(RUN) -m pytest -q
+test: .venv/ready ## run the tests, two at a time with a thread each
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2
 
 test-gpu: ## run the tests that need a GPU, and all of the kernels, with this machine's own python
 	@$(PYTHON) -c 'import xdist' 2>/dev/null || echo "$(PYTHON) has no pytest-xdist: one test after the other, which takes minutes"
