@@ -94,7 +94,7 @@ def trained_share(store: Store, thresholds: Thresholds) -> Trained:
         rates = (grid.y if rated[0] else grid.x).values
         good, seen = ((each if rated[0] else each.swapaxes(1, 2))[:, rates > 0] for each in (trains(codes), known))
         if levels and (rates > 0).sum() >= 4:
-            found = borders(rates[rates > 0], good, seen, levels=levels, draws=1)
+            found = borders(rates[rates > 0], good, seen, levels=levels, intervals=False)
     return Trained(share, seeds, found, missing, rated[0])
 
 

@@ -312,6 +312,7 @@ def borders(
     levels: tuple[float, ...] = (0.5, 0.9),
     best: np.ndarray | None = None,
     draws: int = DRAWS,
+    intervals: bool = True,
 ) -> Borders:
     """The first crossings of P(train) with each level, going up from the best rate of each column.
 
@@ -321,6 +322,7 @@ def borders(
         known: bool, which cells were measured; default all.
         best: index of the rate to start from [col]; default the lowest at which P is greatest.
         draws: of whole seeds with replacement.
+        intervals: whether `low`, `high` and `draws` are wanted, which take most of the time; NaN if not.
 
     Raises:
         ValueError: fewer seeds than a level needs, fewer than 4 rates, rates that do not rise.
@@ -339,31 +341,34 @@ def borders(
     width = choose_bandwidth(log_rate, trained_CSR, runs_CSR)
     steps = np.arange((len(rates) - 1) * REFINED + 1) / REFINED
     places = np.interp(steps, np.arange(len(rates)), log_rate)
-    rate, low, high = (np.empty((len(levels), columns)) for _ in range(3))
-    drawn, share = np.empty((len(levels), draws, columns)), np.empty((len(rates), columns))
+    rate, low, high = (np.full((len(levels), columns), np.nan) for _ in range(3))
+    drawn, share = np.full((len(levels), draws, columns), np.nan), np.empty((len(rates), columns))
     started = np.empty(columns)
     islands: list[list[tuple[tuple[float, float], ...]]] = [[] for _ in levels]
     goals = np.log(np.array(levels) / (1 - np.array(levels)))
+    critical = stats.t.isf(0.025, seeds - 1)
     for col, (trained, runs) in enumerate(zip(trained_CSR, runs_CSR, strict=True)):
-        roots, logit, variance = signed_roots(trained.sum(0), runs.sum(0), log_rate, places, width, goals)
-        left_out = trained.sum(0) - trained, runs.sum(0) - runs
-        jackknife = (seeds - 1) * local_logits(*left_out, log_rate, places, width, RIDGE, -np.inf).var(0)
+        counts = trained.sum(0), runs.sum(0)
+        roots, logit, variance = signed_roots(*counts, log_rate, places, width, goals if intervals else goals[:0])
         share[:, col] = probability(logit[::REFINED])
         start = int(logit[::REFINED].argmax()) if best is None else int(best[col])
         started[col] = rates[start]
+        for i, goal in enumerate(goals):
+            rate[i, col] = first_below(logit[None], places, goal, start * REFINED)[0]
+            islands[i].append(ranges_above(logit[::REFINED], rates, goal, rate[i, col]))
+        if not intervals:
+            continue
+        left_out = counts[0] - trained, counts[1] - runs
+        jackknife = (seeds - 1) * local_logits(*left_out, log_rate, places, width, RIDGE, -np.inf).var(0)
         along = places_along(log_rate, width, start)
         resampled = local_logits(taken @ trained, taken @ runs, log_rate, along, width, RIDGE, goals.min())
-        critical = stats.t.isf(0.025, seeds - 1)
         for i, goal in enumerate(goals):
             root = roots[i : i + 1] / math.sqrt(dispersion(jackknife, logit, variance, goal))
-            rate[i, col] = first_below(logit[None], places, goal, start * REFINED)[0]
+            ahead = highest_ahead(root, places, REACH * width)
             low[i, col] = first_below(root, places, critical, start * REFINED)[0]
-            high[i, col] = first_below(highest_ahead(root, places, REACH * width), places, -critical, start * REFINED)[
-                0
-            ]
+            high[i, col] = first_below(ahead, places, -critical, start * REFINED)[0]
             low[i, col], high[i, col] = at_least_a_step(rates, low[i, col], high[i, col])
             drawn[i, :, col] = first_below(resampled, along, goal, 0)
-            islands[i].append(ranges_above(logit[::REFINED], rates, goal, rate[i, col]))
     return Borders(
         levels, seeds, float(rates[-1]), started, rate, low, high, drawn, tuple(tuple(i) for i in islands), share, width
     )

@@ -143,7 +143,9 @@ def crossing_at(store: Replicate, end: str, fixed: dict[str, float], thresholds:
         raise ValueError(f"over has {end}, which depends on {found.other.name}; give --at {found.other.name}=value")
     col = int(nearest(found.other.values, fixed[found.other.name]).argmax())
     rates, level = found.lr.values, CROSSINGS[end]
-    rate = float(borders(rates, found.trains[:, :, col], found.known[:, :, col], levels=(level,), draws=1).rate[0, 0])
+    rate = float(
+        borders(rates, found.trains[:, :, col], found.known[:, :, col], levels=(level,), intervals=False).rate[0, 0]
+    )
     if not 0 < rate < np.inf:
         raise ValueError(
             f"over has {end}, but P(train) of {store.path} does not fall to {level:g} between {rates[0]:g} and "

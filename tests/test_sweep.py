@@ -250,6 +250,10 @@ from engine.store import open_store
 from engine.sweep import main
 launch.FLUSH = 0.0
 folder = Path(plan["folder"])
+# whoever started the tests may ignore signals, as nohup and a shell's & do
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 def fork(path, changes, **environment):
     child = os.fork()
