@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.measure import Measurement
 from rich.table import Table
 from simple_parsing import field
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from analysis.laws import BestRates, Estimate
     from analysis.rules import Turned
 
+WIDEST = 1000  # characters of a table, which takes what it needs of them
 SHOWN = 8  # columns in the printed table
 FEWEST_RATES = 3
 
@@ -447,7 +449,10 @@ def show(found: Recommendation, tokens: float | None = None) -> None:
     for note in found.notes():
         console.print(note, soft_wrap=True)
     if found.columns:
-        console.print(table(found, shown_columns(found, tokens)))
+        whole = table(found, shown_columns(found, tokens))
+        # as wide as it is, whatever the terminal: a rate that is cut off is another rate
+        wide = Measurement.get(console, console.options.update(width=WIDEST), whole).maximum
+        screen(width=wide).print(whole)
 
 
 def shown_columns(found: Recommendation, tokens: float | None) -> Sequence[Column]:

@@ -152,6 +152,14 @@ def test_what_cannot_be_answered_is_one_line(store, tmp_path, capsys, monkeypatc
     assert "TRL does not train" in one_line(capsys, monkeypatch, "--store", tmp_path / "t", "--as", "trl")
 
 
+def test_no_rate_is_cut_off_on_a_narrow_terminal(store, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.argv", ["recommend.py", "--store", str(store.path)])
+    command.main()
+    shown = capsys.readouterr().out
+    assert "tokens  best lr  95%" in shown and "…" not in shown
+
+
 def test_the_command_prints_the_answer_first_and_trls_arguments(store, capsys, monkeypatch):
     run(monkeypatch, "--store", store.path, "--tokens", "30000")
     shown = capsys.readouterr().out
