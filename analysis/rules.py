@@ -19,7 +19,7 @@ from rich.table import Table
 from analysis.axes import number
 from analysis.boundary import learning_rate_axis
 from analysis.classify import Labelling
-from analysis.early_warning import SIGNS, SURE, EarlyWarning, draw_early, early_table, early_warning
+from analysis.early_warning import FEWEST_RUNS, SIGNS, SURE, EarlyWarning, draw_early, early_table, early_warning
 from analysis.panels import Picture, legend_below, save, side_by_side, style
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
@@ -225,15 +225,13 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
         decades = f"{lowest:.2g} to {lowest * 10**laws.DECADES:.2g}"
         said.append(("sensitivity", f"{estimate_words(value)} nat over {lr} from {decades} (arXiv:2309.14322)"))
     if r.early is not None:
-        soon = f"{r.early.soon} losses tell" if r.early.soon else "no number of first losses tells"
         alone, gained = r.early.areas[SIGNS[3]][0], r.early.gained
-        said.append(
-            (
-                "early warning",
-                f"{soon} how a run ends with ROC area {SURE:g}; the learning rate alone {alone:.3f}, signs gain at "
-                f"most {gained:+.3f} (first seed)",
-            )
-        )
+        soon = f"{r.early.soon} losses tell" if r.early.soon else "no number of first losses tells"
+        text = f"{soon} how a run ends with ROC area {SURE:g}; the learning rate alone {alone:.3f}, signs gain at "
+        text += f"most {gained:+.3f} (first seed)"
+        if not r.early.counted.any():
+            text = f"not judged: never do {FEWEST_RUNS} runs of the first seed go on for long enough"
+        said.append(("early warning", text))
     said += [("not said", reason) for reason in r.refused]
     return said
 
