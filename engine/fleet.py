@@ -24,7 +24,7 @@ import numpy as np
 
 from engine.command import parser, user_errors
 from engine.config import SweepConfig, cells_of
-from engine.options import RunOptions, read_arguments
+from engine.options import Finish, RunOptions, read_arguments
 from engine.outcome import NOT_COMPUTED
 from engine.plan import Launch, Plan
 
@@ -37,7 +37,6 @@ class Watched(NamedTuple):
     run: Any
     plan: Plan
     launches: list[Launch]
-    exact: str = "at any width"
 
     def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
         """Flat indices of a launch's cells that are still to train."""
@@ -168,10 +167,12 @@ def watch(path: Path, options: RunOptions, running: Callable[[], bool]) -> None:
 
 
 def read(arguments: Sequence[str]) -> tuple[Namespace, list[str], SweepConfig, RunOptions]:
-    """The fleet's own arguments, those of every worker with absolute paths, and what they ask for."""
+    """The fleet's own arguments, those of every worker, and what they ask for."""
     reader = parser(__doc__.split("\n\n")[0] + " Further arguments are those of engine/sweep.py.")
     reader.add_argument("--ray", default="", help="address of a Ray cluster (auto: the one of this machine)")
-    reader.add_argument("--slurm", default="", help="partition of SLURM (default: its default; local: this machine)")
+    reader.add_argument(
+        "--slurm", default="", help="partition of SLURM; default: the cluster's own, local: this machine"
+    )
     reader.add_argument("--at-most", type=int, default=8, help="processes at once, at most (default: 8)")
     reader.add_argument("--minutes", type=int, default=720, help="time limit of a SLURM job (default: 720)")
     chosen, rest = reader.parse_known_args(list(arguments))
@@ -186,8 +187,8 @@ def read(arguments: Sequence[str]) -> tuple[Namespace, list[str], SweepConfig, R
     return chosen, rest, config, options
 
 
-def main(arguments: Sequence[str] | None = None, finish: Callable[[Path], None] | None = None) -> None:
-    """The command; `finish` is called with the finished store, unless --no-figures is given."""
+def main(arguments: Sequence[str] | None = None, finish: Finish | None = None) -> None:
+    """The command; `finish` is called as by engine/sweep.py, unless --no-figures is given."""
     with user_errors():
         chosen, rest, config, options = read(sys.argv[1:] if arguments is None else arguments)
         from engine.api import default_store, last_to_leave
@@ -199,15 +200,10 @@ def main(arguments: Sequence[str] | None = None, finish: Callable[[Path], None] 
             watch(path, options, running)
         last_to_leave(path)
         if finish is not None and options.figures:
-            finish(path)
+            finish(path, False)  # the workers, not this process, have W&B's run
 
 
 if __name__ == "__main__":
-
-    def draw(store: Path) -> None:
-        """A script joins what the folders keep apart: the engine imports no analysis."""
-        from analysis.plot import draw_store
-
-        draw_store(store)
+    from analysis.fractal import draw  # a script joins what the folders keep apart: the engine imports no analysis
 
     main(finish=draw)

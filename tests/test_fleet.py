@@ -58,7 +58,12 @@ def test_jobs_of_slurm_make_the_store_of_one_and_a_preempted_one_is_queued_as_it
     pytest.importorskip("submitit", reason="needs submitit (the extra `fleet`)")
     path = tmp_path / "s"
     drawn: list[Path] = []
-    fleet.main(["--slurm", "local", "--at-most", "2", "--store", str(path), *FLAGS], finish=drawn.append)
+
+    def finish(store: Path, tracked: bool) -> dict:
+        drawn.append(store)
+        return {}
+
+    fleet.main(["--slurm", "local", "--at-most", "2", "--store", str(path), *FLAGS], finish=finish)
     assert_equal_bits(arrays(open_store(path)), alone)
     assert drawn == [path]
     order = fleet.Order(os.getcwd(), FLAGS, 2)
