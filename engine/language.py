@@ -294,10 +294,12 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         training.packing,
     )
     check_vocabulary(corpus, network.vocabulary)
-    run = replace(run, counts=counts_of(corpus, training.count))
-    made = plan.plan_runs(run)
+    counts = counts_of(corpus, training.count)
+    if counts is not None:  # budgets that the data decide are planned now, with the data
+        run = replace(run, counts=counts)
+        made = plan.plan_runs(run)
+        check_steps(run)
     check_unique(run, corpus)
-    check_steps(run)
     exact = batch_invariant(run, device, network)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
