@@ -13,6 +13,17 @@ def places(axis: Axis) -> tuple[float, float]:
     return (math.log10(axis.low), math.log10(axis.high)) if axis.scale == "log" else (axis.low, axis.high)
 
 
+def middles(axis: Axis) -> np.ndarray:
+    """The middles of an axis's cells in drawing units [point]."""
+    return np.linspace(*places(axis), axis.points)
+
+
+def place_of(axis: Axis, values: np.ndarray | float) -> np.ndarray:
+    """Values of an axis in drawing units; -inf and NaN where a log axis has no place for them."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log10(values) if axis.scale == "log" else np.asarray(values, float)
+
+
 def extent(axis: Axis) -> tuple[float, float]:
     """The outer edges of an axis's first and last cell, in drawing units."""
     low, high = places(axis)

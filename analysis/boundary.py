@@ -63,6 +63,11 @@ def near(blocks: np.ndarray, distance: int) -> np.ndarray:
     return reach > 0
 
 
+def is_rate(axis: Axis) -> bool:
+    """Whether an axis is a learning rate, of all parameters or of a group."""
+    return axis.name.partition(".")[0] == "lr"
+
+
 def learning_rate_axis(grid: Grid) -> int:
     """0 when the y axis is the learning rate, 1 when x is; a plain `lr` comes before a group's, y before x.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.classify import Labelling
-from analysis.recommend import recommend, why_not
+from analysis.recommend import Recommendation, recommend, why_not
 from engine.command import parse, screen, user_errors
 from engine.config import hyper_names
 from engine.outcome import LABELS, Thresholds
@@ -33,10 +33,14 @@ def best_cells(store: Store, thresholds: Thresholds) -> np.ndarray:
 
     The same in all replicates: a best rate is one over seeds.
     """
+    return marked_cells(store, None if why_not(store) else recommend(store, thresholds))
+
+
+def marked_cells(store: Store, found: Recommendation | None) -> np.ndarray:
+    """The cells of a recommendation, bool [*cells]."""
     best = np.zeros(store.run.cells.shape, bool)
-    if not why_not(store):
-        for cell in recommend(store, thresholds).cells():
-            best[cell] = True
+    for cell in found.cells() if found else ():
+        best[cell] = True
     return best
 
 
@@ -59,10 +63,9 @@ def to_xarray(store: Store, thresholds: Thresholds | None = None) -> "xarray.Dat
     """`Store.to_xarray` with the recommendation: `best` [*cells], and its sentence and numbers as attributes."""
     thresholds = thresholds or Thresholds()
     data = store.to_xarray(thresholds)
-    data["best"] = (store.run.cells.dims, best_cells(store, thresholds), {"long_name": "nearest to the best rate"})
-    if not why_not(store):
-        data.attrs |= recommend(store, thresholds).summary()
-    return data
+    found = None if why_not(store) else recommend(store, thresholds)
+    data["best"] = (store.run.cells.dims, marked_cells(store, found), {"long_name": "nearest to the best rate"})
+    return data.assign_attrs(found.summary() if found else {})
 
 
 def export(store: Store, path: Path, thresholds: Thresholds | None = None) -> int:

@@ -1,16 +1,15 @@
 """A map: a store with its labels, convergence, critical rates and dimension, and its one-screen summary."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
-from analysis.boundary import Critical, critical, map_edges
+from analysis.boundary import Critical, critical, is_rate, map_edges
 from analysis.classify import Labelling, classify, convergence_value, counts
 from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls
-from engine.amount import amount_words, epochs_words
+from engine.amount import amount_words, epochs_words, short_name
 from engine.grid import Grid
 from engine.hyper import long_name
 from engine.outcome import Thresholds, measured, trains
@@ -59,8 +58,7 @@ def map_title(store: Replicate) -> str:
 
 def data_name(store: Store) -> str:
     """The data in a word or two: a file's or package's name, '' for a workload without any."""
-    data = str(store.config.flat().get("data", ""))
-    return Path(data).name or data
+    return short_name(str(store.config.flat().get("data", "")))
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def trained_share(store: Store, thresholds: Thresholds) -> Trained:
         share = (trains(codes) & known).sum(0) / known.sum(0)
     grid = store.run.cells
     assert isinstance(grid, Grid)
-    rated = [axis.name.partition(".")[0] == "lr" for axis in (grid.y, grid.x)]
+    rated = [is_rate(axis) for axis in (grid.y, grid.x)]
     found, missing = None, ""
     if sum(rated) == 1:
         from analysis.replicates import FEWEST_SEEDS, borders  # brings scipy and numba
@@ -102,7 +100,7 @@ def analyse(store: Replicate, labelling: Labelling, fit: tuple[int, int] | None)
     """Labels, convergence, critical rates and dimension of a store."""
     codes = classify(store, labelling.thresholds)
     blocks = map_edges(codes)
-    rated = any(axis.name == "lr" or axis.name.startswith("lr.") for axis in (store.grid.y, store.grid.x))
+    rated = is_rate(store.grid.y) or is_rate(store.grid.x)
     large = min(blocks.shape) >= LEAST_CELLS
     return Map(
         store,

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from analysis.boundary import map_edges, near
+from analysis.boundary import is_rate, map_edges, near
 from analysis.classify import Labelling, classify, measured, trains
 from analysis.exponent import Exponent
 from analysis.sequence import train
@@ -96,8 +96,7 @@ def depth_of(store: Replicate) -> Depth | None:
 
 def line_axis(grid: Grid) -> int:
     """0 when a line is a row, 1 when it is a column: only where y alone is a learning rate."""
-    y_is_rate, x_is_rate = (axis.name == "lr" or axis.name.startswith("lr.") for axis in (grid.y, grid.x))
-    return int(y_is_rate and not x_is_rate)
+    return int(is_rate(grid.y) and not is_rate(grid.x))
 
 
 def chosen_lines(points: int, share: float) -> list[int]:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.axes import extent, places
+from analysis.axes import extent, place_of, places
 from analysis.recommend import recommend, why_not
 from engine.grid import Axis
 from engine.store import Replicate
@@ -18,9 +18,7 @@ BEST_COLOUR = "#111111"
 
 def drawn_at(axis: Axis, values: np.ndarray) -> np.ndarray:
     """Values in an axis's drawing units, NaN beyond its cells: nothing is drawn outside what was swept."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        at = np.log10(values) if axis.scale == "log" else np.asarray(values, float)
-    low, high = places(axis)
+    at, (low, high) = place_of(axis, values), places(axis)
     return np.where((at >= low - 1e-9) & (at <= high + 1e-9), at, np.nan)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.axes import extent, places, ticks
+from analysis.axes import extent, middles, place_of, ticks
 from analysis.boundary import map_edges
 from analysis.classify import counts, measured, trains
 from analysis.colours import (
@@ -25,7 +25,6 @@ from analysis.colours import (
 )
 from analysis.overlay import draw_best, draw_epochs
 from analysis.stability import draw_stability
-from engine.grid import Axis
 from engine.store import Replicate
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import: the drawing functions import what they use
@@ -297,7 +296,7 @@ def draw_trained(axes: "Axes", store: Replicate, found: "Trained") -> None:
     if found.borders is None:
         return
     lr, other = (store.grid.y, store.grid.x) if found.lr_rows else (store.grid.x, store.grid.y)
-    along = np.linspace(*places(other), other.points)
+    along = middles(other)
     handles = []
     for level, rate, line in zip(found.borders.levels, found.borders.rate, ("-", "--"), strict=False):
         inside = np.isfinite(rate) & (rate > 0)
@@ -316,11 +315,6 @@ def draw_trained(axes: "Axes", store: Replicate, found: "Trained") -> None:
         axes.add_collection(LineCollection(pieces, colors="black", linewidths=1.0, linestyles=":", zorder=3))
         handles.append(Line2D([], [], ls=":", color="black", lw=1.0, label="islands: half train again"))
     legend_below(axes, handles, lines=6.6)
-
-
-def place_of(axis: Axis, value: Any) -> Any:
-    """A value in an axis's drawing units."""
-    return np.log10(value) if axis.scale == "log" else value
 
 
 def below(axes: "Axes", lines: float) -> "Transform":

@@ -18,6 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from simple_parsing import field
 
+from analysis.boundary import is_rate
 from analysis.trl import trl_arguments, trl_text
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
@@ -344,7 +345,7 @@ def is_rate_map(store: Store) -> bool:
     cells = store.run.cells
     if not isinstance(cells, Grid) or MEASUREMENTS[store.config.workload.ranks].units != "nat":
         return False
-    rates = [axis for axis in (cells.y, cells.x) if axis.name.partition(".")[0] == "lr"]
+    rates = [axis for axis in (cells.y, cells.x) if is_rate(axis)]
     return len(rates) == 1 and int((rates[0].values > 0).sum()) >= FEWEST_RATES
 
 

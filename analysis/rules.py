@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from analysis.axes import number
-from analysis.boundary import learning_rate_axis
+from analysis.boundary import is_rate, learning_rate_axis
 from analysis.classify import Labelling
 from analysis.early_warning import FEWEST_RUNS, SIGNS, SURE, EarlyWarning, draw_early, early_table, early_warning
 from analysis.panels import Picture, legend_below, save, side_by_side, style
@@ -58,7 +58,7 @@ def turned(store: Store, thresholds: Thresholds) -> Turned:
         raise ValueError(f"{store.path} holds a list of points; expected a grid with a learning-rate axis")
     first = learning_rate_axis(grid) == 0
     lr, other = (grid.y, grid.x) if first else (grid.x, grid.y)
-    if other.name.partition(".")[0] == "lr":
+    if is_rate(other):
         raise ValueError(
             f"{store.path} maps {lr.name} against {other.name}; rules need a map of a learning rate against something "
             "else, such as tokens"

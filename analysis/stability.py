@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.axes import extent
+from analysis.axes import middles
 from engine.optim import OPTIMIZERS
 from engine.store import Replicate
 
@@ -50,9 +50,3 @@ def draw_stability(axes: "Axes", store: Replicate) -> None:
             axes.plot([], [], color=colour, linewidth=1.2, label=text)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=6, loc="lower left")
-
-
-def middles(axis) -> np.ndarray:
-    """The middles of an axis' cells, in the panels' units."""
-    low, high = extent(axis)
-    return low + (np.arange(axis.points) + 0.5) * (high - low) / axis.points

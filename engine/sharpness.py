@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.data import IGNORED
-from engine.optim import OPTIMIZERS, Parameter, Step
+from engine.optim import OPTIMIZERS, Step
+from engine.stack import parameter_of
 from kernels.gradient_norm import global_norm
 from kernels.split_master import join_master, round_to_weight, split_master
 
@@ -114,12 +115,10 @@ def direction_of(
         nonfinite_1 = torch.zeros(1, dtype=torch.int32, device=trainer.device)
         step = Step(own_1, prepared_1, scale_1, active_1, nonfinite_1)
         parameters = [
-            Parameter(
-                span.name,
-                span.shape,
-                span.rows,
-                weight_1P[:, span.slice],
-                None if remainder_1P is None else remainder_1P[:, span.slice],
+            parameter_of(
+                span,
+                weight_1P,
+                remainder_1P,
                 gradient_1P[:, span.slice],
                 {name: buffer_Rn[own].clone() for name, buffer_Rn in state.items()},
             )

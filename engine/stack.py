@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from engine.network import Network
+from engine.optim import Parameter
 from kernels.digest import digest
 from kernels.split_master import join_master, split_master
 
@@ -53,6 +54,14 @@ def aligned(size: int) -> int:
 def flat_size(spans: list[Span]) -> int:
     """Elements of a flat buffer of some parameters."""
     return aligned(spans[-1].slice.stop) if spans else 0
+
+
+def parameter_of(
+    span: Span, weight_RP: Tensor, remainder_RP: Tensor | None, gradient_Rn: Tensor, state: Mapping[str, Tensor]
+) -> Parameter:
+    """One parameter of flat buffers as its optimizer takes it; `state`: its buffers [R, elements] by name."""
+    remainder_Rn = None if remainder_RP is None else remainder_RP[:, span.slice]
+    return Parameter(span.name, span.shape, span.rows, weight_RP[:, span.slice], remainder_Rn, gradient_Rn, state)
 
 
 class Flat(NamedTuple):

@@ -28,12 +28,12 @@ from engine.evaluate import WHOLE_STACK, Probe
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import Reading, RowLosses, measurements_of
 from engine.network import Network
-from engine.optim import OPTIMIZERS, Parameter, Step, by_group
+from engine.optim import OPTIMIZERS, Step, by_group
 from engine.plan import Mark, Trajectory, start_names
 from engine.schedule import SCHEDULES, multiplier
 from engine.scheduler import Ready, Scheduler
 from engine.sharpness import critical_sharpness
-from engine.stack import Flat, Span, Stack
+from engine.stack import Flat, Span, Stack, parameter_of
 from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
 from kernels.gradient_norm import global_norm
@@ -278,13 +278,11 @@ class Trainer:
 
     def update(self, gradients: dict[int, Tensor], group: str, step: Step) -> None:
         """The optimizer's step of some trained parameters of a group, by their place."""
-        stack, parameters = self.stack, []
-        for place, gradient in gradients.items():
-            span = stack.spans[place]
-            remainder = None if stack.remainder_RP is None else stack.remainder_RP[:, span.slice]
-            weight = stack.weight_RP[:, span.slice]
-            own = span.name, span.shape, span.rows, weight, remainder, gradient, self.state[place]
-            parameters.append(Parameter(*own))
+        stack = self.stack
+        parameters = [
+            parameter_of(stack.spans[place], stack.weight_RP, stack.remainder_RP, gradient, self.state[place])
+            for place, gradient in gradients.items()
+        ]
         OPTIMIZERS[self.optimizers[group]].update(parameters, step)
 
     # ---- what the scheduler asks of a device

@@ -29,22 +29,24 @@ TURNED_ROWS = 32  # times that one program turns
 
 def forward_tiles(K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a program, from one replica's head dim and dtype alone."""
-    if dtype == torch.bfloat16:
-        return (64, 64, 4, 3)
-    return (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
+    return (64, 64, 4, 3) if dtype == torch.bfloat16 else _fp32_tiles()
 
 
 def queries_tiles(K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """As `forward_tiles`, for dq."""
     if dtype == torch.bfloat16:
         return (64, 64, 4, 3) if K <= 64 else (128, 64, 8, 3)
-    return (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
+    return _fp32_tiles()
 
 
 def keys_tiles(K: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """As `forward_tiles`, for dk and dv."""
     if dtype == torch.bfloat16:
         return (64, 64, 4, 3) if K <= 64 else (32, 64, 4, 3)
+    return _fp32_tiles()
+
+
+def _fp32_tiles() -> tuple[int, int, int, int]:
     return (64, 64, 8, 1) if dot_precision() == "tf32" else (32, 32, 4, 1)
 
 

@@ -27,10 +27,11 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
-def _load(
+def load_tile(
     source_ptr, replica, row, column, rows, columns, stride_R, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """A tile [ROWS, COLUMNS] of one replica's matrix [rows, columns] from (row, column) on, zero outside of it."""
     if TMA:
         return source_ptr.load([replica, row, column]).reshape(ROWS, COLUMNS)
     else:
@@ -42,10 +43,11 @@ def _load(
 
 
 @triton.jit
-def _store(
+def store_tile(
     target_ptr, tile, replica, row, column, rows, columns, stride_R, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """Store what `load_tile` loads; nothing outside of the matrix."""
     if TMA:
         target_ptr.store([replica, row, column], tile.reshape(1, ROWS, COLUMNS))
     else:
@@ -57,16 +59,16 @@ def _store(
 
 
 @triton.jit
-def _operand(
+def load_operand(
     source_ptr, replica, row, column, rows, columns, stride_R, stride_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of an operand as the product reads it; TRANSPOSED: memory holds the transpose."""
     if TRANSPOSED:
-        tile = _load(source_ptr, replica, column, row, columns, rows, stride_R, stride_row, COLUMNS, ROWS, TMA).T
+        tile = load_tile(source_ptr, replica, column, row, columns, rows, stride_R, stride_row, COLUMNS, ROWS, TMA).T
     else:
-        tile = _load(source_ptr, replica, row, column, rows, columns, stride_R, stride_row, ROWS, COLUMNS, TMA)
+        tile = load_tile(source_ptr, replica, row, column, rows, columns, stride_R, stride_row, ROWS, COLUMNS, TMA)
     return tile.to(tl.float32) if WIDEN else tile
 
 
@@ -80,7 +82,7 @@ def _finish(
     if SCALED:
         product *= scale
     if EPILOGUE == "add":
-        addend = _load(
+        addend = load_tile(
             extra_ptr, replica, row, column, m, n, extra_R, extra_row, ROWS, COLUMNS, TMA
         ).to(tl.float32)  # fmt: skip
         product = alpha * product + beta * addend
@@ -89,11 +91,11 @@ def _finish(
         hidden = tl.where(hidden < 0, 0.0, hidden)  # keeps NaN
         product = hidden * hidden
     if EPILOGUE == "relu2_backward":
-        squared = _load(
+        squared = load_tile(
             extra_ptr, replica, row, column, m, n, extra_R, extra_row, ROWS, COLUMNS, TMA
         ).to(tl.float32)  # fmt: skip
         product = product.to(DTYPE).to(tl.float32) * (2 * tl.sqrt(squared))
-    _store(c_ptr, product.to(DTYPE), replica, row, column, m, n, c_R, c_row, ROWS, COLUMNS, TMA)
+    store_tile(c_ptr, product.to(DTYPE), replica, row, column, m, n, c_R, c_row, ROWS, COLUMNS, TMA)
 
 
 @triton.jit
@@ -125,11 +127,11 @@ def _tile(
     third = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         at = step * BLOCK_K
-        a_tile = _operand(a_ptr, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM == "tn", TMA, WIDEN)
-        b_tile = _operand(b_ptr, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, FORM == "nt", TMA, WIDEN)
+        a_tile = load_operand(a_ptr, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM == "tn", TMA, WIDEN)
+        b_tile = load_operand(b_ptr, replica, at, column, k, n, b_R, b_row, BLOCK_K, BLOCK_N, FORM == "nt", TMA, WIDEN)
         product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
         if WIDE:
-            b_tile = _operand(
+            b_tile = load_operand(
                 b_half_ptr, replica, at, column + BLOCK_N, k, n, b_R, b_row, BLOCK_K, HALF, FORM == "nt", TMA, WIDEN
             )  # fmt: skip
             third = tl.dot(a_tile, b_tile, third, input_precision=PRECISION)
@@ -167,8 +169,10 @@ def _half_tile(
     product = tl.zeros((BLOCK_M, HALF), tl.float32)
     for step in range(0, tl.cdiv(k, BLOCK_K)):
         at = step * BLOCK_K
-        a_tile = _operand(a_ptr, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM == "tn", TMA, WIDEN)
-        b_tile = _operand(b_half_ptr, replica, at, column, k, n, b_R, b_row, BLOCK_K, HALF, FORM == "nt", TMA, WIDEN)
+        a_tile = load_operand(a_ptr, replica, row, at, m, k, a_R, a_row, BLOCK_M, BLOCK_K, FORM == "tn", TMA, WIDEN)
+        b_tile = load_operand(
+            b_half_ptr, replica, at, column, k, n, b_R, b_row, BLOCK_K, HALF, FORM == "nt", TMA, WIDEN
+        )
         product = tl.dot(a_tile, b_tile, product, input_precision=PRECISION)
     scale = tl.load(scale_ptr + replica) if SCALED else 1.0
     _finish(
@@ -268,22 +272,22 @@ def stacked_matmul(
     rows_whole = a.shape[2] % 8 == 0 and b.shape[2] % 8 == 0
     tma = a.dtype == torch.bfloat16 and rows_whole
     tma_store = tma and n % 8 == 0
-    a, b = (_aligned(operand) if tma else dense_replicas(operand) for operand in (a, b))
+    a, b = (aligned(operand) if tma else dense_replicas(operand) for operand in (a, b))
     block_a = (tile.block_k, tile.block_m) if form == "tn" else (tile.block_m, tile.block_k)
     block_b = (tile.block_n, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n)
     half_b = (tile.block_n // 2, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n // 2)
     block_c = (tile.block_m, tile.block_n // 2)
     if extra is not None:
-        extra = _aligned(extra) if tma_store else dense_replicas(extra)
+        extra = aligned(extra) if tma_store else dense_replicas(extra)
     tiles = c.shape[0] * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.columns)
     programs, whole, halves = _programs(tiles, tile, a.device)
     other = c if extra is None else extra
     _stacked_matmul_kernel[(programs,)](
-        _described(a, block_a) if tma else a,
-        _described(b, block_b) if tma else b,
-        _described(b, half_b) if tma else b,
-        _described(c, block_c) if tma_store else c,
-        _described(other, block_c) if tma_store else other,
+        described(a, block_a) if tma else a,
+        described(b, block_b) if tma else b,
+        described(b, half_b) if tma else b,
+        described(c, block_c) if tma_store else c,
+        described(other, block_c) if tma_store else other,
         scale_R,
         whole, halves, m, n, k, alpha, beta,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1),
@@ -297,12 +301,13 @@ def stacked_matmul(
     return c
 
 
-def _aligned(operand: Tensor) -> Tensor:
+def aligned(operand: Tensor) -> Tensor:
     """The operand as the tensor-map engine takes it: 16-byte aligned base and replica stride."""
     operand = dense_replicas(operand)
     whole = operand.data_ptr() % 16 == 0 and operand.stride(0) % 8 == 0 and operand.stride(0) > 0
     return operand if whole else operand.clone(memory_format=torch.contiguous_format)
 
 
-def _described(operand: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+def described(operand: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """Tiles of `block` of an operand [R, rows, columns], for the tensor-map engine."""
     return TensorDescriptor(operand, list(operand.shape), list(operand.stride()), [1, block[0], block[1]])

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.matmul import DTYPES, INTERPRETED, _aligned, _described, _load, _operand, _store
+from kernels.matmul import DTYPES, INTERPRETED, aligned, described, load_operand, load_tile, store_tile
 from kernels.stacking import dense_replicas, dot_precision
 from kernels.tiles import Tile
 
@@ -27,14 +27,14 @@ def _piece(
 ):  # fmt: skip
     """Finish half of a tile's columns, and store them, and their transpose on the other side of the diagonal."""
     if ADD:
-        addend = _load(extra_ptr, matrix, row, column, m, m, extra_K, extra_row, BLOCK, HALF, TMA)
+        addend = load_tile(extra_ptr, matrix, row, column, m, m, extra_K, extra_row, BLOCK, HALF, TMA)
         product = alpha * product + beta * addend.to(tl.float32)
     piece = product.to(DTYPE)
-    _store(c_ptr, piece, matrix, row, column, m, m, c_K, c_row, BLOCK, HALF, TMA)
+    store_tile(c_ptr, piece, matrix, row, column, m, m, c_K, c_row, BLOCK, HALF, TMA)
     # a tile on the diagonal has no other side: it is sent below the last row, where nothing is stored. No branch,
     # which would keep the loop over tiles from being flattened.
     across = tl.where(diagonal, m, column)
-    _store(mirror_ptr, piece.T, matrix, across, row, m, m, c_K, c_row, HALF, BLOCK, TMA)
+    store_tile(mirror_ptr, piece.T, matrix, across, row, m, m, c_K, c_row, HALF, BLOCK, TMA)
 
 
 @triton.jit
@@ -57,8 +57,8 @@ def _symmetric_tile(
     product = tl.zeros((BLOCK, BLOCK), tl.float32)
     for step in range(0, tl.cdiv(n, BLOCK_N)):
         at = step * BLOCK_N
-        left = _operand(a_ptr, matrix, row, at, m, n, a_K, a_row, BLOCK, BLOCK_N, TALL, TMA, WIDEN)
-        right = _operand(a_ptr, matrix, at, column, n, m, a_K, a_row, BLOCK_N, BLOCK, not TALL, TMA, WIDEN)
+        left = load_operand(a_ptr, matrix, row, at, m, n, a_K, a_row, BLOCK, BLOCK_N, TALL, TMA, WIDEN)
+        right = load_operand(a_ptr, matrix, at, column, n, m, a_K, a_row, BLOCK_N, BLOCK, not TALL, TMA, WIDEN)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     first, second = product.reshape(BLOCK, 2, HALF).permute(0, 2, 1).split()
     diagonal = row == column
@@ -112,9 +112,9 @@ def symmetric_product(
         tile = SQUARE if a.dtype == torch.bfloat16 and m > 64 else SMALL
     tma = a.dtype == torch.bfloat16 and a.shape[2] % 8 == 0
     tma_store = tma and m % 8 == 0
-    a = _aligned(a) if tma else dense_replicas(a)
+    a = aligned(a) if tma else dense_replicas(a)
     if extra is not None:
-        extra = _aligned(extra) if tma_store else dense_replicas(extra)
+        extra = aligned(extra) if tma_store else dense_replicas(extra)
     other = c if extra is None else extra
     block, half = tile.block_m, tile.block_m // 2
     side = triton.cdiv(m, block)
@@ -124,10 +124,10 @@ def symmetric_product(
         processors = 4 if INTERPRETED else torch.cuda.get_device_properties(a.device).multi_processor_count
         programs = min(tiles, processors * tile.residents)
     _symmetric_kernel[(programs,)](
-        _described(a, (tile.block_k, block) if tall else (block, tile.block_k)) if tma else a,
-        _described(c, (block, half)) if tma_store else c,
-        _described(c, (half, block)) if tma_store else c,
-        _described(other, (block, half)) if tma_store else other,
+        described(a, (tile.block_k, block) if tall else (block, tile.block_k)) if tma else a,
+        described(c, (block, half)) if tma_store else c,
+        described(c, (half, block)) if tma_store else c,
+        described(other, (block, half)) if tma_store else other,
         tiles, m, n, alpha, beta,
         a.stride(0), a.stride(1), c.stride(0), c.stride(1), other.stride(0), other.stride(1),
         BLOCK=block, BLOCK_N=tile.block_k, TALL=tall, ADD=extra is not None, DTYPE=DTYPES[a.dtype],

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.gguf_file import SMOLLM2, load_gguf, read_gguf, smollm2_file
+from engine.checkpoint.gguf_file import load_gguf, read_gguf, smollm2_file
 from engine.checkpoint.huggingface import CONFIG, load_huggingface, read_json
 from engine.checkpoint.model import LoadedModel, ModelConfig
 from engine.checkpoint.nanochat import checkpoint_folder, load_nanochat, save_nanochat
 from engine.checkpoint.save import OURS, check_destination, load_ours, names_file, save_model, save_safetensors
 from engine.checkpoint.tokenizer_files import load_tokenizer
+from engine.family import SMOLLM2
 from engine.tokenizer import ByteTokenizer
 
 SUFFIXES = (".gguf", ".safetensors", ".pt")

@@ -29,8 +29,6 @@ from engine.checkpoint.tensors import Layout, Source, Stored, join
 from engine.models.llama import LlamaConfig
 from engine.tokenizer import SmolLM2Tokenizer
 
-SMOLLM2 = "smollm2"
-"""the name that stands for the installed package's file"""
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
