@@ -90,8 +90,16 @@ def check_same_bits(store: Store, chunk: Chunk, block: dict[str, np.ndarray], le
 
 def missing_launches(setup: Setup, store: Store | None) -> list[Launch]:
     """The launches that have cells to compute."""
-    status = empty_block(["status"], setup.run.shape, 0)["status"] if store is None else store.status
+    status = status_of(setup, store)
     return [launch for launch in setup.launches if still_missing(status, launch)]
+
+
+def status_of(setup: Setup, store: Store | None) -> np.ndarray:
+    """Status of every cell that is asked for [replicate, *cells]: replicates a store lacks are not computed."""
+    status = empty_block(["status"], setup.run.shape, 0)["status"]
+    if store is not None:
+        status[: store.run.replicates] = store.status
+    return status
 
 
 def leased_launches(setup: Setup, writer: Writer, leases: Leases, workers: int) -> Iterator[Launch]:
