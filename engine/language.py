@@ -61,7 +61,7 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return "at any width"
         return "in the same wave" if self.wave else "in the same launch"
 
@@ -97,7 +97,7 @@ class LanguageSetup:
         Where the device's memory does not hold the slots, half as many go on: with what is not measured yet where
         cells are batch-invariant, else with the whole launch again. Raises ValueError where not even one fits.
         """
-        exact = batch_invariant(self.run, self.device, self.network)
+        exact = batch_invariant(self.run, self.device)
         left = self.to_train(launch, status)
         while len(left):
             todo = left
@@ -132,7 +132,7 @@ class LanguageSetup:
     def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
         """Those missing; where bits depend on the wave, the cells of every wave that misses some."""
         missing = self.plan.missing(launch, status)
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return missing
         waves = [cells_of(wave) for wave in self.waves(self.plan.cells_in(launch))]
         return np.sort(np.concatenate([missing[:0], *(cells for cells in waves if np.isin(cells, missing).any())]))
@@ -150,7 +150,7 @@ class LanguageSetup:
         launch = next(launch for launch in self.launches if cell in self.plan.cells_in(launch))
         waves, slots = self.waves(self.plan.cells_in(launch)), self.slots
         work = next(wave for wave in waves if cell in cells_of(wave))
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             work, slots = [alone(work, cell)], 1
         trainer = self.new_trainer(slots)
         for measured in trainer.train(work):
@@ -214,7 +214,7 @@ class LanguageSetup:
         tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
         for name in tied:
             lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
-        if not batch_invariant(self.run, self.device, self.network):
+        if not batch_invariant(self.run, self.device):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
 
@@ -241,9 +241,9 @@ def most_rows(made: Plan) -> int:
     return int((made.steps * made.run.column("batch")).max())
 
 
-def batch_invariant(run: Run, device: torch.device, network: Network) -> bool:
+def batch_invariant(run: Run, device: torch.device) -> bool:
     """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
-    return device.type == "cuda" and run.config.family.batch_invariant and network.batch_invariant
+    return device.type == "cuda" and run.config.family.batch_invariant
 
 
 def cells_of(runs: list[Trajectory]) -> np.ndarray:
@@ -300,7 +300,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         made = plan.plan_runs(run)
         check_steps(run)
     check_unique(run, corpus)
-    exact = batch_invariant(run, device, network)
+    exact = batch_invariant(run, device)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
     memory = memory_of(made, network, corpus, device)

@@ -25,8 +25,7 @@ class Network(NamedTuple):
     initial: seed -> CPU weights. tokenizer: what its vocabulary stands for. flops_per_token: of training.
     activation_bytes: (tokens, bytes per element) -> bytes a replica. same_start: whether `initial` is the same for
     every seed. fused: rows (first, last + 1) of the matrices that lie in one parameter. loaded: the checkpoint it is
-    of. batch_invariant: whether its own operators are, where its family's may be. export: trained weights -> the model
-    to save, None where no checkpoint format has it.
+    of. export: trained weights -> the model to save, None where no checkpoint format has it.
     """
 
     module: nn.Module
@@ -40,7 +39,6 @@ class Network(NamedTuple):
     same_start: bool = False
     fused: Mapping[str, tuple[tuple[int, int], ...]] = {}
     loaded: LoadedModel | None = None
-    batch_invariant: bool = True
     export: Callable[[Mapping[str, Tensor]], LoadedModel] | None = None
 
     @property
@@ -96,5 +94,4 @@ def describe(module: nn.Module, family, shape, initial, tokenizer) -> Network:
         family.flops_per_token(shape),
         partial(family.activation_bytes, shape),
         fused={name: rows for name, rows in fused.items() if rows},
-        batch_invariant=family.batch_invariant(shape),
     )
