@@ -18,6 +18,7 @@ from engine.amount import amount_of, amount_words, epochs_words
 from engine.command import warn
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.family import VECTORS
 from engine.hyper import rule_of
 from engine.network import Network
 from engine.optim import OPTIMIZERS, by_group
@@ -211,9 +212,14 @@ class LanguageSetup:
         if self.widest > self.slots:
             how = "each wave when the one before has ended" if self.wave else "and slots are refilled"
             lines.append(f"a launch is {self.widest} trajectories; {self.slots} replicas train at once, {how}")
-        tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
-        for name in tied:
-            lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
+        frozen, groups = frozen_parameters(self.run.config, self.network), self.network.groups
+        for name in frozen:
+            if len(groups[name]) > 1 and VECTORS not in groups[name]:
+                lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(groups[name])}")
+        vectors = [name for name, own in groups.items() if own[0] == VECTORS and name not in frozen]
+        if vectors:
+            optimizer = by_group(training.optimizer, self.run.config.family.groups)[VECTORS]
+            lines.append(f"{len(vectors)} norms and biases are the group {VECTORS}, trained by {optimizer}")
         if not batch_invariant(self.run, self.device):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
@@ -271,7 +277,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     Raises:
         ValueError: what the user gave cannot be trained; before any training.
     """
-    network = run.config.family.build(run.config, device)
+    network = run.config.family.build(run.config, device).grouped_for(run)
     check_groups(run, network)
     check_batching(run, network)
     made = plan.plan_runs(run)

@@ -199,7 +199,7 @@ def norm_backward_op(
         BLOCK_ROWS=BLOCK_ROWS,
         **_tiles(D),
     )
-    if weight_RD is None:
+    if weight_RD is None or partial_RJD is None:
         return dx, x.new_empty(R, 0, D)
     return dx, add_blocks(partial_RJD, weight_RD.dtype).unflatten(1, (sums, D))
 

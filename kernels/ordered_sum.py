@@ -25,7 +25,7 @@ def add_bias(x: Tensor, bias_D: Tensor) -> Tensor:
 
 
 def add_bias_triton(x: Tensor, bias_D: Tensor) -> Tensor:
-    """`add_bias` with the Triton kernels' gradient whatever the device. Raises ValueError for a bias of another width."""
+    """`add_bias` with the Triton kernels' gradient whatever the device. ValueError for a bias of another width."""
     if bias_D.shape != x.shape[-1:]:
         raise ValueError(
             f"add_bias got a bias {tuple(bias_D.shape)}, expected ({x.shape[-1]},): give one value a channel"

@@ -56,7 +56,7 @@ def test_matches_float64(R, T, H, G, K, qk_norm):
     check_against_float64(R, 1, T, H, G, K, qk_norm, torch.float32, 1e-6)  # measured: 3e-7 at most
 
 
-# fp32's blocks have 32 times: contexts of one block, of a pair of half blocks, and of several, of one head a key or more
+# fp32's blocks have 32 times: contexts of one block, of a pair of half blocks, of two shared blocks, and of several
 @pytest.mark.parametrize(("T", "H", "G"), [(23, 2, 1), (50, 1, 1), (50, 2, 1), (110, 2, 1)])
 @pytest.mark.parametrize("window", [0, 7, 33, 80])
 def test_windows_match_float64(T, H, G, window):

@@ -2,7 +2,7 @@
 
 A network file holds a frozen config, an `nn.Module`, and functions of the same names:
 
-    parameter_groups(config, name)     the groups of a parameter: two where it is tied
+    parameter_groups(config, name)     the groups of a parameter: two where it is tied, or a norm or bias
     fused_rows(config, name)           rows of the matrices that lie in one parameter, () where it is one
     initial_weights(config, seed)      {name: fp32 CPU tensor}
     flops_per_token(config)            FLOPs to train on one token

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.family import VECTORS
 from engine.models import (
     Dropout,
     Embedding,
@@ -217,10 +218,12 @@ class GPT2(nn.Module):
 
 
 def parameter_groups(config: GPT2Config, name: str) -> tuple[str, ...]:
-    """The groups of a parameter: attention, mlp, embedding or unembedding.
+    """The groups of a parameter: attention, mlp, embedding or unembedding; of norms and biases also vector.
 
     A norm and a bias go with the matrix they feed or follow, positions and final norm with the embedding.
     """
+    if name.endswith(("norm", "bias")):
+        return name.split(".")[2] if name.startswith("layers.") else "embedding", VECTORS
     if name.startswith("layers."):
         return (name.split(".")[2],)
     if name == "embedding.weight" and config.tied:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from engine.family import VECTORS
 from engine.models import (
     Dropout,
     Embedding,
@@ -246,11 +247,13 @@ class Llama(nn.Module):
 
 
 def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
-    """The groups of a parameter: attention, mlp, embedding or unembedding.
+    """The groups of a parameter: attention, mlp, embedding or unembedding; of norms and biases also vector.
 
     A norm's weight goes with the matrix it feeds; the final norm goes with the embedding, which
     is the head where it is tied, and then in both groups.
     """
+    if name.endswith(("norm", "bias")):
+        return name.split(".")[2] if name.startswith("layers.") else "embedding", VECTORS
     if name.startswith("layers."):
         return (name.split(".")[2],)
     if name == "embedding.weight" and config.tied:
