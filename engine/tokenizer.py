@@ -5,6 +5,7 @@ Both classes offer the same things:
     name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
     calls                   whether there are marks for an assistant's python calls and their outputs
     padding                 the id that fills an unfinished row (never a target)
+    bos, eos                the id before a text that nothing else stands before; the id that ends a reply
     encode(text), decode(tokens)
     document(text)          tokens of one plain document with its boundary mark
     render(messages)        (tokens, supervised) of one conversation
@@ -48,7 +49,7 @@ class ByteTokenizer:
     name, calls = "bytes", False
     vocabulary = BYTE_VOCABULARY
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
-    padding = bos
+    padding, eos = bos, assistant_end
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -119,7 +120,7 @@ class SmolLM2Tokenizer:
         self.vocabulary = len(tokens)
         self.start, self.end = ids["<|im_start|>"], ids["<|im_end|>"]
         self.boundary = ids["<|endoftext|>"]
-        self.padding = self.boundary
+        self.padding, self.bos, self.eos = self.boundary, self.start, self.end
         self.newline = self.encode("\n")
 
     def encode(self, text: str) -> list[int]:

@@ -53,6 +53,8 @@ class HubTokenizer:
         eos, pad = self.backend.eos_token_id, self.backend.pad_token_id
         self.boundary = [] if eos is None else [eos]
         self.padding = pad if pad is not None else eos if eos is not None else 0
+        self.eos = eos if eos is not None else self.padding
+        self.bos = self.backend.bos_token_id if self.backend.bos_token_id is not None else self.eos
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False)

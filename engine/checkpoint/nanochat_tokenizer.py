@@ -130,7 +130,8 @@ class NanochatTokenizer:
         self.backend.encode_special_tokens = True  # marks in a text are text
         self.name = f"nanochat-{hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]}"
         self.vocabulary = max(*ranks.values(), *marks.values()) + 1
-        self.padding = marks["<|bos|>"]
+        self.padding = self.bos = marks["<|bos|>"]
+        self.eos = marks["<|assistant_end|>"]
 
     @classmethod
     def from_pickle(cls, file: Path) -> "NanochatTokenizer":
