@@ -16,5 +16,5 @@ if sys.version_info < (3, 11) or any(find_spec(name) is None for name in ("engin
     )
     sys.exit(2)
 
-own = dirname(abspath(str(sys.modules["__main__"].__file__)))
-sys.path[:] = [path for path in sys.path if abspath(path) != own]
+if started := getattr(sys.modules["__main__"], "__file__", None):  # none where it is imported by a line of code
+    sys.path[:] = [path for path in sys.path if abspath(path) != dirname(abspath(started))]

@@ -76,6 +76,13 @@ def test_no_module_bears_the_name_of_another_package():
             assert file.stem not in others or file.stem == "__init__", file.relative_to(ROOT)
 
 
+def test_a_script_takes_its_folder_from_where_modules_are_looked_for(tmp_path):
+    (tmp_path / "script.py").write_text("import started, sys\nprint(*sys.path, sep='\\n')", "utf-8")
+    (tmp_path / "started.py").write_text((ROOT / "engine" / "started.py").read_text("utf-8"), "utf-8")
+    ran = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=True)
+    assert str(tmp_path) not in ran.stdout.splitlines()
+
+
 def test_every_file_parses_on_the_oldest_python_and_says_what_it_is_for():
     for folder in FOLDERS:
         for file in (ROOT / folder).rglob("*.py"):
