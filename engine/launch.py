@@ -49,9 +49,11 @@ class LaunchBuffer:
         self.dirty: set[Chunk] = set()
 
     def put(self, cells: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """Store one result, or one a cell, for some cells (flat indices)."""
+        """Store one result, or one a cell, for some cells (flat indices); what the store has an array for."""
         at = np.searchsorted(self.cells, cells)
         for name, value in values.items():
+            if name not in self.arrays:
+                continue
             if self.writer.specs[name].by_step:
                 flat = self.arrays[name].reshape(-1, self.arrays[name].shape[-1])
                 flat[at, : value.shape[-1]] = value
@@ -90,8 +92,16 @@ def check_same_bits(store: Store, chunk: Chunk, block: dict[str, np.ndarray], le
 
 def missing_launches(setup: Setup, store: Store | None) -> list[Launch]:
     """The launches that have cells to compute."""
-    status = empty_block(["status"], setup.run.shape, 0)["status"] if store is None else store.status
+    status = status_of(setup, store)
     return [launch for launch in setup.launches if still_missing(status, launch)]
+
+
+def status_of(setup: Setup, store: Store | None) -> np.ndarray:
+    """Status of every cell that is asked for [replicate, *cells]: replicates a store lacks are not computed."""
+    status = empty_block(["status"], setup.run.shape, 0)["status"]
+    if store is not None:
+        status[: store.run.replicates] = store.status
+    return status
 
 
 def leased_launches(setup: Setup, writer: Writer, leases: Leases, workers: int) -> Iterator[Launch]:
