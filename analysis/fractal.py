@@ -47,6 +47,7 @@ COMMANDS = {
         "analysis.uncertainty", "how fine the border is: its uncertainty exponent from pairs of points"
     ),
     "evaluate": Command("analysis.evaluate", "score cells on tasks of lm-evaluation-harness, many in one stack"),
+    "distance": Command("analysis.distance", "whether scores depend on the distance to the border of training"),
     "report": Command("analysis.report", "one self-contained HTML page about a store"),
     "export": Command("analysis.export", "a store's cells as a .csv or .parquet, one row each"),
     "fleet": Command(
