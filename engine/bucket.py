@@ -8,7 +8,7 @@ repeated for minutes; the first that a process sends only for seconds, so that a
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import zarr
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore, StorePath
 
@@ -37,10 +38,11 @@ CREDENTIALS = {
 }
 # where a machine of the cloud finds its own credentials: asked when none are given
 METADATA_SERVICES = ("169.254.", "metadata.google.internal")
+REQUESTS = 64  # of one reading or writing, at once
 REQUEST_SECONDS = 30.0  # that one request may take
 FIRST = {"max_retries": 2, "retry_timeout": timedelta(seconds=5)}
 PATIENT = {"max_retries": 20, "retry_timeout": timedelta(minutes=5)}
-PAUSES = (0.0, 0.2, 1.0, 5.0, 15.0)  # before tries of a conditional write, which obstore does not repeat by itself
+PAUSES = (0.0, 0.2, 1.0, 5.0, 15.0)  # before tries of what obstore does not repeat by itself
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,17 @@ class Bucket:
     def remove(self, prefix: str) -> None:
         """Delete an object, or all below a prefix."""
         keys = [self.key(prefix), *(self.key(item.key) for item in self.items(prefix))]
-        with answering(self.root), suppress(FileNotFoundError):
-            obstore.delete(client(self.root), keys)
+        with answering(self.root):
+            for pause in PAUSES:
+                time.sleep(pause)
+                try:
+                    obstore.delete(client(self.root), keys)
+                    return
+                except FileNotFoundError:
+                    return
+                except failed.GenericError as error:
+                    lost = error
+            raise lost
 
     def zarr(self, read_only: bool = True) -> StorePath:
         """The bucket as zarr takes it."""
@@ -213,6 +224,7 @@ def client(root: str, first: bool = False) -> Any:
     """What asks one bucket, for all stores in it. Raises ValueError for settings that cannot be used."""
     if root.startswith("memory://"):
         return MemoryStore()
+    zarr.config.set({"async.concurrency": REQUESTS})
     options = {"timeout": f"{REQUEST_SECONDS:g}s", "connect_timeout": "5s", "allow_http": True}
     with answering(root):
         return from_url(root, client_options=options, retry_config=FIRST if first else PATIENT)  # type: ignore[call-overload]
@@ -235,14 +247,17 @@ def answering(root: str) -> Iterator[None]:
         ValueError: the bucket is missing, or it refuses the credentials.
         ConnectionError: it does not answer.
     """
+    missing = f"{root} is not there; make the bucket, or give another --store"
     try:
         yield
-    except FileNotFoundError as error:
-        raise ValueError(f"{root} is not there ({reason(error)}); make the bucket, or give another --store") from None
+    except FileNotFoundError:
+        raise ValueError(missing) from None
     except (failed.PermissionDeniedError, failed.UnauthenticatedError) as error:
         given = CREDENTIALS[root.partition("://")[0]]
         raise ValueError(f"{root} refuses the credentials ({reason(error)}); expected those of {given}") from None
     except failed.BaseError as error:
+        if "404 Not Found" in str(error):  # of a bucket that is to be listed, where obstore has no name for it
+            raise ValueError(missing) from None
         given = CREDENTIALS[root.partition("://")[0]]
         if any(service in str(error) for service in METADATA_SERVICES):
             raise ValueError(f"no credentials are given for {root}; set {given}") from None

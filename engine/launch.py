@@ -63,12 +63,14 @@ class LaunchBuffer:
 
     def flush(self) -> None:
         """Write the chunks that have changed, but for those that another process has taken over meanwhile."""
+        held: dict[Chunk, dict[str, np.ndarray]] = {}
         for chunk in sorted(self.dirty):
             block = {name: array[self.slices[chunk]] for name, array in self.arrays.items()}
             if self.leases is None or self.leases.is_held(chunk):
-                self.writer.write_chunk(chunk, block)
+                held[chunk] = block
             else:
                 check_same_bits(self.writer, chunk, block, self.leases)
+        self.writer.write_chunks(held)
         self.dirty.clear()
 
 

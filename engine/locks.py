@@ -137,8 +137,10 @@ class ObjectLock:
     def close(self) -> None:
         """Give it up: the objects of all attempts before the sign of life, so that a new one begins at the first."""
         if self.own:
-            held = [item.key for item in self.place.items(self.folder) if item.key.startswith(f"{self.folder}/held.")]
-            for key in sorted(held, key=attempt):
+            now, items = self.alive.now(), self.place.items(self.folder)
+            held = [item.key for item in items if item.key.startswith(f"{self.folder}/held.")]
+            lost = [item.key for item in items if item.key not in held and now - item.modified > self.expires]
+            for key in (*lost, *sorted(held, key=attempt)):
                 self.place.remove(key)
         self.alive.close()
 

@@ -11,6 +11,7 @@ import fnmatch
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 FORMAT = "fractal-llm sweep"
 VERSION = 2
 STATUS = Measurement("0 not computed, 1 done", "u1", 0, {})
+WRITERS = 16  # objects written at once: each waits for a disk or a network
 COUNTS = "counts"  # the array of Run.counts
 # fields that name inputs, which are compared by what they hold
 BY_CONTENT = ("data", "model", "tokenizer", "problem", "points")
@@ -59,6 +61,7 @@ class Store:
             )
         self.config: SweepConfig = config_from(self.attributes["configuration"])
         self.group = zarr.open_group(self.place.zarr(), mode="r", use_consolidated=False)
+        self.opened: dict[str, zarr.Array] = {}
         self.run = Run(self.config, self.stored_cells(), self.stored_counts())
         self.label_rule = self.config.workload.label
         self.specs = {"status": STATUS} | measurements_of(self.run)
@@ -129,9 +132,11 @@ class Store:
 
     def array(self, name: str) -> zarr.Array:
         """A stored array."""
-        array = self.group[name]
-        assert isinstance(array, zarr.Array), name
-        return array
+        if name not in self.opened:
+            array = self.group[name]
+            assert isinstance(array, zarr.Array), name
+            self.opened[name] = array
+        return self.opened[name]
 
     def read(self, name: str, replicate: int | slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
         """An array [replicate, *cells(, step)], or some of its replicates and rows, as numpy.
@@ -418,6 +423,7 @@ class Writer(Store):
         super().__init__(path)
         self.lock = lock
         self.group = zarr.open_group(self.place.zarr(read_only=False), mode="r+", use_consolidated=False)
+        self.opened.clear()
 
     def grow(self, replicates: int, steps: int) -> None:
         """Make room for more replicates, of runs of at most `steps` steps; the configuration says so last."""
@@ -447,12 +453,23 @@ class Writer(Store):
         consolidate(self.place)
 
     def write_chunk(self, chunk: Chunk, block: Mapping[str, np.ndarray]) -> None:
-        """Write a chunk of every array given, each [rows, ...]; `status` last."""
-        assert chunk.start % self.chunk_rows == 0 and len(block["status"]) == chunk.stop - chunk.start, chunk
-        for name in sorted(block, key=lambda name: name == "status"):
+        """`write_chunks` of one."""
+        self.write_chunks({chunk: block})
+
+    def write_chunks(self, blocks: Mapping[Chunk, Mapping[str, np.ndarray]]) -> None:
+        """Write some chunks of every array given, each [rows, ...], several at once; every `status` last."""
+        parts = [(chunk, name) for chunk, block in blocks.items() for name in block]
+
+        def write(part: tuple[Chunk, str]) -> None:
+            chunk, name = part
+            assert chunk.start % self.chunk_rows == 0 and len(blocks[chunk][name]) == chunk.stop - chunk.start, chunk
             # an all-fill chunk is a result like any other
             array = self.array(name).with_config({"write_empty_chunks": True})
-            array[chunk.replicate, chunk.start : chunk.stop] = block[name]
+            array[chunk.replicate, chunk.start : chunk.stop] = blocks[chunk][name]
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write, (part for part in parts if part[1] != "status")))
+            list(pool.map(write, (part for part in parts if part[1] == "status")))
 
     def close(self) -> None:
         """Give up the lock, as the end of the process does."""
