@@ -46,6 +46,7 @@ COMMANDS = {
     "uncertainty": Command(
         "analysis.uncertainty", "how fine the border is: its uncertainty exponent from pairs of points"
     ),
+    "evaluate": Command("analysis.evaluate", "score cells on tasks of lm-evaluation-harness, many in one stack"),
     "report": Command("analysis.report", "one self-contained HTML page about a store"),
     "export": Command("analysis.export", "a store's cells as a .csv or .parquet, one row each"),
     "fleet": Command(

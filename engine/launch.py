@@ -49,9 +49,11 @@ class LaunchBuffer:
         self.dirty: set[Chunk] = set()
 
     def put(self, cells: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """Store one result, or one a cell, for some cells (flat indices)."""
+        """Store one result, or one a cell, for some cells (flat indices); what the store has an array for."""
         at = np.searchsorted(self.cells, cells)
         for name, value in values.items():
+            if name not in self.arrays:
+                continue
             if self.writer.specs[name].by_step:
                 flat = self.arrays[name].reshape(-1, self.arrays[name].shape[-1])
                 flat[at, : value.shape[-1]] = value

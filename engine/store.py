@@ -64,7 +64,8 @@ class Store:
         self.opened: dict[str, zarr.Array] = {}
         self.run = Run(self.config, self.stored_cells(), self.stored_counts())
         self.label_rule = self.config.workload.label
-        self.specs = {"status": STATUS} | measurements_of(self.run)
+        held = {n: spec for n, spec in measurements_of(self.run).items() if not spec.later or self.has_metadata(n)}
+        self.specs = {"status": STATUS} | held
         self.check_arrays()
         self.chunk_rows: int = self.array("status").chunks[1]
         self.check_chunks()

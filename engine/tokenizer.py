@@ -5,6 +5,8 @@ Both classes offer the same things:
     name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
     calls                   whether there are marks for an assistant's python calls and their outputs
     padding                 the id that fills an unfinished row (never a target)
+    bos, eos                the id before a text that nothing else stands before; the id that ends a reply
+    token_bytes             bytes of text that each id stands for, int64 [vocabulary]; 0 for marks
     encode(text), decode(tokens)
     document(text)          tokens of one plain document with its boundary mark
     render(messages)        (tokens, supervised) of one conversation
@@ -14,7 +16,8 @@ exactly on the tokens an assistant has to produce: its replies and the mark that
 replies with "weight": 0. Text is never read as a mark, whatever it contains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,13 +45,23 @@ def is_learned(message: Message) -> bool:
     return message["role"] == "assistant" and bool(message.get("weight", 1))
 
 
+def letters_of_tokens(backend: Tokenizer, vocabulary: int, marks: Iterable[int]) -> NDArray[np.int64]:
+    """`token_bytes` of a byte-level encoding, whose tokens are written with a letter for each byte."""
+    lengths = np.zeros(vocabulary, np.int64)
+    for token, index in backend.get_vocab(with_added_tokens=False).items():
+        lengths[index] = len(token)
+    lengths[list(marks)] = 0
+    return lengths
+
+
 class ByteTokenizer:
     """UTF-8 bytes 0-255, then the marks of nanochat's conversations."""
 
     name, calls = "bytes", False
     vocabulary = BYTE_VOCABULARY
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
-    padding = bos
+    padding, eos = bos, assistant_end
+    token_bytes = np.repeat(np.array([1, 0]), (256, BYTE_VOCABULARY - 256))
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -119,8 +132,12 @@ class SmolLM2Tokenizer:
         self.vocabulary = len(tokens)
         self.start, self.end = ids["<|im_start|>"], ids["<|im_end|>"]
         self.boundary = ids["<|endoftext|>"]
-        self.padding = self.boundary
+        self.padding, self.bos, self.eos = self.boundary, self.start, self.end
         self.newline = self.encode("\n")
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        return letters_of_tokens(self.backend, self.vocabulary, (self.start, self.end, self.boundary))
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids

@@ -86,6 +86,22 @@ def linear_cross_entropy_by_row_reference(
     return losses_N.unflatten(0, targets_BT.shape).sum(-1)
 
 
+def token_losses(logits_RNV: Tensor, targets_N: Tensor) -> Tensor:
+    """The cross-entropy (nats) of every token under the logits of R replicas, fp32 [R, N]; no gradient.
+
+    logits_RNV fp32, contiguous; targets_N int64 or int32, the same for all, -100 ignored: a loss of 0. On a GPU one
+    program a token, so that a replica's losses do not depend on the others.
+    """
+    replicas, tokens = logits_RNV.shape[:2]
+    unsmoothed = torch.zeros(replicas, dtype=torch.float32, device=logits_RNV.device)
+    if logits_RNV.device.type == "cpu":
+        losses_RNV = functional.log_softmax(logits_RNV, -1)
+        index_RN1 = targets_N.clamp(min=0).long()[:, None].expand(replicas, tokens, 1)
+        return -losses_RNV.gather(-1, index_RN1).squeeze(-1).masked_fill(targets_N == IGNORED, 0.0)
+    targets_RN = targets_N.expand(replicas, tokens)
+    return cross_entropy_(logits_RNV, targets_RN, unsmoothed, 0.0, False, tokens).view(replicas, tokens)
+
+
 def token_losses_reference(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float, label_smoothing: Tensor
 ) -> Tensor:

@@ -265,10 +265,13 @@ class GPT(nn.Module):
         return linear_cross_entropy(x_ND, head_VD, targets_N, self.config.softcap, hyper["label_smoothing"])
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Soft-capped logits [B, T, V] in fp32; for checks, training never makes them."""
-        logits_BTV = linear(self.features(tokens_BT), self.unembedding.weight).float()
-        softcap = self.config.softcap
-        return softcap * torch.tanh(logits_BTV / softcap) if softcap else logits_BTV
+        """Soft-capped logits [B, T, V] in fp32; training never makes them."""
+        return self.logits_of(self.features(tokens_BT))
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Soft-capped logits [..., V] of some features [..., D], by an fp32 product."""
+        logits, softcap = linear(features.float(), self.unembedding.weight.float()), self.config.softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def gpt_rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:

@@ -176,8 +176,12 @@ class GPT2(nn.Module):
         return linear_cross_entropy(x_ND, head_VD, targets_N, NO_SOFTCAP, hyper["label_smoothing"])
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] in fp32; for checks, training never makes them."""
-        return linear(self.features(tokens_BT), self.head_VD()).float()
+        """Logits [B, T, V] in fp32; training never makes them."""
+        return self.logits_of(self.features(tokens_BT))
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Logits [..., V] of some features [..., D], by an fp32 product."""
+        return linear(features.float(), self.head_VD().float())
 
 
 def layer_norm(x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
