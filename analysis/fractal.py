@@ -6,13 +6,13 @@ if __name__ == "__main__" and not __package__:
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.command import fail, screen, version_line
+from engine.place import Where
 
 
-def draw(store: Path, tracked: bool) -> Mapping[str, Any]:
+def draw(store: Where, tracked: bool) -> Mapping[str, Any]:
     """What a sweep does when it is through: answer and picture, the report where W&B takes it; the answer's values."""
     from analysis.plot import draw_store
 

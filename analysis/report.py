@@ -31,6 +31,7 @@ from analysis.recommend import recommend, shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
+from engine.place import Where
 from engine.store import Replicate, Store, open_map, open_store
 
 FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
@@ -167,7 +168,7 @@ def write_report(path: Path, labelling: Labelling, found: Map) -> None:
     path.write_text(report_html(found, labelling), "utf-8")
 
 
-def write_store_report(path: Path) -> None:
+def write_store_report(path: Where) -> None:
     """The report of a grid's first replicate, among its figures; none of a list of points."""
     store = open_store(path)
     if len(store.run.cells.shape) > 1:
@@ -215,7 +216,7 @@ def main() -> None:
         if options.serve:
             from analysis.serve import serve
 
-            serve(Path(options.store), options, options.port)
+            serve(options.store, options, options.port)
             return
         store = open_map(options.store, options.replicate)
         found = analyse(store, options, parse_fit(options.fit))
