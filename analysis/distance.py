@@ -97,6 +97,18 @@ def cell_distances(store: Store, thresholds: Thresholds) -> np.ndarray:
     return signed_distance(share, decades(grid.y), decades(grid.x))
 
 
+def distance_note(store: Store, cell: tuple[int, ...] | None, thresholds: Thresholds | None = None) -> list[str]:
+    """How far from the border a cell lies, in words; [] where there is no border."""
+    try:
+        far = cell_distances(store, thresholds or Thresholds())
+    except ValueError:  # the map has none, which is no fault of the cell
+        return []
+    if cell is None or np.isnan(far[cell]):
+        return []
+    side = "inside" if far[cell] > 0 else "beyond"
+    return [f"It lies {abs(far[cell]):.2f} decades {side} the border of training."]
+
+
 def rate_ranks(grid: Grid) -> np.ndarray:
     """Ranks of the learning rates that are swept [rate, row, col]."""
     ranks = [np.arange(len(axis.values), dtype=float) for axis in (grid.y, grid.x)]
@@ -316,11 +328,9 @@ def draw(found: Findings, store: Store, size: str, path: Path) -> Path:
             mean, spread = values.mean(0), values.std(0)
             axes.errorbar(distance, mean, spread if len(values) > 1 else None, fmt="o", ms=3, lw=0.6, color="#1f4e79")
             axes.axvline(0, color="#888888", lw=0.8)
-            axes.set_xlabel("decades inside the border")
+            words = f"\nρ {told.partial:.2f} [{told.low:.2f}, {told.high:.2f}], p {told.p:.2g}" if told else ""
+            axes.set_xlabel("decades inside the border" + words)
             axes.set_title(name)
-            if told is not None:
-                words = f"ρ = {told.partial:.2f} [{told.low:.2f}, {told.high:.2f}]\np = {told.p:.2g}"
-                axes.text(0.03, 0.97, words, transform=axes.transAxes, va="top")
             axes.spines[["top", "right"]].set_visible(False)
         return save(figure, path)
 

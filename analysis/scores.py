@@ -150,3 +150,36 @@ def make_task(store: Store, task: Task, example: Scored, provenance: Mapping[str
         own.adopt(building)
     consolidate(store.place)
     return TaskScores(store, folder_of(task.name), "r+")
+
+
+# ---- for recommend and the report
+
+
+def score_line(found: TaskScores, cell: tuple[int, ...]) -> str:
+    """What a cell scores on a task beside its start, over the seeds in which it is scored; '' where in none.
+
+    The interval is of the difference, paired by item, over items (and seeds) as they are.
+    """
+    at: tuple[Any, ...] = (slice(None), *cell)
+    known = found.done[at]
+    measure = found.measure
+    score, start = (found.read(prefix + measure)[at][known] for prefix in ("", START))
+    if not np.isfinite(score).any():
+        return ""
+    said = f"{found.task}: {measure} {np.nanmean(score):.3g}, {np.nanmean(start):.3g} before training"
+    if found.measures[measure]:
+        pairs = [found.read(prefix + measure + BY_ITEM)[at][known] for prefix in ("", START)]
+        difference = np.nanmean(pairs[0] - pairs[1], axis=0)  # of each item
+        half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.nan
+        said += f" (difference {difference.mean():+.3g} ± {half:.2g} over {found.items} items)"
+    return said
+
+
+def score_notes(store: Store, cell: tuple[int, ...] | None) -> list[str]:
+    """What the answer's cell scores, and how far from the border it lies; [] without scores."""
+    tasks = stored_tasks(store)
+    if not tasks or cell is None:
+        return []
+    said = [line for task in tasks if (line := score_line(task, cell))]
+    where = ",".join(map(str, cell))
+    return [f"Cell {where} scores: {'; '.join(said)}."] if said else [f"Cell {where} has no scores; others have."]

@@ -155,6 +155,23 @@ def test_a_store_with_scores_says_what_they_have_to_do_with_the_distance(scored,
     assert (scored.figures / "distance.png").stat().st_size > 10_000
 
 
+def test_report_and_recommendation_show_scores_and_distance(scored, tmp_path):
+    from analysis.classify import Labelling
+    from analysis.maps import analyse
+    from analysis.recommend import recommend
+    from analysis.report import write_report
+
+    found = recommend(scored)
+    cell = ",".join(map(str, found.cell()))
+    score, far = found.notes()[-2:]
+    assert score.startswith(f"Cell {cell} scores: planted: acc 0.") and "0 before training (difference +0." in score
+    assert far.startswith("It lies 0.") and "decades inside the border" in far
+    write_report(tmp_path / "r.html", Labelling(), analyse(scored.replicate(0), Labelling(), None), distance=True)
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert "planted: acc" in page and "decades inside the border" in page and "40 items of planted" in page
+    assert "free of log LR: rank correlation" in page
+
+
 def test_a_store_that_has_no_border_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     config = make_config("two_layer", y="lr.0:log:1e-3:1e-2:2", x="lr.1:log:1e-3:1e-2:2", steps=4)
     store = sweep(config, tmp_path / "s")
