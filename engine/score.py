@@ -23,10 +23,10 @@ from engine.checkpoint.model import Method, make_module, shapes_of
 from engine.network import describe
 from engine.stack import Stack
 from engine.step import matmul_precision
-from kernels.loss import IGNORED, token_losses
+from kernels.loss import IGNORED, logits_losses
 
 SHORTEST = 32  # tokens of the shortest padded row
-BATCH_TOKENS = {"cuda": 6144, "cpu": 1024}  # of one replica's batch; 6144 is a multiple of every length up to 2,048
+BATCH_TOKENS = {"cuda": 3072, "cpu": 1024}  # of one replica's batch; 3072 is a multiple of every length up to 1,024
 SLICE = 512  # positions whose logits are made at once
 GPU_MEMORY = 0.6  # share of the free memory that a stack may take
 WIDEST = 64  # replicas from which a wider stack gains nothing
@@ -134,6 +134,7 @@ class Scorer:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.stack = Stack(network, replicas, dtype, device)
         self.tokens = BATCH_TOKENS[device.type]
+        self.whole = device.type == "cuda"  # a CPU computes no rows that are empty
         self.modules = {name: Method(module, name) for name in ("features", "logits_of")}
 
     def load(self, slot: int, weights: Mapping[str, Tensor]) -> None:
@@ -151,19 +152,18 @@ class Scorer:
     def score(self, requests: Sequence[Request]) -> Answers:
         """Answers of every replica. Requests must fit the context (`cut_left`)."""
         torch.set_float32_matmul_precision(matmul_precision(self.precision))
-        whole = self.device.type == "cuda"
         owners, losses, hits = [], [], []
-        for batch in batches(requests, self.context, self.tokens, whole):
+        for batch in batches(requests, self.context, self.tokens, self.whole):
             tokens_BT = torch.from_numpy(batch.tokens_BT).to(self.device)
             features_RND = self.call("features", tokens_BT.expand(self.replicas, -1, -1)).flatten(1, 2)
-            missing = -len(batch.at_N) % SLICE if whole else 0
+            missing = -len(batch.at_N) % SLICE if self.whole else 0
             at_N = torch.from_numpy(np.pad(batch.at_N, (0, missing))).to(self.device)
             targets_N = torch.from_numpy(np.pad(batch.targets_N, (0, missing), constant_values=IGNORED)).to(self.device)
             for at, targets in zip(at_N.split(SLICE), targets_N.split(SLICE), strict=True):
                 logits_RNV = self.call("logits_of", features_RND[:, at])
                 index_RN1 = targets.clamp(min=0)[:, None].expand(self.replicas, -1, 1)
                 hits.append(logits_RNV.gather(-1, index_RN1).squeeze(-1) >= logits_RNV.amax(-1))
-                losses.append(token_losses(logits_RNV, targets))
+                losses.append(logits_losses(logits_RNV, targets))
             owners.append(np.pad(batch.owner_N, (0, missing), constant_values=len(requests)))
         owner = np.concatenate(owners)
         loss_RN, hit_RN = (torch.cat(each, 1).cpu().numpy() for each in (losses, hits))

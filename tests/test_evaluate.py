@@ -281,6 +281,45 @@ def test_a_stack_says_what_each_of_its_weights_says_alone(folder, model, tmp_pat
         assert [each.total for each in scored] == [pytest.approx(each.total, rel=1e-4) for each in own]
 
 
+def test_empty_rows_and_places_that_fill_a_batch_up_change_nothing(model):
+    requests = [Request(tuple(range(1, 4 + n)), 2) for n in range(40)]
+    trimmed, whole = scorer_of(model), scorer_of(model)
+    whole.whole = True
+    one, other = trimmed.score(requests), whole.score(requests)
+    # on a CPU a product of other height sums in another order
+    np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-5)
+    assert (one.greedy == other.greedy).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_on_a_gpu_a_stack_has_the_bits_of_each_alone(tmp_path, folder, precision):
+    from engine.api import run_sweep
+    from engine.options import RunOptions
+
+    config = tiny(tmp_path, x="tokens:linear:128:384:4", context=32, depth=2, width=64, heads=1, precision=precision)
+    for name, cells in (("many", "3x4"), ("one", "1,2")):
+        run_sweep(config, RunOptions(store=str(tmp_path / name), quiet=True, device="cuda"))
+        store = open_store(tmp_path / name)
+        score_cells(store, chosen_cells(store, cells), load_tasks(["several"], str(folder), 0, None), "cuda", silent)
+    many, one = (read_all(open_store(tmp_path / name)) for name in ("many", "one"))
+    for name in many:
+        assert many[name][0, 1, 2].tobytes() == one[name][0, 1, 2].tobytes(), name
+
+
+def test_a_point_of_a_list_is_scored(tmp_path, folder):
+    (tmp_path / "p.csv").write_text("lr,tokens\n1e-2,128\n1e-1,128\n3e-2,192\n")
+    config = tiny(tmp_path, context=32).change(y="", x="", tokens=None, points=str(tmp_path / "p.csv"))
+    store = sweep(config, tmp_path / "s")
+    tasks = load_tasks(["several", "core:several", "core:one"], str(folder), 4, None)
+    score_cells(store, chosen_cells(store, "0 2"), tasks, "cpu", silent)
+    found = stored_tasks(store)
+    assert [each.done.tolist() for each in found] == [[[True, False, True]]] * 3
+    rows = list(zip(*(column.cells for column in evaluate.scores_table(store).columns), strict=True))
+    mean = np.mean([each.read("centred")[0, [0, 2]] for each in found if each.task.startswith("core:")], axis=0)
+    assert rows[-1][:2] == ("CORE, 2 tasks", "centred") and float(rows[-1][5]) == pytest.approx(mean.max(), rel=1e-3)
+
+
 def test_scores_do_not_depend_on_which_others_are_scored(store, folder, tmp_path):
     shutil.copytree(store.path, tmp_path / "other")
     other = open_store(tmp_path / "other")
