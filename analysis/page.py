@@ -143,8 +143,8 @@ def traces_json(store: Replicate, stride: int) -> dict | None:
     return {"step": packed(steps), "losses": packed(losses.astype(np.float32)), "row_stride": thin, "col_stride": thin}
 
 
-def page_data(found: Map, live: bool = False, trained: Trained | None = None) -> dict:
-    """Everything the page's script draws, as JSON values; of a running sweep without its traces."""
+def page_data(found: Map, live: bool = False) -> dict:
+    """Everything the page's script draws, as JSON values; of a running sweep without traces and P(train)."""
     store, stride = found.store, -(-max(found.codes.shape) // MOST_CELLS)
     loss_index, loss = loss_layer(store, found.codes)
     convergence_index, convergence = convergence_layer(found.value)
@@ -156,7 +156,7 @@ def page_data(found: Map, live: bool = False, trained: Trained | None = None) ->
         "value": found.value.astype(np.float32),
     }
     layers, values = [label_layer(found.codes), loss, convergence], [["convergence value", "value"]]
-    if trained is not None:
+    if (trained := found.trained) is not None and not live:
         layers.append(trained_layer(trained))
         arrays |= {"trained": trained.share.astype(np.float32), "trained_index": indexed(trained.share)}
         values.append(["share of seeds that train", "trained"])
