@@ -68,23 +68,23 @@ class Options(Labelling, Picture):
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
 
 
-def draw_store(path: Where) -> dict[str, Any]:
+def draw_store(path: Where) -> tuple[Map | None, dict[str, Any]]:
     """What a finished sweep ends with: the answer first, then the maps of its first replicate, and the summary.
 
     Returns:
-        The answer as plain values.
+        The map, None of a list of points, and the answer as plain values.
     """
     store = open_store(path)
     if len(store.run.cells.shape) < 2:
         answer = recommend(store)
         show_answer(answer)
         screen().print(f"{path} holds a list of points, which has no map; read it with engine.open_store")
-        return answer.summary()
+        return None, answer.summary()
     found = analyse(store.replicate(0), Labelling(), None)
     assert found.answer is not None, "a finished sweep of this version has its probe"
     show_answer(found.answer)
     show(found, save(draw(found), store.figures / "map.png"))
-    return found.answer.summary()
+    return found, found.answer.summary()
 
 
 def show(found: Map, picture: Path) -> None:

@@ -34,8 +34,7 @@ from analysis.rules import mean_rates, rules, sentences
 from analysis.scores import stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
-from engine.place import Where
-from engine.store import Replicate, Store, open_map, open_store
+from engine.store import Replicate, Store, open_map
 
 FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
 
@@ -186,13 +185,6 @@ def write_report(path: Path, labelling: Labelling, found: Map, distance: bool = 
     far = cell_distances(found.store.store, labelling.thresholds) if distance else None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(report_html(found, labelling, distance=far), "utf-8")
-
-
-def write_store_report(path: Where) -> None:
-    """The report of a grid's first replicate, among its figures; none of a list of points."""
-    store = open_store(path)
-    if len(store.run.cells.shape) > 1:
-        write_report(store.figures / "report.html", Labelling(), analyse(store.replicate(0), Labelling(), None))
 
 
 def report_html(found: Map, labelling: Labelling, live: bool = False, distance: np.ndarray | None = None) -> str:
