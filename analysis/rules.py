@@ -53,8 +53,8 @@ class Turned:
         at = self.other.values
         some = np.unique(np.linspace(0, len(at) - 1, MOST_COLUMNS).round().astype(int))
         other = replace(self.other, points=len(some), stored=at[some])
-        outcomes = (array[..., some] for array in (self.trains, self.known, self.loss))
-        return Turned(self.lr, other, *outcomes, self.start)
+        good, known, loss = (array[..., some] for array in (self.trains, self.known, self.loss))
+        return Turned(self.lr, other, good, known, loss, self.start)
 
 
 def turned(store: Store, thresholds: Thresholds) -> Turned:
