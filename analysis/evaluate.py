@@ -25,7 +25,6 @@ from analysis.recommend import recommend
 from analysis.scores import START, TaskScores, find_task, make_task, stored_tasks
 from analysis.tasks import Scored, Task, load_tasks
 from engine.command import parse, screen, user_errors
-from engine.files import FolderLock
 from engine.grid import Grid
 from engine.outcome import DONE, Thresholds, trains
 from engine.replay import place_of
@@ -170,7 +169,7 @@ def score_cells(
         ValueError: a store whose weights no replay gives, other items under a task's name, weights that differ.
     """
     check_store(store)
-    with closing(FolderLock(store.path)):
+    with closing(store.place.lock()):
         stored = {task.name: find_task(store, task) for task in tasks}
         wanted = {}
         for task in tasks:

@@ -6,13 +6,13 @@ if __name__ == "__main__" and not __package__:
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.command import fail, screen, version_line
+from engine.place import Where
 
 
-def draw(store: Path, tracked: bool) -> Mapping[str, Any]:
+def draw(store: Where, tracked: bool) -> Mapping[str, Any]:
     """What a sweep does when it is through: answer and picture, the report where W&B takes it; the answer's values."""
     from analysis.plot import draw_store
 
@@ -48,6 +48,7 @@ COMMANDS = {
         "analysis.uncertainty", "how fine the border is: its uncertainty exponent from pairs of points"
     ),
     "evaluate": Command("analysis.evaluate", "score cells on tasks of lm-evaluation-harness, many in one stack"),
+    "distance": Command("analysis.distance", "whether scores depend on the distance to the border of training"),
     "report": Command("analysis.report", "one self-contained HTML page about a store"),
     "export": Command("analysis.export", "a store's cells as a .csv or .parquet, one row each"),
     "fleet": Command(

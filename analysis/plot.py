@@ -17,6 +17,7 @@ from analysis.panels import Picture, draw_convergence, draw_labels, draw_loss, d
 from analysis.recommend import recommend
 from analysis.recommend import show as show_answer
 from engine.command import parse, screen, user_errors
+from engine.place import Where
 from engine.store import open_map, open_store
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Options(Labelling, Picture):
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
 
 
-def draw_store(path: Path) -> dict[str, Any]:
+def draw_store(path: Where) -> dict[str, Any]:
     """What a finished sweep ends with: the answer first, then the maps of its first replicate, and the summary.
 
     Returns:

@@ -211,7 +211,11 @@ class Recommendation:
         done, cells = int((self.store.status == DONE).sum()), math.prod(self.store.run.shape)
         if done < cells:
             said.append(f"{done:,} of {cells:,} cells are measured; only whole columns are read.")
-        return said
+        from analysis.distance import distance_note
+        from analysis.scores import score_notes
+
+        scores = score_notes(self.store, self.cell())
+        return said + scores + (distance_note(self.store, self.cell()) if scores else [])
 
     def head(self) -> tuple[str, ...]:
         """Names of what `rows` has."""

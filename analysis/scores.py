@@ -16,9 +16,9 @@ import numpy as np
 import zarr
 
 from analysis.tasks import Scored, Task
-from engine.files import DurableStore, place_folder
 from engine.measure import Measurement
 from engine.outcome import DONE
+from engine.place import place_of
 from engine.store import STATUS, Store, consolidate
 
 FOLDER, BY_ITEM, START = "scores", "_by_item", "start_"
@@ -49,7 +49,8 @@ class TaskScores:
 
     def __init__(self, store: Store, folder: str, mode: Any = "r") -> None:
         self.store, self.path = store, store.path / FOLDER / folder
-        self.group = zarr.open_group(DurableStore(self.path), mode=mode, use_consolidated=False)
+        own = place_of(self.path).zarr(read_only=mode == "r")
+        self.group = zarr.open_group(own, mode=mode, use_consolidated=False)
         self.attributes: dict[str, Any] = dict(self.group.attrs)
         self.task, self.items = str(self.attributes["task"]), int(self.attributes["items"])
         self.measures: dict[str, bool] = self.attributes["measures"]
@@ -110,14 +111,13 @@ def folder_of(task: str) -> str:
 
 def stored_tasks(store: Store) -> list[TaskScores]:
     """Every task of which a store has scores."""
-    groups = sorted((store.path / FOLDER).glob("*/zarr.json"))
-    return [TaskScores(store, group.parent.name) for group in groups]
+    return [TaskScores(store, path.name) for path in store.inside(FOLDER, "*")]
 
 
 def find_task(store: Store, task: Task) -> TaskScores | None:
     """The scores of a task, open for writing, None where there are none. Raises ValueError where it is another one."""
     folder = folder_of(task.name)
-    if not (store.path / FOLDER / folder / "zarr.json").is_file():
+    if not store.inside(FOLDER, folder):
         return None
     found = TaskScores(store, folder, "r+")
     found.check(task)
@@ -129,10 +129,11 @@ def make_task(store: Store, task: Task, example: Scored, provenance: Mapping[str
     measures = {name: name in example.items for name in example.total}
     attributes = {"task": task.name, "items": task.items, "digest": task.digest, "measures": measures}
     attributes |= json.loads(json.dumps(dict(provenance)))
-    whole = zarr.open_group(DurableStore(store.path), mode="r+", use_consolidated=False)
+    whole = zarr.open_group(store.place.zarr(read_only=False), mode="r+", use_consolidated=False)
     whole.require_group(FOLDER)
     shape, dims = store.run.shape, ("replicate", *store.run.cells.dims)
-    with TemporaryDirectory(prefix=".scores-", dir=store.path) as beside:
+    own = place_of(store.path / FOLDER / folder_of(task.name))
+    with TemporaryDirectory(prefix=".scores-", dir=own.workshop()) as beside:
         building = Path(beside, "task")
         group = zarr.create_group(building, attributes=attributes, zarr_format=3)
         for name, (spec, by_item) in specs_of(task.name, measures).items():
@@ -146,6 +147,39 @@ def make_task(store: Store, task: Task, example: Scored, provenance: Mapping[str
                 dimension_names=(*dims, *(("item",) if by_item else ())),
                 attributes={"long_name": spec.long_name, "units": spec.units},
             )
-        place_folder(building, store.path / FOLDER / folder_of(task.name))
-    consolidate(store.path)
+        own.adopt(building)
+    consolidate(store.place)
     return TaskScores(store, folder_of(task.name), "r+")
+
+
+# ---- for recommend and the report
+
+
+def score_line(found: TaskScores, cell: tuple[int, ...]) -> str:
+    """What a cell scores on a task beside its start, over the seeds in which it is scored; '' where in none.
+
+    The interval is of the difference, paired by item, over items (and seeds) as they are.
+    """
+    at: tuple[Any, ...] = (slice(None), *cell)
+    known = found.done[at]
+    measure = found.measure
+    score, start = (found.read(prefix + measure)[at][known] for prefix in ("", START))
+    if not np.isfinite(score).any():
+        return ""
+    said = f"{found.task}: {measure} {np.nanmean(score):.3g}, {np.nanmean(start):.3g} before training"
+    if found.measures[measure]:
+        pairs = [found.read(prefix + measure + BY_ITEM)[at][known] for prefix in ("", START)]
+        difference = np.nanmean(pairs[0] - pairs[1], axis=0)  # of each item
+        half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.nan
+        said += f" (difference {difference.mean():+.3g} ± {half:.2g} over {found.items} items)"
+    return said
+
+
+def score_notes(store: Store, cell: tuple[int, ...] | None) -> list[str]:
+    """What the answer's cell scores, and how far from the border it lies; [] without scores."""
+    tasks = stored_tasks(store)
+    if not tasks or cell is None:
+        return []
+    said = [line for task in tasks if (line := score_line(task, cell))]
+    where = ",".join(map(str, cell))
+    return [f"Cell {where} scores: {'; '.join(said)}."] if said else [f"Cell {where} has no scores; others have."]
