@@ -16,12 +16,13 @@ def draw(store: Where, tracked: bool) -> Mapping[str, Any]:
     """What a sweep does when it is through: answer and picture, the report where W&B takes it; the answer's values."""
     from analysis.plot import draw_store
 
-    found = draw_store(store)
-    if tracked:
-        from analysis.report import write_store_report
+    found, answer = draw_store(store)
+    if tracked and found is not None:
+        from analysis.classify import Labelling
+        from analysis.report import write_report
 
-        write_store_report(store)
-    return found
+        write_report(found.store.figures / "report.html", Labelling(), found)
+    return answer
 
 
 class Command(NamedTuple):

@@ -217,7 +217,7 @@ def interval_over_lines(what: np.ndarray, where: np.ndarray, lines: np.ndarray) 
     The cells of a line, and its repetitions, are one draw. Without an event, exact over the cells as if independent:
     the least that the upper end can be.
     """
-    from scipy import stats
+    from scipy import special
 
     from analysis.replicates import exact_interval
 
@@ -233,7 +233,7 @@ def interval_over_lines(what: np.ndarray, where: np.ndarray, lines: np.ndarray) 
         return math.nan, math.nan
     left_out = (events.sum() - events) / others
     value = events.sum() / cells.sum()
-    half = float(stats.t.isf(0.025, n - 1)) * math.sqrt((n - 1) * left_out.var())
+    half = float(-special.stdtrit(n - 1, 0.025)) * math.sqrt((n - 1) * left_out.var())
     return max(value - half, 0.0), min(value + half, 1.0)
 
 

@@ -144,10 +144,8 @@ def traces_json(store: Replicate, stride: int) -> dict | None:
     return {"step": packed(steps), "losses": packed(losses.astype(np.float32)), "row_stride": thin, "col_stride": thin}
 
 
-def page_data(
-    found: Map, live: bool = False, trained: Trained | None = None, distance: np.ndarray | None = None
-) -> dict:
-    """Everything the page's script draws, as JSON values; of a running sweep without its traces.
+def page_data(found: Map, live: bool = False, distance: np.ndarray | None = None) -> dict:
+    """Everything the page's script draws, as JSON values; of a running sweep without traces and P(train).
 
     Args:
         distance: of the cells to the border of training, decades.
@@ -163,7 +161,7 @@ def page_data(
         "value": found.value.astype(np.float32),
     }
     layers, values = [label_layer(found.codes), loss, convergence], [["convergence value", "value"]]
-    if trained is not None:
+    if (trained := found.trained) is not None and not live:
         layers.append(trained_layer(trained))
         arrays |= {"trained": trained.share.astype(np.float32), "trained_index": indexed(trained.share)}
         values.append(["share of seeds that train", "trained"])

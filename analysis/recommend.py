@@ -19,6 +19,7 @@ from rich.table import Table
 from simple_parsing import field
 
 from analysis.boundary import is_rate
+from analysis.classify import Limits
 from analysis.trl import trl_arguments, trl_text
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
@@ -455,7 +456,7 @@ def law_of(found: "Turned", fits: "BestRates", whole: np.ndarray) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Limits):
     """Which store to ask, and what."""
 
     store: str  # path of the sweep's store
@@ -511,7 +512,7 @@ def main() -> None:
     with user_errors():
         if options.form not in ("", "trl"):
             raise ValueError(f"as is {options.form!r}; expected trl, or nothing for words")
-        found, tokens = recommend(open_store(options.store)), options.tokens or None
+        found, tokens = recommend(open_store(options.store), options.thresholds), options.tokens or None
         if options.form:
             print_arguments(found, tokens)
         else:

@@ -26,16 +26,15 @@ from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
 from analysis.distance import cell_distances, findings
 from analysis.evaluate import scores_table
-from analysis.maps import Map, analyse, trained_share
+from analysis.maps import Map, analyse
 from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
-from analysis.recommend import recommend, shown_columns, why_not
+from analysis.recommend import shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
 from analysis.scores import stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
-from engine.place import Where
-from engine.store import Replicate, Store, open_map, open_store
+from engine.store import Replicate, Store, open_map
 
 FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
 
@@ -137,11 +136,11 @@ def json_in_html(value: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def answer_html(store: Store) -> str:
+def answer_html(of: Map) -> str:
     """The recommendation in words, what else to know of it, and its columns; or why there is none."""
-    if reason := why_not(store):
-        return f"<p>{escape(reason)}</p>"
-    found = recommend(store)
+    found = of.answer
+    if found is None:
+        return f"<p>{escape(why_not(of.store.store))}</p>"
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in found.notes())
     rows = [found.row(column) for column in shown_columns(found, None)] if found.columns else []
     table = table_html(rows, found.head()) if rows else ""
@@ -188,31 +187,22 @@ def write_report(path: Path, labelling: Labelling, found: Map, distance: bool = 
     path.write_text(report_html(found, labelling, distance=far), "utf-8")
 
 
-def write_store_report(path: Where) -> None:
-    """The report of a grid's first replicate, among its figures; none of a list of points."""
-    store = open_store(path)
-    if len(store.run.cells.shape) > 1:
-        write_report(store.figures / "report.html", Labelling(), analyse(store.replicate(0), Labelling(), None))
-
-
 def report_html(found: Map, labelling: Labelling, live: bool = False, distance: np.ndarray | None = None) -> str:
     """The whole page; live, it asks analysis/serve.py for what is new. distance: of the cells to the border."""
     store = found.store
-    several = store.run.replicates > 1 and not live
-    trained = trained_share(store.store, labelling.thresholds) if several else None
-    data = page_data(found, live, trained, distance)
+    data = page_data(found, live, distance)
     shown = "" if data["stride"] == 1 else f"; the map below shows every {data['stride']}th row and column"
     parts = {
         "title": escape(found.title),
         "subtitle": escape(f"{store.path}{shown}"),
         "style": FILES["css"].read_text("utf-8"),
         "script": FILES["js"].read_text("utf-8"),
-        "answer": answer_html(store.store),
+        "answer": answer_html(found),
         "labels": labels_html(found.codes),
         "measured": measured_html(found),
         "dimension": dimension_html(found),
-        "scores": scores_html(store.store, labelling.thresholds),
-        "rules": rules_html(store.store, labelling.thresholds),
+        "scores": scores_html(store.store, found.thresholds),
+        "rules": rules_html(store.store, found.thresholds),
         "noise": noise_html(store, labelling),
         "provenance": provenance_html(store),
         "data": json_in_html(data),

@@ -56,7 +56,7 @@ class Live:
             now = self.stamp()
             if now != self.at:
                 self.found = analyse(open_map(self.path, self.labelling.replicate), self.labelling, None)
-                sections = {"answer": answer_html(self.found.store.store), "labels": labels_html(self.found.codes)}
+                sections = {"answer": answer_html(self.found), "labels": labels_html(self.found.codes)}
                 values = page_data(self.found, live=True) | {"sections": sections, "stamp": now}
                 self.fresh = json.dumps(values, allow_nan=False).encode()
                 self.at = now
