@@ -27,7 +27,7 @@ from analysis.tasks import CENTRED, Scored, Task, load_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import DONE, Thresholds, trains
-from engine.replay import place_of
+from engine.replay import language_setup, place_of
 from engine.store import Store, open_store
 from engine.store_v1 import StoreV1
 
@@ -187,8 +187,6 @@ def check_store(store: Store) -> None:
     """Raise ValueError where replay gives no weights."""
     if isinstance(store, StoreV1):
         raise ValueError(f"{store.path} has store format 1, whose cells are not replayed; sweep again to score them")
-    if not store.config.workload.keeps_weights:
-        raise ValueError(f"{store.path} is of network {store.config.network}, which reads no text; expected a language")
 
 
 class Evaluation:
@@ -203,17 +201,11 @@ class Evaluation:
         device: str,
         say: Callable[[str], None],
     ) -> None:
-        from engine.api import prepare_stored
-        from engine.language import LanguageSetup
         from engine.provenance import provenance
 
         self.store, self.tasks, self.stored, self.wanted, self.say = store, tasks, stored, wanted, say
-        setup = prepare_stored(store, device)
-        assert isinstance(setup, LanguageSetup)
-        if setup.network.export is None:
-            raise ValueError(f"network {store.config.network} has no logits and no checkpoint format; it has no scores")
-        self.setup = setup
-        self.where = {"provenance": provenance(setup.device)}
+        self.setup = language_setup(store, device)
+        self.where = {"provenance": provenance(self.setup.device)}
         self.start_of: dict[int, Start] = {}
         self.starts: dict[tuple[Start, str], Scored] = {}
         self.cut: set[str] = set()

@@ -216,12 +216,22 @@ def test_the_letter_is_the_likeliest_that_opens_the_reply(folder, model):
 
 
 def test_greedy_text_is_the_argmax_of_whole_logits(model):
-    prompts, most = [[1, 2, 3], [7]], [3, 5]
-    said = scorer_of(model, model).generate(prompts, most, lambda prompt, own: prompt == 1 and len(own) == 4)
-    assert said[0] == said[1] and [len(own) for own in said[0]] == [3, 4]
-    for prompt, own in zip(prompts, said[0], strict=True):
-        for place, token in enumerate(own):
-            assert int(model.logits(torch.tensor([prompt + own[:place]]))[0, -1].argmax()) == token
+    from engine.harness import Asked, CellModel
+
+    scorer, t = scorer_of(model, model), model.tokenizer
+    asked = Asked(scorer, t)
+    texts = ["the cat", "rain", "a", "on a red mat", "sat"]
+    prompts = [Asking(text, {"until": ["\n"], "max_gen_toks": 3 + len(text) % 2}) for text in texts]
+    said = [CellModel(asked, replica).generate_until(prompts) for replica in range(2)]
+    assert said[0] == said[1]
+    for asking, own in zip(prompts, said[0], strict=True):
+        tokens = t.encode(asking.args[0])
+        for _ in range(asking.args[1]["max_gen_toks"]):
+            token = int(model.logits(torch.tensor([tokens]))[0, -1].argmax())
+            if token in (t.eos, t.padding, ord("\n")):
+                break
+            tokens.append(token)
+        assert own == t.decode(tokens[len(asking.args[0]) :])
 
 
 # ---- requests and batches
@@ -469,5 +479,5 @@ def test_the_papers_network_reads_no_text(tmp_path, folder):
 
     config = make_config("two_layer", y="lr.0:log:1e-2:1e2:2", x="lr.1:log:1e-2:1e2:2", steps=4)
     found = sweep(config, tmp_path / "s")
-    with pytest.raises(ValueError, match="reads no text"):
+    with pytest.raises(ValueError, match="has no text"):
         score_cells(found, [(0, 0, 0)], load_tasks(["one"], str(folder), 4, None), "cpu", silent)
