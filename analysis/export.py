@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.classify import Labelling
+from analysis.classify import Limits
 from analysis.recommend import Recommendation, recommend, why_not
 from engine.command import parse, screen, user_errors
 from engine.config import hyper_names
@@ -87,7 +87,7 @@ def export(store: Store, path: Path, thresholds: Thresholds | None = None) -> in
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Labelling):
+class Options(Limits):
     """What to write, and where."""
 
     store: str  # path of the sweep's store

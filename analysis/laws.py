@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from analysis.replicates import Borders, resampled_interval, share_at_least
 
@@ -154,7 +154,7 @@ def over_seeds(values: np.ndarray) -> Estimate:
     values = values[np.isfinite(values)]
     n = len(values)
     mean = float(values.mean()) if n else math.nan
-    half = float(stats.t.isf(0.025, n - 1) * values.std(ddof=1)) / math.sqrt(n) if n >= FEWEST_SEEDS else math.nan
+    half = float(-special.stdtrit(n - 1, 0.025) * values.std(ddof=1)) / math.sqrt(n) if n >= FEWEST_SEEDS else math.nan
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -194,7 +194,7 @@ def expectation_maximisation(
         variance = (np.where(known, (filled - fitted) ** 2 + extra, 0.0)).sum(1) / known.sum(1)
         spread = np.sqrt(np.maximum(variance, 1e-12))[:, None]
         beyond = bound * (value - fitted) / spread  # standard deviations by which the bound passes the line
-        hazard = np.exp(stats.norm.logpdf(beyond) - stats.norm.logsf(beyond))
+        hazard = np.exp(-(beyond**2) / 2 - special.log_ndtr(-beyond)) / math.sqrt(2 * math.pi)
         filled = np.where(censored, fitted + bound * spread * hazard, value)
         extra = np.where(censored, spread**2 * np.clip(1 + beyond * hazard - hazard**2, 0, 1), 0.0)
         before, found = found, np.einsum("rtc,rc->rt", inverse, filled)

@@ -19,6 +19,7 @@ from rich.table import Table
 from simple_parsing import field
 
 from analysis.boundary import is_rate
+from analysis.classify import Limits
 from analysis.trl import trl_arguments, trl_text
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
@@ -75,6 +76,7 @@ class Recommendation:
     columns: tuple[Column, ...]
     best: BestCell | None  # None where no cell trains in all replicates
     law: str  # how the best rate moves with the other axis; '' where the seeds do not carry it
+    bits: float = math.nan  # a byte of text, that a nat of loss is; NaN where the store does not say
 
     @property
     def seeds(self) -> int:
@@ -210,14 +212,19 @@ class Recommendation:
         done, cells = int((self.store.status == DONE).sum()), math.prod(self.store.run.shape)
         if done < cells:
             said.append(f"{done:,} of {cells:,} cells are measured; only whole columns are read.")
-        return said
+        from analysis.distance import distance_note
+        from analysis.scores import score_notes
+
+        scores = score_notes(self.store, self.cell())
+        return said + scores + (distance_note(self.store, self.cell()) if scores else [])
 
     def head(self) -> tuple[str, ...]:
         """Names of what `rows` has."""
         from analysis import laws
 
         near = [f"+{nat} nat" for nat in laws.BASINS]
-        return (self.other, f"best {self.lr}", "95%", *near, "safe to", "trains", "loss")
+        bits = ["bits/byte"] if math.isfinite(self.bits) else []
+        return (self.other, f"best {self.lr}", "95%", *near, "safe to", "trains", "loss", *bits)
 
     def rows(self) -> list[tuple[str, ...]]:
         """A row of texts a column that is measured; none for a map that has its best cell only."""
@@ -227,13 +234,14 @@ class Recommendation:
         """One column in texts."""
         at = f"{column.at:.5g}"
         if math.isnan(column.best.value):
-            return (at, "none", "", "", "", "", "", "")
+            return (at, "none", *[""] * (len(self.head()) - 2))
         best, interval = f"{column.best.value:.3g}", span((column.best.low, column.best.high), self.rates)
         if column.edge:
             best, interval = marked(self.rates[0 if column.edge < 0 else -1], self.rates), f"widen {self.lr}"
         near = [span(each, self.rates) for each in column.within]
         ends = [marked(each, self.rates) for each in (column.safe, column.trains)]
-        return (at, best, interval, *near, *ends, f"{column.loss:.2f}")
+        bits = [f"{column.loss * self.bits:.3f}"] if math.isfinite(self.bits) else []
+        return (at, best, interval, *near, *ends, f"{column.loss:.2f}", *bits)
 
     def summary(self, tokens: float | None = None) -> dict[str, Any]:
         """The answer as plain values (numbers, texts, None), for a report's or W&B's summary."""
@@ -243,6 +251,8 @@ class Recommendation:
             names = {"best": column.best.value, "low": column.best.low, "high": column.best.high, "safe": column.safe}
             found |= {f"{self.lr}/{name}": plain(value) for name, value in names.items()}
             found |= {self.other: column.at, "loss": plain(column.loss), "on_the_edge": bool(column.edge)}
+            if math.isfinite(self.bits):
+                found["bits_per_byte"] = plain(column.loss * self.bits)
         elif self.best is not None:
             found |= {f"best/{name}": value for name, value in self.best.values.items()}
             found[f"best/{self.store.config.workload.ranks}"] = self.best.score
@@ -337,7 +347,18 @@ def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendat
         own = fits.some(seeds, slice(col, col + 1))
         columns.append(column_of(rates, offset, float(found.other.values[col]), col, loss, good, own))
     law = law_of(found, fits, whole)
-    return Recommendation(store, found.lr.name, found.other.name, rates, tuple(columns), cell, law)
+    bits = bits_of_a_nat(store, done)
+    return Recommendation(store, found.lr.name, found.other.name, rates, tuple(columns), cell, law, bits)
+
+
+def bits_of_a_nat(store: Store, done: np.ndarray) -> float:
+    """Bits a byte of held-out text that a nat of held-out loss is: one number a probe; NaN where none is stored."""
+    if "val_bits_per_byte" not in store:
+        return math.nan
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = (store.read("val_bits_per_byte").astype(float) / store.read("val_loss"))[done]
+    ratio = ratio[np.isfinite(ratio)]
+    return float(np.median(ratio)) if len(ratio) else math.nan
 
 
 def is_rate_map(store: Store) -> bool:
@@ -435,7 +456,7 @@ def law_of(found: "Turned", fits: "BestRates", whole: np.ndarray) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Limits):
     """Which store to ask, and what."""
 
     store: str  # path of the sweep's store
@@ -491,7 +512,7 @@ def main() -> None:
     with user_errors():
         if options.form not in ("", "trl"):
             raise ValueError(f"as is {options.form!r}; expected trl, or nothing for words")
-        found, tokens = recommend(open_store(options.store)), options.tokens or None
+        found, tokens = recommend(open_store(options.store), options.thresholds), options.tokens or None
         if options.form:
             print_arguments(found, tokens)
         else:

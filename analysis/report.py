@@ -24,14 +24,17 @@ from analysis.charts import Series, chart
 from analysis.classify import Labelling, counts
 from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
-from analysis.maps import Map, analyse, trained_share
+from analysis.distance import cell_distances, findings
+from analysis.evaluate import scores_table
+from analysis.maps import Map, analyse
 from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
-from analysis.recommend import recommend, shown_columns, why_not
+from analysis.recommend import shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
+from analysis.scores import stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
-from engine.store import Replicate, Store, open_map, open_store
+from engine.store import Replicate, Store, open_map
 
 FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
 
@@ -133,16 +136,32 @@ def json_in_html(value: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def answer_html(store: Store) -> str:
+def answer_html(of: Map) -> str:
     """The recommendation in words, what else to know of it, and its columns; or why there is none."""
-    if reason := why_not(store):
-        return f"<p>{escape(reason)}</p>"
-    found = recommend(store)
+    found = of.answer
+    if found is None:
+        return f"<p>{escape(why_not(of.store.store))}</p>"
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in found.notes())
     rows = [found.row(column) for column in shown_columns(found, None)] if found.columns else []
     table = table_html(rows, found.head()) if rows else ""
     scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="best rates">{table}</div>' if table else ""
     return f'<p class="answer">{escape(found.sentence())}</p>{notes}{scroll}'
+
+
+def scores_html(store: Store, thresholds: Thresholds) -> str:
+    """What cells score and what that has to do with the border, as a section; '' without scores."""
+    if not stored_tasks(store):
+        return ""
+    table = scores_table(store)
+    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    said = table_html([tuple(map(str, row)) for row in rows], tuple(str(column.header) for column in table.columns))
+    try:
+        found = findings(store, thresholds)
+        words = [found.sentence(), *(each.sentence() for each in found.resolutions), *found.left_out]
+    except ValueError as error:  # no border, or no probe
+        words = [str(error)]
+    said += "".join(f'<p class="soft">{escape(each)}</p>' for each in words if each)
+    return f'<section aria-labelledby="scores"><h2 id="scores">Scores</h2><div class="scroll">{said}</div></section>'
 
 
 def labels_html(codes: np.ndarray) -> str:
@@ -161,35 +180,29 @@ def measured_html(found: Map) -> str:
     return f"<p>{escape(found.title)}. {escape(found.caption)}</p>"
 
 
-def write_report(path: Path, labelling: Labelling, found: Map) -> None:
-    """Write the page."""
+def write_report(path: Path, labelling: Labelling, found: Map, distance: bool = False) -> None:
+    """Write the page; `distance`: with each cell's to the border. Raises ValueError where there is none."""
+    far = cell_distances(found.store.store, labelling.thresholds) if distance else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_html(found, labelling), "utf-8")
+    path.write_text(report_html(found, labelling, distance=far), "utf-8")
 
 
-def write_store_report(path: Path) -> None:
-    """The report of a grid's first replicate, among its figures; none of a list of points."""
-    store = open_store(path)
-    if len(store.run.cells.shape) > 1:
-        write_report(store.figures / "report.html", Labelling(), analyse(store.replicate(0), Labelling(), None))
-
-
-def report_html(found: Map, labelling: Labelling, live: bool = False) -> str:
-    """The whole page; live, it asks analysis/serve.py for what is new."""
+def report_html(found: Map, labelling: Labelling, live: bool = False, distance: np.ndarray | None = None) -> str:
+    """The whole page; live, it asks analysis/serve.py for what is new. distance: of the cells to the border."""
     store = found.store
-    several = store.run.replicates > 1 and not live
-    data = page_data(found, live, trained_share(store.store, labelling.thresholds) if several else None)
+    data = page_data(found, live, distance)
     shown = "" if data["stride"] == 1 else f"; the map below shows every {data['stride']}th row and column"
     parts = {
         "title": escape(found.title),
         "subtitle": escape(f"{store.path}{shown}"),
         "style": FILES["css"].read_text("utf-8"),
         "script": FILES["js"].read_text("utf-8"),
-        "answer": answer_html(store.store),
+        "answer": answer_html(found),
         "labels": labels_html(found.codes),
         "measured": measured_html(found),
         "dimension": dimension_html(found),
-        "rules": rules_html(store.store, labelling.thresholds),
+        "scores": scores_html(store.store, found.thresholds),
+        "rules": rules_html(store.store, found.thresholds),
         "noise": noise_html(store, labelling),
         "provenance": provenance_html(store),
         "data": json_in_html(data),
@@ -203,6 +216,7 @@ class Options(Labelling):
 
     store: str  # path of the sweep's store
     out: str = ""  # the HTML file to write (default: figures/report.html inside the store)
+    distance: bool = False  # show each cell's distance to the border of training
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
     serve: bool = False  # show the sweep live in a browser on this machine instead, while it runs
     port: int = 8377  # of the live page on the loopback (0: any that is free)
@@ -215,12 +229,12 @@ def main() -> None:
         if options.serve:
             from analysis.serve import serve
 
-            serve(Path(options.store), options, options.port)
+            serve(options.store, options, options.port)
             return
         store = open_map(options.store, options.replicate)
         found = analyse(store, options, parse_fit(options.fit))
         path = Path(options.out) if options.out else store.figures / "report.html"
-        write_report(path, options, found)
+        write_report(path, options, found, options.distance)
         screen().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
 
 

@@ -9,7 +9,7 @@ if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from analysis.axes import number
 from analysis.boundary import is_rate, learning_rate_axis
-from analysis.classify import Labelling
+from analysis.classify import Limits
 from analysis.early_warning import FEWEST_RUNS, SIGNS, SURE, EarlyWarning, draw_early, early_table, early_warning
 from analysis.panels import Picture, legend_below, save, side_by_side, style
 from engine.command import parse, screen, user_errors
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from analysis.laws import BestRates, Estimate, Law, Safe
     from analysis.replicates import Borders
 
+MOST_COLUMNS = 32  # that rules are made of, evenly spread: on an axis of tokens those between are of the same runs
+
 
 @dataclass(frozen=True)
 class Turned:
@@ -45,6 +47,14 @@ class Turned:
     known: np.ndarray
     loss: np.ndarray  # held-out loss, NaN where not measured or broken
     start: np.ndarray  # [seed] held-out loss of the untrained weights, NaN where none is stored
+
+    def spread(self) -> "Turned":
+        """The same with at most MOST_COLUMNS of its columns."""
+        at = self.other.values
+        some = np.unique(np.linspace(0, len(at) - 1, MOST_COLUMNS).round().astype(int))
+        other = replace(self.other, points=len(some), stored=at[some])
+        good, known, loss = (array[..., some] for array in (self.trains, self.known, self.loss))
+        return Turned(self.lr, other, good, known, loss, self.start)
 
 
 def turned(store: Store, thresholds: Thresholds) -> Turned:
@@ -106,7 +116,7 @@ def rules(store: Store, thresholds: Thresholds) -> Rules:
     from analysis import laws
     from analysis.replicates import FEWEST_SEEDS, borders
 
-    found, refused = turned(store, thresholds), []
+    found, refused = turned(store, thresholds).spread(), []
     at, log = found.other.values, found.lr.values > 0
     rates, good, known, loss = found.lr.values[log], found.trains[:, log], found.known[:, log], found.loss[:, log]
     seeds, crossing, critical, best, best_law, safe, sensitivity = len(loss), None, None, None, None, None, None
@@ -304,7 +314,7 @@ def draw(r: Rules, path: Path, size: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Labelling, Picture):
+class Options(Limits, Picture):
     """Which map to read."""
 
     store: str  # path of the sweep's store

@@ -4,9 +4,9 @@ import math
 
 from rich.table import Table
 
-from engine.launch import missing_launches
+from engine.launch import missing_launches, status_of
 from engine.progress import clock
-from engine.store import Store, empty_block
+from engine.store import Store
 from engine.workload import Setup
 
 
@@ -18,8 +18,7 @@ def dry_run_table(setup: Setup, stored: Store | None) -> Table:
     left = missing_launches(setup, stored)
     held = f"; {len(left)} of them still to train" if stored is not None else ""
     table.add_row("launches", f"{len(setup.launches)} of {sum(c.stop - c.start for c in setup.launches[0])} rows{held}")
-    status = empty_block(["status"], run.shape, 0)["status"] if stored is None else stored.status
-    seconds = setup.describe(table, left, status)
+    seconds = setup.describe(table, left, status_of(setup, stored))
     spread = "two cores; expect half to twice that" if setup.device.type == "cpu" else "an H100"
     table.add_row("time", f"about {clock(seconds)}, typical of {spread}")
     return table

@@ -33,11 +33,19 @@ class Probe:
     """
 
     def __init__(
-        self, stack: Stack, corpus: Corpus, micro_batch: int, by_row: bool, hyper: tuple[str, ...], device: torch.device
+        self,
+        stack: Stack,
+        corpus: Corpus,
+        token_bytes: np.ndarray,
+        micro_batch: int,
+        by_row: bool,
+        hyper: tuple[str, ...],
+        device: torch.device,
     ) -> None:
         """Allocate.
 
         Args:
+            token_bytes: bytes of text that each id stands for; those beyond it stand for none.
             by_row: whether the network's forward gives each row's loss; else a piece is one row.
             hyper: hyper-parameters that the forward reads.
         """
@@ -48,7 +56,10 @@ class Probe:
         shape = (-1, piece, corpus.validation_tokens.shape[1])
         tokens = np.pad(corpus.validation_tokens, ((0, missing), (0, 0)))
         targets = np.pad(corpus.validation_targets, ((0, missing), (0, 0)), constant_values=IGNORED)
-        self.supervised = (targets[:rows] != IGNORED).sum(1)
+        learned = targets[:rows] != IGNORED
+        self.supervised = learned.sum(1)
+        ids = targets[:rows][learned]
+        self.text_bytes = int(token_bytes[ids[ids < len(token_bytes)]].sum())
         self.tokens = torch.from_numpy(tokens.reshape(shape)).to(device)
         self.targets = torch.from_numpy(targets.reshape(shape)).to(device)
         evaluated = evaluated_at_once(stack.weight_RP[0].nbytes, stack.replicas)
@@ -102,7 +113,7 @@ class Probe:
         for _ in range(len(self.tokens)):
             graphs.evaluate(count)
         sums = self.sums_RPB[: count or None].flatten(1)[:, : len(self.supervised)].double().cpu().numpy()
-        return [RowLosses(each, self.supervised) for each in sums]
+        return [RowLosses(each, self.supervised, self.text_bytes) for each in sums]
 
     @torch.no_grad()
     def piece(self, count: int) -> None:

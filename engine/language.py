@@ -15,6 +15,7 @@ from rich.table import Table
 
 from engine import plan
 from engine.amount import amount_of, amount_words, epochs_words
+from engine.checkpoint import LoadedModel
 from engine.command import warn
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
@@ -148,19 +149,45 @@ class LanguageSetup:
 
     def replay(self, cell: int) -> Replay:
         """Train one cell again: alone where it is batch-invariant, else its wave until it has been measured."""
-        launch = next(launch for launch in self.launches if cell in self.plan.cells_in(launch))
-        waves, slots = self.waves(self.plan.cells_in(launch)), self.slots
-        work = next(wave for wave in waves if cell in cells_of(wave))
-        if batch_invariant(self.run, self.device):
-            work, slots = [alone(work, cell)], 1
-        trainer = self.new_trainer(slots)
-        for measured in trainer.train(work):
-            for each in measured:
-                if cell in each.mark.cells:
-                    digest = int(each.values["weights_digest"])
-                    weights, export = trainer.stack.master_weights(each.slot), self.network.export
-                    return Replay(each.losses, digest, weights, export and export(weights))
-        raise AssertionError("the wave of a cell holds no trajectory that serves it")
+        return next(self.replays(np.array([cell])))[1]
+
+    def replays(self, cells: np.ndarray) -> Iterator[tuple[list[int], Replay]]:
+        """Train some cells (flat indices) again, side by side; yields those of one mark when it has been measured.
+
+        Where cells are batch-invariant they alone are trained, else the waves that hold them, each until all of its
+        own are measured.
+        """
+        exact, left = batch_invariant(self.run, self.device), set(cells.tolist())
+        waves = self.waves(cells) if exact else [w for each in self.launches for w in self.waves_with(each, left)]
+        for wave in waves:
+            trainer = self.new_trainer(min(self.slots, len(wave)) if exact else self.slots)
+            wanted = left & set(cells_of(wave).tolist())
+            for measured in trainer.train(wave):
+                for each in measured:
+                    own = [cell for cell in each.mark.cells if cell in wanted]
+                    if own:
+                        digest = int(each.values["weights_digest"])
+                        weights, export = trainer.stack.master_weights(each.slot), self.network.export
+                        yield own, Replay(each.losses, digest, weights, export and export(weights))
+                    wanted -= set(own)
+                if not wanted:
+                    break
+            assert not wanted, "a wave holds no trajectory that serves its cells"
+            del trainer  # before the next one takes its memory
+
+    def waves_with(self, launch: Launch, cells: set[int]) -> list[list[Trajectory]]:
+        """The waves of a launch in which some cells are."""
+        return [
+            wave for wave in self.waves(self.plan.cells_in(launch)) if not cells.isdisjoint(cells_of(wave).tolist())
+        ]
+
+    def start(self, cell: int) -> LoadedModel:
+        """The untrained weights of a cell (flat index), of a network that a checkpoint format has."""
+        hyper = {name: float(values[0]) for name, values in plan.hyper_of(self.run, np.array([cell])).items()}
+        weights = self.network.initial(int(hyper["seed"]))
+        scaled = {n: w.float() * hyper["init_scale"] if w.dim() > 1 else w.float() for n, w in weights.items()}
+        assert self.network.export is not None
+        return self.network.export(scaled)
 
     def describe(self, table: Table, left: list[Launch], status: np.ndarray) -> float:
         """Add rows of the dry run to a table; the seconds it will take about."""
@@ -255,15 +282,6 @@ def batch_invariant(run: Run, device: torch.device) -> bool:
 def cells_of(runs: list[Trajectory]) -> np.ndarray:
     """Flat indices of the cells that some runs serve."""
     return np.array([cell for run in runs for mark in run.marks for cell in mark.cells])
-
-
-def alone(work: list[Trajectory], cell: int) -> Trajectory:
-    """The trajectory that serves a cell, with that cell's mark only."""
-    for run in work:
-        for mark in run.marks:
-            if cell in mark.cells:
-                return replace(run, marks=(mark,))
-    raise AssertionError("no trajectory serves the cell")
 
 
 def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: Any) -> LanguageSetup:

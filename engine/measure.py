@@ -4,6 +4,7 @@ The store's arrays, the report's entries and the progress line follow from `MEAS
 it says whether the others are there.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,16 +22,22 @@ LAST = 20  # steps that last_loss is the mean of
 class RowLosses(NamedTuple):
     """Losses of some weights on the probe's sequences, without label smoothing.
 
-    sums: nats of each sequence, float64 [N]. counts: its targets, int64 [N].
+    sums: nats of each sequence, float64 [N]. counts: its targets, int64 [N]. text_bytes: what all targets stand for.
     """
 
     sums: np.ndarray
     counts: np.ndarray
+    text_bytes: int
 
     @property
     def mean(self) -> float:
         """Nats a target."""
         return float(self.sums.sum() / self.counts.sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits of all targets, marks included, a byte of their text; NaN where they have none."""
+        return float(self.sums.sum() / self.text_bytes / math.log(2)) if self.text_bytes else math.nan
 
     def error(self, sums: np.ndarray | None = None) -> float:
         """Standard error of the mean of some sums over the same sequences, which are drawn whole: a ratio estimate."""
@@ -76,6 +83,8 @@ class Measurement:
     """whether it has a value for every step; stored with --trace on"""
     asked: bool = False
     """whether it is stored only where --measure names it"""
+    later: bool = False
+    """whether stores of this format may lack it, which were made before it was declared"""
     best: str = ""
     """what the progress line calls the lowest value so far; '' for nothing"""
 
@@ -141,6 +150,14 @@ MEASUREMENTS: dict[str, Measurement] = {
         np.nan,
         {"language": lambda r: r.probe.error(r.probe.sums - r.start.sums)},
         "nat",
+    ),
+    "val_bits_per_byte": Measurement(
+        "val_loss in bits a byte of the held-out targets' text",
+        "f4",
+        np.nan,
+        {"language": lambda r: r.probe.bits_per_byte},
+        "bit/byte",
+        later=True,
     ),
     "steps": Measurement(
         "steps of the cell's run",

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 from engine.command import fail, parser, spellings, warn
@@ -15,18 +14,19 @@ from engine.family import FAMILIES, VECTORS, family_of, spelt_out
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.optim import OPTIMIZERS
+from engine.place import Where
 from engine.schedule import SCHEDULES
 from engine.workload import COUNTS, WORKLOADS, workload_of
 
 # what a sweep does with its store when it is through, told whether W&B tracks it; what W&B's summary says then
-Finish = Callable[[Path, bool], Mapping[str, Any]]
+Finish = Callable[[Where, bool], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """Where and how to run; none of it changes a cell."""
 
-    store: str = ""  # the Zarr store to make or resume (default: results/<network>-<axes>-<data>-<hash>)
+    store: str = ""  # a folder, s3://, gs:// or az://bucket/path (default: results/<network>-<axes>-<data>-<hash>)
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
     rows_per_launch: str = "auto"  # grid rows trained at once; auto: about 16 runs on a CPU, all that fit on a GPU
     workers: int = 1  # processes that train this sweep together, each started by this command, on any machine

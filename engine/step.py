@@ -141,7 +141,9 @@ class Trainer:
         beside = compute_bound and any(map(self.overlaps, self.stack.spans)) and not self.clips
         self.optimizer_stream = torch.cuda.Stream(device, priority=LOW) if beside else None
         forward = forward_names(run)
-        self.probe = Probe(self.stack, corpus, self.micro_batch, family.row_losses, forward, device)
+        self.probe = Probe(
+            self.stack, corpus, network.tokenizer.token_bytes, self.micro_batch, family.row_losses, forward, device
+        )
         self.graphs = Graphs(self.micro_step, self.probe.piece)
         if device.type == "cuda":
             first_1 = torch.zeros(1, dtype=torch.int64, device=device)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import SweepConfig
+from engine.place import Where
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Tracking:
             step=done,
         )
 
-    def finish(self, path: Path, found: Mapping[str, Any]) -> None:
+    def finish(self, path: Where, found: Mapping[str, Any]) -> None:
         """Log the maps, a table of cells and what was found, with store and report as artifacts, and end the run.
 
         Args:
@@ -55,19 +56,22 @@ class Tracking:
             return
         import wandb
 
-        images = {f"map/{p.stem}": wandb.Image(str(p)) for p in sorted((path / "figures").glob("*.png"))}
         store = open_store(path)
+        images = {f"map/{p.stem}": wandb.Image(str(p)) for p in sorted(store.figures.glob("*.png"))}
         cells = cell_frame(store)
         table = {"cells_table": wandb.Table(dataframe=cells)} if len(cells) < MOST_CELLS else {}
         self.run.log(images | table)
         labels = {f"labels/{name}": int(count) for name, count in cells["label"].value_counts().items()}
         self.run.summary.update(labels | dict(found))
         try:
-            for kind, file in (("sweep", path), ("report", path / "figures" / "report.html")):
+            for kind, file in (("sweep", path), ("report", store.figures / "report.html")):
                 if not file.exists():
                     continue
                 artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{kind}-{path.name}")[:LONGEST], type=kind)
-                (artifact.add_dir if file.is_dir() else artifact.add_file)(str(file))
+                if not isinstance(file, Path):
+                    artifact.add_reference(str(file), checksum=False)  # it stays in its bucket
+                else:
+                    (artifact.add_dir if file.is_dir() else artifact.add_file)(str(file))
                 self.run.log_artifact(artifact)
             self.run.finish()
         except wandb.errors.Error as error:

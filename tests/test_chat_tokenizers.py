@@ -419,6 +419,24 @@ def trained_tokenizer(folder, template, spaces):
     return HubTokenizer(folder)
 
 
+def test_the_bytes_of_every_tokenizers_ids_are_those_of_their_text(tmp_path):
+    kinds = {
+        "bytes": ByteTokenizer(),
+        "smollm2": load_model("smollm2").tokenizer,
+        "nanochat": NanochatTokenizer(PATTERN, train_ranks(), {mark: 420 + n for n, mark in enumerate(MARKS)}),
+        "hub, bytes": trained_tokenizer(tmp_path / "bytes", CHATML, spaces=False),
+        "hub, spaces": trained_tokenizer(tmp_path / "spaces", CHATML, spaces=True),
+    }
+    for name, tokenizer in kinds.items():
+        text = "It's on the mat\n\nthe cat" if name == "hub, spaces" else TEXTS[0] + TEXTS[1]
+        lengths, ids = tokenizer.token_bytes, tokenizer.encode(text)
+        assert len(lengths) == tokenizer.vocabulary and (lengths >= 0).all(), name
+        # Llama's encoding sets a space before a text
+        assert lengths[ids].sum() == len(text.encode()) + (name == "hub, spaces"), name
+        replies, mask = tokenizer.render(CONVERSATION[:2])
+        assert lengths[replies[mask]].sum() <= len(CONVERSATION[1]["content"].encode()) + 1, name  # marks are no text
+
+
 @pytest.mark.parametrize("spaces", [False, True], ids=["bytes", "spaces"])
 @pytest.mark.parametrize("name", ["QWEN2", "LLAMA3", "SMOLLM2", "ZEPHYR", "MISTRAL", "MISTRAL3"])
 def test_published_templates_are_masked_as_transformers_masks_them_by_marks(tmp_path, name, spaces):

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ def planted(path, seeds=8, best=BEST, exponent=-0.3, breaks=1.8, **changes):
     broke = away > breaks
     arrays = {
         "first_loss": 5.5, "val_first": 5.5, "val_loss": np.where(broke, 7.0, loss), "last_loss": loss,
+        "val_bits_per_byte": np.where(broke, 7.0, loss) / 4 / math.log(2),
         "val_difference_se": 0.01, "loss_min": 2.5, "loss_max": 9.0, "loss_noise": 0.05, "steps": 9,
         "nonfinite_step": -1,
     }  # fmt: skip
@@ -150,6 +152,18 @@ def test_what_cannot_be_answered_is_one_line(store, tmp_path, capsys, monkeypatc
     assert "not a sweep store" in one_line(capsys, monkeypatch, "--store", tmp_path)
     two_layer_store(tmp_path / "t", julia_measure(8))
     assert "TRL does not train" in one_line(capsys, monkeypatch, "--store", tmp_path / "t", "--as", "trl")
+
+
+def test_the_loss_stands_in_bits_a_byte_too(store, tmp_path):
+    found = recommend(store)
+    bits = [float(row[found.head().index("bits/byte")]) for row in found.rows()]
+    # four bytes a token; shown to three places
+    assert bits == pytest.approx([column.loss / 4 / math.log(2) for column in found.columns], abs=5e-4)
+    assert found.summary()["bits_per_byte"] == pytest.approx(found.columns[-1].loss / 4 / math.log(2))
+    shutil.copytree(store.path, tmp_path / "s")
+    shutil.rmtree(tmp_path / "s" / "val_bits_per_byte")  # as an older version leaves it
+    without = recommend(open_store(tmp_path / "s"))
+    assert "bits/byte" not in without.head() and len(without.rows()[0]) == len(without.head())
 
 
 def test_no_rate_is_cut_off_on_a_narrow_terminal(store, capsys, monkeypatch):

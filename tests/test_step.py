@@ -3,13 +3,15 @@
 Letters: R replica (slot), B batch, T time, S step.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from tiny import setup, tiny
 
 from engine import plan
-from engine.data import batch_order
+from engine.data import IGNORED, batch_order
 from engine.measure import LAST, RowLosses
 from engine.step import Measured, Trainer
 
@@ -264,10 +266,20 @@ def test_the_standard_error_is_that_of_means_over_sequences_drawn_anew():
     random = np.random.default_rng(0)
     counts = random.integers(1, 9, 4000)
     sums = counts * 3.0 + random.normal(0, 1, 4000) * counts
-    whole = RowLosses(sums, counts)
-    drawn = [RowLosses(sums[i], counts[i]).mean for i in random.integers(0, 4000, (400, 4000))]
+    whole = RowLosses(sums, counts, 0)
+    drawn = [RowLosses(sums[i], counts[i], 0).mean for i in random.integers(0, 4000, (400, 4000))]
     assert whole.error() == pytest.approx(np.std(drawn), rel=0.1)  # a deviation of 400 draws is known to 3.5%
     assert whole.error(whole.sums - sums) == 0
+
+
+def test_bits_a_byte_are_the_probes_nats_over_the_bytes_of_its_text(tmp_path):
+    config = tiny(tmp_path)
+    _, cells = train(config, 3)
+    targets = setup(config).corpus.validation_targets
+    targets = targets[targets != IGNORED]
+    for each in cells.values():
+        bits = each.values["val_loss"] * len(targets) / (targets < 256).sum() / math.log(2)  # ids from 256 on are marks
+        assert each.values["val_bits_per_byte"] == pytest.approx(bits, rel=1e-12)
 
 
 def test_extremes_and_noise_of_the_training_losses_are_measured(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import resource
+import shutil
 import signal
 import warnings
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from engine.api import default_store
 from engine.config import cells_of, make_config, resolve
 from engine.files import FolderLock
 from engine.outcome import Thresholds
-from engine.store import Writer, create_store, open_store
+from engine.store import Writer, consolidate, create_store, open_store
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -267,6 +268,17 @@ def test_an_axis_that_an_older_version_spelt_out_is_the_same(made):
     file.write_text(stored.replace("tokens:lin:", "tokens:linear:"))
     sweep(tiny(made.parent), made)
     assert open_store(made).config.swept.x.startswith("tokens:lin:")
+
+
+def test_a_store_of_before_a_measurement_was_declared_is_gone_on_with(made):
+    whole = open_store(made).read("val_loss")
+    shutil.rmtree(made / "val_bits_per_byte")
+    consolidate(made)
+    assert "val_bits_per_byte" not in open_store(made)
+    forget(made, row=1)
+    store = sweep(tiny(made.parent, replicates=2), made)
+    assert store.status.all() and store.run.replicates == 2
+    assert (store.read("val_loss")[0] == whole[0]).all() and not (made / "val_bits_per_byte").exists()
 
 
 def test_stores_are_named_by_network_axes_and_content(tmp_path):

@@ -364,6 +364,8 @@ def test_a_dry_run_of_a_begun_sweep_says_what_is_left(tmp_path, capsys):
     run_sweep(config, RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
     shown = capsys.readouterr().out
     assert "1 of them still to train" in shown and "1 runs serve 4 cells" in shown
+    run_sweep(config.change(replicates=2), RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))
+    assert "4 runs serve 16 cells" in capsys.readouterr().out  # the row that is left, and another seed's three
     other = config.change(seed=1)
     with pytest.raises(ValueError, match=r"holds a sweep with seed=0\.0, got 1\.0"):
         run_sweep(other, RunOptions(store=str(tmp_path / "s"), dry_run=True, device="cpu"))

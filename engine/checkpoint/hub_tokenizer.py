@@ -7,6 +7,7 @@ reply is refused, since a wrong mask would train on the wrong text.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.tokenizer import Message, Rendered, is_learned
+from engine.tokenizer import Message, Rendered, is_learned, letters_of_tokens
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "\u2581"  # how sentencepiece writes it
 QUESTION, PROBE = "fractal-probe-question", "fractal-probe-reply"
 
 
@@ -47,12 +50,29 @@ class HubTokenizer:
             raise ValueError(f"{folder} has a tokenizer without tokenizer.json, expected one: convert it")
         self.folder = folder
         self.template = self.backend.chat_template
+        self.chats = isinstance(self.template, str)
         described = self.backend.backend_tokenizer.to_str() + str(self.template)
         self.name = f"hf-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
         self.vocabulary = max(self.backend.get_vocab().values()) + 1
         eos, pad = self.backend.eos_token_id, self.backend.pad_token_id
         self.boundary = [] if eos is None else [eos]
         self.padding = pad if pad is not None else eos if eos is not None else 0
+        self.eos = eos if eos is not None else self.padding
+        self.bos = self.backend.bos_token_id if self.backend.bos_token_id is not None else self.eos
+
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """Bytes of text that each id stands for [vocabulary]; 0 for special tokens."""
+        backend, special = self.backend.backend_tokenizer, self.backend.all_special_ids
+        if "ByteLevel" in json.dumps(json.loads(backend.to_str())["decoder"]):
+            lengths = letters_of_tokens(backend, self.vocabulary, special)
+        else:
+            lengths = np.zeros(self.vocabulary, np.int64)
+            for piece, index in backend.get_vocab(with_added_tokens=False).items():
+                lengths[index] = 1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace(SPACE, " ").encode())
+        for index, token in self.backend.added_tokens_decoder.items():
+            lengths[index] = 0 if token.special else len(token.content.encode())
+        return lengths
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False)
@@ -72,7 +92,7 @@ class HubTokenizer:
         The tokens are those of the whole rendered string. A token that a reply has any part of is the reply's.
         ValueError without a template, or where a reply is not found in what the template writes.
         """
-        if not isinstance(self.template, str):
+        if not self.chats:
             raise ValueError(f"{self.folder} has no chat template: add one to its tokenizer_config.json")
         given = [{"role": message["role"], "content": message["content"]} for message in messages]
         learned = [is_learned(message) for message in messages if message["role"] == "assistant"]

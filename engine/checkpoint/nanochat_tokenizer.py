@@ -121,7 +121,7 @@ def make_backend(pattern: str, ranks: Mapping[bytes, int], marks: Mapping[str, i
 class NanochatTokenizer:
     """nanochat's encoding and its chat rendering, with the methods of `engine.tokenizer`'s classes."""
 
-    calls = True
+    calls = chats = True
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], marks: dict[str, int]):
         """pattern: splits a text. ranks: id of each byte string. marks: id of each mark, the nine at least."""
@@ -130,7 +130,10 @@ class NanochatTokenizer:
         self.backend.encode_special_tokens = True  # marks in a text are text
         self.name = f"nanochat-{hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]}"
         self.vocabulary = max(*ranks.values(), *marks.values()) + 1
-        self.padding = marks["<|bos|>"]
+        self.padding = self.bos = marks["<|bos|>"]
+        self.eos = marks["<|assistant_end|>"]
+        self.token_bytes = np.zeros(self.vocabulary, np.int64)
+        self.token_bytes[list(ranks.values())] = [len(token) for token in ranks]
 
     @classmethod
     def from_pickle(cls, file: Path) -> "NanochatTokenizer":
@@ -221,7 +224,4 @@ class NanochatTokenizer:
         }
         body = pickle.dumps(state, protocol=3)[2:-1]  # without the protocol and the stop
         (folder / "tokenizer.pkl").write_bytes(b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + body + b"b.")
-        lengths = torch.zeros(self.vocabulary, dtype=torch.int32)
-        for token, rank in self.ranks.items():
-            lengths[rank] = len(token)
-        torch.save(lengths, folder / "token_bytes.pt")
+        torch.save(torch.from_numpy(self.token_bytes).int(), folder / "token_bytes.pt")

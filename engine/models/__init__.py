@@ -8,6 +8,12 @@ A network file holds a frozen config, an `nn.Module`, and functions of the same 
     flops_per_token(config)            FLOPs to train on one token
     activation_bytes(config, tokens, bytes_per_element)
 
+and of the module
+
+    forward(tokens, targets, hyper, key, by_row)   the loss
+    features(tokens, dropout, cache)               what the head reads; with a `cache`, of the tokens that follow it
+    logits_of(features)                            fp32
+
 The module's own parameters only say names and shapes: weights come in through
 `torch.func.functional_call`, so modules are built on the meta device. Whatever sums over a replica's
 rows, forward or backward, is an operator of `kernels`: that is what makes a network batch-invariant.

@@ -36,7 +36,7 @@ from engine.models import (
     shorter_context,
     uniform_weights,
 )
-from kernels.attention import qkv_attention
+from engine.models.cache import Cache, attention, places, previous
 from kernels.embedding import embedding
 from kernels.linear import linear, linear_relu2, relu2_mlp_norm
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
@@ -135,16 +135,19 @@ class Attention(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         values_BTC: Tensor | None,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         heads, kv_heads, eps = config.heads, config.kv_heads, config.norm_eps
         qkv_BTC = linear(normed_BTD, self.qkv)
         if values_BTC is not None:
             qkv_BTC = self.add_values(qkv_BTC, normed_BTD, values_BTC)
-        mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, True, eps, self.window, config.qk_scale)
+        mixed_BTD = attention(
+            qkv_BTC, cos, sin, heads, kv_heads, self.layer, cache, True, eps, self.window, config.qk_scale
+        )
         return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, None, eps, drop, 1 + 2 * self.layer)
 
     def add_values(self, qkv_BTC: Tensor, normed_BTD: Tensor, values_BTC: Tensor) -> Tensor:
@@ -182,11 +185,12 @@ class Layer(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         values_BTC: Tensor | None,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
-        return self.mlp(*self.attention(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2, drop), drop)
+        return self.mlp(*self.attention(normed_BTD, x_BTD, values_BTC, cos, sin, drop, cache), drop)
 
 
 class GPT(nn.Module):
@@ -217,19 +221,19 @@ class GPT(nn.Module):
         self.register_buffer("cos_TK2", cos_TK2.to(device), persistent=False)
         self.register_buffer("sin_TK2", sin_TK2.to(device), persistent=False)
 
-    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None, cache: Cache | None = None) -> Tensor:
         """The normed residual stream [B, T, D] that the unembedding reads; drop: behind the embedding and each half
-        of a layer."""
+        of a layer; cache: what the tokens before these left."""
         config, eps = self.config, self.config.norm_eps
-        time = tokens_BT.shape[-1]
-        cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
+        at = places(tokens_BT, config.context, cache)
+        cos, sin = self.cos_TK2[at], self.sin_TK2[at]
         x_BTD = rms_norm(embedding(tokens_BT, self.embedding.weight), None, eps)
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
         if config.smear:
-            gate_BT = torch.sigmoid(linear(x_BTD[:, 1:, :SMEAR_CHANNELS], self.smear_gate)).squeeze(-1)
+            gate_BT = torch.sigmoid(linear(x_BTD[..., :SMEAR_CHANNELS], self.smear_gate)).squeeze(-1)
             gate_BT = scaled_sum(gate_BT, self.smear_lambda[0])
-            x_BTD = torch.cat([x_BTD[:, :1], scaled_sum(x_BTD[:, 1:], None, x_BTD[:, :-1], gate_BT)], dim=1)
+            x_BTD = scaled_sum(x_BTD, None, previous(x_BTD, "smear", cache), gate_BT)
         x0_BTD = middle_BTD = x_BTD
         normed_BTD = rms_norm(x_BTD, None, eps)
         for index, layer in enumerate(self.layers):
@@ -240,7 +244,7 @@ class GPT(nn.Module):
             if config.has_values(index):
                 table: Any = self.value_embeddings[str(index)]
                 values_BTC = embedding(tokens_BT, table.weight)
-            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2, drop)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, values_BTC, cos, sin, drop, cache)
             if index == config.depth // 2:
                 middle_BTD = x_BTD
         if config.smear:
@@ -263,10 +267,13 @@ class GPT(nn.Module):
         return linear_cross_entropy(x_ND, head_VD, targets_N, self.config.softcap, hyper["label_smoothing"])
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Soft-capped logits [B, T, V] in fp32; for checks, training never makes them."""
-        logits_BTV = linear(self.features(tokens_BT), self.unembedding.weight).float()
-        softcap = self.config.softcap
-        return softcap * torch.tanh(logits_BTV / softcap) if softcap else logits_BTV
+        """Soft-capped logits [B, T, V] in fp32; training never makes them."""
+        return self.logits_of(self.features(tokens_BT))
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Soft-capped logits [..., V] of some features [..., D], by an fp32 product."""
+        logits, softcap = linear(features.float(), self.unembedding.weight.float()), self.config.softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def gpt_rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,8 @@ from engine.models import (
     qkv_rows,
     shorter_context,
 )
+from engine.models.cache import Cache, attention, places
 from kernels.activation import bias_gelu
-from kernels.attention import qkv_attention
 from kernels.embedding import embedding
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
@@ -100,13 +100,14 @@ class Attention(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         after: NextNorm,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         heads, eps, site = self.config.heads, self.config.norm_eps, 1 + 2 * self.layer
         qkv_BTC = add_bias(linear(normed_BTD, self.qkv), self.qkv_bias)
-        mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, heads)
+        mixed_BTD = attention(qkv_BTC, cos, sin, heads, heads, self.layer, cache)
         return linear_drop_add_norm(
             mixed_BTD, self.output, x_BTD, after.weight_D, eps, drop, site, self.output_bias, after.bias_D
         )
@@ -145,12 +146,13 @@ class Layer(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         after: NextNorm,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         between = NextNorm(self.mlp.norm, self.mlp.norm_bias)
-        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, between, cos_TK2, sin_TK2, drop)
+        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, between, cos, sin, drop, cache)
         return self.mlp(normed_BTD, x_BTD, after, drop)
 
 
@@ -178,14 +180,17 @@ class GPT2(nn.Module):
     def head_VD(self) -> Tensor:
         return self.embedding.weight if self.config.tied else self.unembedding.weight
 
-    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None, cache: Cache | None = None) -> Tensor:
         """The normed residual stream [B, T, D] that the head reads; drop: behind the embedding and each half of a
-        layer, as in the original, whose dropout of attention weights is left out."""
-        time = tokens_BT.shape[-1]
-        cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
+        layer, as in the original, whose dropout of attention weights is left out; cache: what the tokens before
+        these left."""
+        at = places(tokens_BT, self.config.context, cache)
+        cos, sin, positions = self.cos_TK2[at], self.sin_TK2[at], self.positions.weight[at]
         x_BTD = embedding(tokens_BT, self.embedding.weight)
-        # positions are the bias of a whole row
-        x_BTD = add_bias(x_BTD.flatten(1), self.positions.weight[:time].flatten()).view(x_BTD.shape)
+        if cache is None:  # the bias of a whole row
+            x_BTD = add_bias(x_BTD.flatten(1), positions.flatten()).view(x_BTD.shape)
+        else:  # every row has its own
+            x_BTD = x_BTD + positions
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
         # the residual stream is normed where it is updated, with the weights of whoever reads it next
@@ -194,7 +199,7 @@ class GPT2(nn.Module):
         norms.append(NextNorm(self.final_norm, self.final_norm_bias))
         normed_BTD = layer_norm(x_BTD, *norms[0], self.config.norm_eps)
         for layer, after in zip(self.layers, norms[1:], strict=True):
-            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, after, cos_TK2, sin_TK2, drop)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, after, cos, sin, drop, cache)
         return normed_BTD
 
     def forward(
@@ -213,8 +218,12 @@ class GPT2(nn.Module):
         return linear_cross_entropy(x_ND, head_VD, targets_N, NO_SOFTCAP, hyper["label_smoothing"])
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] in fp32; for checks, training never makes them."""
-        return linear(self.features(tokens_BT), self.head_VD()).float()
+        """Logits [B, T, V] in fp32; training never makes them."""
+        return self.logits_of(self.features(tokens_BT))
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Logits [..., V] of some features [..., D], by an fp32 product."""
+        return linear(features.float(), self.head_VD().float())
 
 
 def parameter_groups(config: GPT2Config, name: str) -> tuple[str, ...]:
