@@ -19,6 +19,7 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from analysis.boundary import map_edges
 from analysis.charts import Series, chart
@@ -26,6 +27,7 @@ from analysis.classify import Labelling, counts
 from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
 from analysis.distance import cell_distances, findings
+from analysis.distance import table as relations_table
 from analysis.evaluate import scores_table
 from analysis.maps import Map, analyse
 from analysis.noise import depth_of, percent_words, read_noise, verdict
@@ -49,6 +51,12 @@ def table_html(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> s
     top = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{top}{body}</table>"
+
+
+def rich_html(table: Table) -> str:
+    """A table that a command prints."""
+    rows = zip(*(list(column.cells) for column in table.columns), strict=True)
+    return table_html([tuple(map(str, row)) for row in rows], tuple(str(column.header) for column in table.columns))
 
 
 def dimension_html(found: Map) -> str:
@@ -157,11 +165,10 @@ def scores_html(store: Store, thresholds: Thresholds) -> str:
     """What cells score and what that has to do with the border, as a section; '' without scores."""
     if not stored_tasks(store):
         return ""
-    table = scores_table(store)
-    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
-    said = table_html([tuple(map(str, row)) for row in rows], tuple(str(column.header) for column in table.columns))
+    said = rich_html(scores_table(store))
     try:
         found = findings(store, thresholds)
+        said += rich_html(relations_table(found))
         words = [found.sentence(), *(each.sentence() for each in found.resolutions), *found.left_out]
     except ValueError as error:  # no border, or no probe
         words = [str(error)]
