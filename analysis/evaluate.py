@@ -267,7 +267,7 @@ class Evaluation:
                 if result.cut and task.name not in self.cut:
                     self.cut.add(task.name)
                     self.say(
-                        f"{task.name}: {result.cut:,} requests longer than {scorer.context} tokens lost their first"
+                        f"{task.name}: {result.cut:,} requests longer than {scorer.context} tokens cut on the left"
                     )
                 keep([key for key, _ in some], task, result.scored)
             items, took = sum(task.items for task in self.tasks), time.perf_counter() - began
