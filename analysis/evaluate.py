@@ -23,11 +23,11 @@ from rich.table import Table
 from analysis.classify import Labelling
 from analysis.recommend import recommend
 from analysis.scores import START, TaskScores, find_task, make_task, stored_tasks
-from analysis.tasks import Scored, Task, load_tasks
+from analysis.tasks import CENTRED, Scored, Task, load_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import DONE, Thresholds, trains
-from engine.replay import place_of
+from engine.replay import language_setup, place_of
 from engine.store import Store, open_store
 from engine.store_v1 import StoreV1
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine.language import LanguageSetup
 
 HOST_MEMORY = 0.3  # share of the machine's memory that replayed weights may take
+AGGREGATES = {"CORE": "core:", "ChatCORE": "letters:"}  # means of centred accuracies over the tasks of a form
 Place = tuple[int, ...]
 """a cell in [replicate, *cells]"""
 Start = tuple[float, ...]
@@ -186,8 +187,6 @@ def check_store(store: Store) -> None:
     """Raise ValueError where replay gives no weights."""
     if isinstance(store, StoreV1):
         raise ValueError(f"{store.path} has store format 1, whose cells are not replayed; sweep again to score them")
-    if not store.config.workload.keeps_weights:
-        raise ValueError(f"{store.path} is of network {store.config.network}, which reads no text; expected a language")
 
 
 class Evaluation:
@@ -202,17 +201,11 @@ class Evaluation:
         device: str,
         say: Callable[[str], None],
     ) -> None:
-        from engine.api import prepare_stored
-        from engine.language import LanguageSetup
         from engine.provenance import provenance
 
         self.store, self.tasks, self.stored, self.wanted, self.say = store, tasks, stored, wanted, say
-        setup = prepare_stored(store, device)
-        assert isinstance(setup, LanguageSetup)
-        if setup.network.export is None:
-            raise ValueError(f"network {store.config.network} has no logits and no checkpoint format; it has no scores")
-        self.setup = setup
-        self.where = {"provenance": provenance(setup.device)}
+        self.setup = language_setup(store, device)
+        self.where = {"provenance": provenance(self.setup.device)}
         self.start_of: dict[int, Start] = {}
         self.starts: dict[tuple[Start, str], Scored] = {}
         self.cut: set[str] = set()
@@ -301,22 +294,35 @@ class Options(Labelling):
 
 
 def scores_table(store: Store) -> Table:
-    """Every task and measure of a store: the start, the best and the median cell."""
+    """Every task and measure of a store: the start, the best and the median cell; and the means that nanochat takes."""
     made = Table(box=None, pad_edge=False)
     for name in ("task", "measure", "items", "cells", "start", "best", "median", "best cell"):
         made.add_column(name, no_wrap=True)
-    for found in stored_tasks(store):
-        done = found.done
+    tasks = stored_tasks(store)
+    for found in tasks:
         for measure in found.measures:
-            values, start = found.read(measure)[done], found.read(START + measure)[done]
-            if not np.isfinite(values).any():
-                continue
-            better = np.nanargmin if "perplexity" in measure else np.nanargmax
-            place = np.argwhere(done)[better(values)].tolist()
-            numbers = [f"{value:.4g}" for value in (np.nanmean(start), values[better(values)], np.nanmedian(values))]
-            where = ",".join(map(str, place[1:])) + (f" of seed {place[0]}" if store.run.replicates > 1 else "")
-            made.add_row(found.task, measure, str(found.items), str(int(done.sum())), *numbers, where)
+            words = score_words(store, found.done, found.read(measure), found.read(START + measure), measure)
+            made.add_row(found.task, measure, str(found.items), *words)
+    for name, form in AGGREGATES.items():
+        own = [found for found in tasks if found.task.startswith(form)]
+        if len(own) > 1:
+            done = np.logical_and.reduce([found.done for found in own])
+            score, start = (np.mean([each.read(prefix + CENTRED) for each in own], axis=0) for prefix in ("", START))
+            words = score_words(store, done, score, start, CENTRED)
+            made.add_row(f"{name}, {len(own)} tasks", CENTRED, "", *words)
     return made
+
+
+def score_words(store: Store, done: np.ndarray, score: np.ndarray, start: np.ndarray, measure: str) -> list[str]:
+    """Cells, start, best, median and the best cell of a measure, as texts."""
+    values = score[done]
+    if not np.isfinite(values).any():
+        return [str(len(values)), "", "", "", ""]
+    best = int((np.nanargmin if "perplexity" in measure else np.nanargmax)(values))
+    seed, *cell = np.argwhere(done)[best].tolist()
+    where = ",".join(map(str, cell)) + (f" of seed {seed}" if store.run.replicates > 1 else "")
+    numbers = (float(np.nanmean(start[done])), float(values[best]), float(np.nanmedian(values)))
+    return [str(len(values)), *(f"{number:.4g}" for number in numbers), where]
 
 
 def main() -> None:

@@ -70,8 +70,8 @@ class TaskScores:
 
     @property
     def measure(self) -> str:
-        """The one that stands for the task: that of length-normalised answers where there is one."""
-        return "acc_norm" if "acc_norm" in self.measures else next(iter(self.measures))
+        """The one that stands for the task: accuracy, that of length-normalised answers where there is one."""
+        return next((name for name in ("acc_norm", "acc") if name in self.measures), next(iter(self.measures)))
 
     def check(self, task: Task) -> None:
         """Raise ValueError where other items were asked, or asked otherwise."""

@@ -31,6 +31,7 @@ KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold
 ORDER, SHOTS_SEED = 1337, 1234  # nanochat's: of the items, and with an item's number of its examples
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTERS_BASELINE = 0.25  # nanochat's, whatever the number of choices
+CENTRED = "centred"  # accuracy between what guessing gets (0) and 1
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 
 
@@ -274,7 +275,7 @@ class Form:
             right = np.array([float(self.right(item, *part)) for item, part in enumerate(parts)])
             accuracy = float(right.mean())
             centred = (accuracy - self.baseline) / (1 - self.baseline)
-            own = Scored({"acc": right}, {"acc": accuracy, "centred": centred})
+            own = Scored({"acc": right}, {"acc": accuracy, CENTRED: centred})
             scored.append(own.nothing() if np.isnan(logprobs).any() else own)
         return Result(scored, cut)
 

@@ -5,6 +5,7 @@ Both classes offer the same things:
     name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
     calls                   whether there are marks for an assistant's python calls and their outputs
     padding                 the id that fills an unfinished row (never a target)
+    chats                   whether networks that it comes with reply in roles; None: if their data taught them
     bos, eos                the id before a text that nothing else stands before; the id that ends a reply
     token_bytes             bytes of text that each id stands for, int64 [vocabulary]; 0 for marks
     encode(text), decode(tokens)
@@ -28,6 +29,8 @@ Message = dict[str, Any]
 Rendered = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 BYTE_MARKS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+REPLY = "fractal"
+"""stands for the reply that is to come"""
 BYTE_VOCABULARY = 320
 """256 bytes and 5 marks, padded to a multiple of 64."""
 
@@ -54,10 +57,36 @@ def letters_of_tokens(backend: Tokenizer, vocabulary: int, marks: Iterable[int])
     return lengths
 
 
+def reply_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
+    """Tokens behind which an assistant's reply begins, and the ids that end one.
+
+    They are what the tokenizer writes before and behind a reply that stands for the one to come. A rendering that does
+    not show that reply, being cut before it, gives an empty prompt.
+    """
+    tokens, supervised = tokenizer.render([*messages, {"role": "assistant", "content": REPLY}])
+    learned = np.flatnonzero(supervised)
+    breaks = np.flatnonzero(np.diff(learned) > 1)
+    first = int(learned[breaks[-1] + 1 if len(breaks) else 0]) if len(learned) else 0
+    if REPLY not in tokenizer.decode(tokens[first:].tolist()):
+        return [], set()
+    inside = set(tokenizer.encode(REPLY))
+    return tokens[:first].tolist(), {int(tokens[learned[-1]]), tokenizer.eos, tokenizer.padding} - inside
+
+
+def text_prompt(tokenizer: Any, text: str) -> tuple[list[int], set[int]]:
+    """Tokens of a document that begins with a text, and the ids that end one."""
+    own, (document, _) = tokenizer.encode(text), tokenizer.document(text)
+    opening = [tokenizer.bos] if document[0] == tokenizer.bos else []
+    return [*opening, *own] or [tokenizer.bos], {int(token) for token in document[len(opening) + len(own) :]} | {
+        tokenizer.eos,
+        tokenizer.padding,
+    }
+
+
 class ByteTokenizer:
     """UTF-8 bytes 0-255, then the marks of nanochat's conversations."""
 
-    name, calls = "bytes", False
+    name, calls, chats = "bytes", False, None
     vocabulary = BYTE_VOCABULARY
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
     padding, eos = bos, assistant_end
@@ -115,7 +144,7 @@ class SmolLM2Tokenizer:
     rendered string cannot say which tokens are replies; a test compares it with the file's own.
     """
 
-    name, calls = "smollm2", False
+    name, calls, chats = "smollm2", False, True
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[str]):

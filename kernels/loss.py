@@ -86,20 +86,28 @@ def linear_cross_entropy_by_row_reference(
     return losses_N.unflatten(0, targets_BT.shape).sum(-1)
 
 
-def token_losses(logits_RNV: Tensor, targets_N: Tensor) -> Tensor:
+def logits_losses(logits_RNV: Tensor, targets_N: Tensor) -> Tensor:
     """The cross-entropy (nats) of every token under the logits of R replicas, fp32 [R, N]; no gradient.
 
-    logits_RNV fp32, contiguous; targets_N int64 or int32, the same for all, -100 ignored: a loss of 0. On a GPU one
-    program a token, so that a replica's losses do not depend on the others.
+    logits_RNV fp32, contiguous; targets_N int64 or int32, the same for all replicas, -100 ignored: a loss of 0.
     """
+    form = logits_losses_reference if logits_RNV.device.type == "cpu" else logits_losses_triton
+    return form(logits_RNV, targets_N)
+
+
+def logits_losses_triton(logits_RNV: Tensor, targets_N: Tensor) -> Tensor:
+    """`logits_losses`, one program a token."""
     replicas, tokens = logits_RNV.shape[:2]
-    unsmoothed = torch.zeros(replicas, dtype=torch.float32, device=logits_RNV.device)
-    if logits_RNV.device.type == "cpu":
-        losses_RNV = functional.log_softmax(logits_RNV, -1)
-        index_RN1 = targets_N.clamp(min=0).long()[:, None].expand(replicas, tokens, 1)
-        return -losses_RNV.gather(-1, index_RN1).squeeze(-1).masked_fill(targets_N == IGNORED, 0.0)
+    unsmoothed_R = torch.zeros(replicas, dtype=torch.float32, device=logits_RNV.device)
     targets_RN = targets_N.expand(replicas, tokens)
-    return cross_entropy_(logits_RNV, targets_RN, unsmoothed, 0.0, False, tokens).view(replicas, tokens)
+    return cross_entropy_(logits_RNV, targets_RN, unsmoothed_R, 0.0, False, tokens).view(replicas, tokens)
+
+
+def logits_losses_reference(logits_RNV: Tensor, targets_N: Tensor) -> Tensor:
+    """`logits_losses` in plain torch."""
+    index_RN1 = targets_N.clamp(min=0).long()[:, None].expand(len(logits_RNV), -1, 1)
+    logprobs_RN = logits_RNV.log_softmax(-1).gather(-1, index_RN1).squeeze(-1)
+    return torch.where(targets_N == IGNORED, 0.0, -logprobs_RN)
 
 
 def token_losses_reference(

@@ -50,6 +50,7 @@ class HubTokenizer:
             raise ValueError(f"{folder} has a tokenizer without tokenizer.json, expected one: convert it")
         self.folder = folder
         self.template = self.backend.chat_template
+        self.chats = isinstance(self.template, str)
         described = self.backend.backend_tokenizer.to_str() + str(self.template)
         self.name = f"hf-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
         self.vocabulary = max(self.backend.get_vocab().values()) + 1
@@ -91,7 +92,7 @@ class HubTokenizer:
         The tokens are those of the whole rendered string. A token that a reply has any part of is the reply's.
         ValueError without a template, or where a reply is not found in what the template writes.
         """
-        if not isinstance(self.template, str):
+        if not self.chats:
             raise ValueError(f"{self.folder} has no chat template: add one to its tokenizer_config.json")
         given = [{"role": message["role"], "content": message["content"]} for message in messages]
         learned = [is_learned(message) for message in messages if message["role"] == "assistant"]

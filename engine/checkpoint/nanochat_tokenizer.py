@@ -121,7 +121,7 @@ def make_backend(pattern: str, ranks: Mapping[bytes, int], marks: Mapping[str, i
 class NanochatTokenizer:
     """nanochat's encoding and its chat rendering, with the methods of `engine.tokenizer`'s classes."""
 
-    calls = True
+    calls = chats = True
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], marks: dict[str, int]):
         """pattern: splits a text. ranks: id of each byte string. marks: id of each mark, the nine at least."""

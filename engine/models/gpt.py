@@ -36,8 +36,8 @@ from engine.models import (
     rotary_tables,
     shorter_context,
     uniform_weights,
-    windowed_attention,
 )
+from engine.models.cache import Cache, attention, places, previous
 from kernels.embedding import embedding
 from kernels.linear import linear, linear_relu2, relu2_mlp_norm
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
@@ -135,9 +135,10 @@ class Attention(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         values_BTC: Tensor | None,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         heads, kv_heads, eps = config.heads, config.kv_heads, config.norm_eps
@@ -148,7 +149,9 @@ class Attention(nn.Module):
         if not qk_norm:  # a rotation keeps the norm, so q and k may be normed and scaled before it
             scale_K = qkv_BTC.new_full((config.head_dim,), config.qk_scale)
             qkv_BTC = norm_heads(qkv_BTC, heads, kv_heads, scale_K, scale_K, eps)
-        mixed_BTD = windowed_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps, self.window)
+        mixed_BTD = attention(
+            qkv_BTC, cos, sin, heads, kv_heads, self.layer, cache, qk_norm=qk_norm, eps=eps, window=self.window
+        )
         return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, None, eps, drop, 1 + 2 * self.layer)
 
     def add_values(self, qkv_BTC: Tensor, normed_BTD: Tensor, values_BTC: Tensor) -> Tensor:
@@ -187,11 +190,12 @@ class Layer(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         values_BTC: Tensor | None,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
-        return self.mlp(*self.attention(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2, drop), drop)
+        return self.mlp(*self.attention(normed_BTD, x_BTD, values_BTC, cos, sin, drop, cache), drop)
 
 
 class GPT(nn.Module):
@@ -222,18 +226,18 @@ class GPT(nn.Module):
         self.register_buffer("cos_TK2", cos_TK2.to(device), persistent=False)
         self.register_buffer("sin_TK2", sin_TK2.to(device), persistent=False)
 
-    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None, cache: Cache | None = None) -> Tensor:
         """The normed residual stream [B, T, D] that the unembedding reads; drop: behind the embedding and each half
-        of a layer."""
+        of a layer; cache: what the tokens before these left."""
         config, eps = self.config, self.config.norm_eps
-        time = tokens_BT.shape[-1]
-        cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
+        at = places(tokens_BT, config.context, cache)
+        cos, sin = self.cos_TK2[at], self.sin_TK2[at]
         x_BTD = rms_norm(embedding(tokens_BT, self.embedding.weight), None, eps)
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
         if config.smear:
-            gate_BT1 = self.smear_lambda * torch.sigmoid(linear(x_BTD[:, 1:, :SMEAR_CHANNELS], self.smear_gate))
-            x_BTD = torch.cat([x_BTD[:, :1], x_BTD[:, 1:] + gate_BT1 * x_BTD[:, :-1]], dim=1)
+            gate_BT1 = self.smear_lambda * torch.sigmoid(linear(x_BTD[..., :SMEAR_CHANNELS], self.smear_gate))
+            x_BTD = x_BTD + gate_BT1 * previous(x_BTD, "smear", cache)
         x0_BTD = middle_BTD = x_BTD
         normed_BTD = rms_norm(x_BTD, None, eps)
         for index, layer in enumerate(self.layers):
@@ -244,7 +248,7 @@ class GPT(nn.Module):
             if config.has_values(index):
                 table: Any = self.value_embeddings[str(index)]
                 values_BTC = embedding(tokens_BT, table.weight)
-            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, values_BTC, cos_TK2, sin_TK2, drop)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, values_BTC, cos, sin, drop, cache)
             if index == config.depth // 2:
                 middle_BTD = x_BTD
         return rms_norm(x_BTD - self.backout_lambda * middle_BTD, None, eps) if config.smear else normed_BTD

@@ -25,7 +25,7 @@ from engine.models import (
     qkv_rows,
     shorter_context,
 )
-from kernels.attention import qkv_attention
+from engine.models.cache import Cache, attention, places
 from kernels.embedding import embedding
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
@@ -84,11 +84,11 @@ class Attention(nn.Module):
         self.output = nn.Parameter(torch.empty(config.width, config.width))
         self.output_bias = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor, drop: Dropout | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, drop: Dropout | None, cache: Cache | None) -> Tensor:
         heads = self.config.heads
         normed_BTD = layer_norm(x_BTD, self.norm, self.norm_bias, self.config.norm_eps)
         qkv_BTC = linear(normed_BTD, self.qkv) + self.qkv_bias
-        mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, heads)
+        mixed_BTD = attention(qkv_BTC, cos, sin, heads, heads, self.layer, cache)
         if drop is None:
             return x_BTD + linear(mixed_BTD, self.output) + self.output_bias
         return x_BTD + drop(linear(mixed_BTD, self.output) + self.output_bias, 1 + 2 * self.layer)
@@ -120,8 +120,8 @@ class Layer(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x_BTD: Tensor, cos_TK2: Tensor, sin_TK2: Tensor, drop: Dropout | None) -> Tensor:
-        return self.mlp(self.attention(x_BTD, cos_TK2, sin_TK2, drop), drop)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, drop: Dropout | None, cache: Cache | None) -> Tensor:
+        return self.mlp(self.attention(x_BTD, cos, sin, drop, cache), drop)
 
 
 class GPT2(nn.Module):
@@ -148,16 +148,17 @@ class GPT2(nn.Module):
     def head_VD(self) -> Tensor:
         return self.embedding.weight if self.config.tied else self.unembedding.weight
 
-    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None, cache: Cache | None = None) -> Tensor:
         """The normed residual stream [B, T, D] that the head reads; drop: behind the embedding and each half of a
-        layer, as in the original, whose dropout of attention weights is left out."""
-        time = tokens_BT.shape[-1]
-        cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
-        x_BTD = embedding(tokens_BT, self.embedding.weight) + self.positions.weight[:time]
+        layer, as in the original, whose dropout of attention weights is left out; cache: what the tokens before
+        these left."""
+        at = places(tokens_BT, self.config.context, cache)
+        cos, sin = self.cos_TK2[at], self.sin_TK2[at]
+        x_BTD = embedding(tokens_BT, self.embedding.weight) + self.positions.weight[at]
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, cos_TK2, sin_TK2, drop)
+            x_BTD = layer(x_BTD, cos, sin, drop, cache)
         return layer_norm(x_BTD, self.final_norm, self.final_norm_bias, self.config.norm_eps)
 
     def forward(

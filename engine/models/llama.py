@@ -32,8 +32,8 @@ from engine.models import (
     rows_of,
     shorter_context,
 )
+from engine.models.cache import Cache, attention, places
 from kernels.activation import swiglu
-from kernels.attention import qkv_attention
 from kernels.embedding import embedding
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
@@ -135,9 +135,10 @@ class Attention(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         next_norm_D: Tensor,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         qkv_BTC = linear(normed_BTD, self.qkv)
@@ -147,7 +148,7 @@ class Attention(nn.Module):
             qkv_BTC = norm_heads(qkv_BTC, config.heads, config.kv_heads, self.q_norm, self.k_norm, config.norm_eps)
         if config.output_bias:
             x_BTD = x_BTD + self.output_bias
-        mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, config.heads, config.kv_heads, False, config.norm_eps)
+        mixed_BTD = attention(qkv_BTC, cos, sin, config.heads, config.kv_heads, self.layer, cache)
         eps, site = config.norm_eps, 1 + 2 * self.layer
         return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, eps, drop, site)
 
@@ -180,11 +181,12 @@ class Layer(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         next_norm_D: Tensor,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
-        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, self.mlp.norm, cos_TK2, sin_TK2, drop)
+        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, self.mlp.norm, cos, sin, drop, cache)
         return self.mlp(normed_BTD, x_BTD, next_norm_D, drop)
 
 
@@ -211,11 +213,11 @@ class Llama(nn.Module):
     def head_VD(self) -> Tensor:
         return self.embedding.weight if self.config.tied else self.unembedding.weight
 
-    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None, cache: Cache | None = None) -> Tensor:
         """The normed residual stream [B, T, D] that the head reads; drop: behind the embedding and each half of a
-        layer."""
-        time = tokens_BT.shape[-1]
-        cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
+        layer; cache: what the tokens before these left."""
+        at = places(tokens_BT, self.config.context, cache)
+        cos, sin = self.cos_TK2[at], self.sin_TK2[at]
         x_BTD = embedding(tokens_BT, self.embedding.weight)
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
@@ -223,7 +225,7 @@ class Llama(nn.Module):
         norms: list[Any] = [layer.attention.norm for layer in self.layers] + [self.final_norm]
         normed_BTD = rms_norm(x_BTD, norms[0], self.config.norm_eps)
         for layer, next_norm_D in zip(self.layers, norms[1:], strict=True):
-            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos_TK2, sin_TK2, drop)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos, sin, drop, cache)
         return normed_BTD
 
     def forward(
