@@ -409,7 +409,7 @@ def column_of(
     if not np.isfinite(mean).any():
         nowhere = ((math.nan, math.nan),) * len(laws.BASINS)
         return Column(at, index, seeds, nothing, 0, math.nan, 0, nowhere, math.nan, math.nan, math.nan)
-    estimate = laws.over_seeds(np.log(found.rate[:, 0]))
+    estimate = laws.over_seeds(np.log(found.rate[:, 0]), float(found.bias[0]))
     best = laws.Estimate(*(math.exp(each) for each in (estimate.value, estimate.low, estimate.high)))
     start, last = int(mean.argmin()), len(rates) - 1
     # a seed whose minimum lies on the edge bounds the mean: with half of them, or the mean's own, nothing else does
