@@ -408,6 +408,11 @@ def safe_rates(rates: np.ndarray, loss: np.ndarray) -> Safe:
     return Safe(safe, rates[start], holding, seeds, float(share_at_least(seeds, seeds)))
 
 
+def within_decades(rates: np.ndarray, lowest: float) -> np.ndarray:
+    """Which rates lie in the DECADES from `lowest` on."""
+    return (rates >= lowest * (1 - 1e-9)) & (rates <= lowest * 10**DECADES * (1 + 1e-9))
+
+
 def sensitivity(rates: np.ndarray, loss: np.ndarray, initial: np.ndarray, lowest: float) -> np.ndarray:
     """E[min(loss, initial) - lowest loss] over DECADES of log rate from `lowest` on (arXiv:2309.14322).
 
@@ -430,7 +435,7 @@ def sensitivity(rates: np.ndarray, loss: np.ndarray, initial: np.ndarray, lowest
         )
     top = initial[:, None, None]
     capped = np.minimum(np.where(np.isfinite(loss), loss, top), top)
-    inside = (rates >= lowest * (1 - 1e-9)) & (rates <= highest * (1 + 1e-9))
+    inside = within_decades(rates, lowest)
     above = (capped - capped.min(1, keepdims=True))[:, inside]
     x = np.log10(rates[inside])
     return np.trapezoid(above, x, axis=1) / (x[-1] - x[0])

@@ -141,7 +141,8 @@ def rules(store: Store, thresholds: Thresholds) -> Rules:
 def sensitivity_of(
     rates: np.ndarray, loss: np.ndarray, start: np.ndarray, best: "BestRates"
 ) -> "tuple[Estimate, float] | None":
-    """LR sensitivity over the three decades around the median best rate, mean over columns; None where not swept."""
+    """LR sensitivity over the three decades around the median best rate, mean over columns; None where those have
+    not been swept by two rates."""
     from analysis import laws
 
     widest = math.log10(rates[-1] / rates[0])
@@ -149,6 +150,8 @@ def sensitivity_of(
     if widest < laws.DECADES or not np.isfinite(start).all() or not np.isfinite(middle):
         return None
     lowest = float(np.clip(middle / 10 ** (laws.DECADES / 2), rates[0], rates[-1] / 10**laws.DECADES))
+    if laws.within_decades(rates, lowest).sum() < 2:  # rates so coarse that the decades lie between two of them
+        return None
     return laws.over_seeds(laws.sensitivity(rates, loss, start, lowest).mean(1)), lowest
 
 

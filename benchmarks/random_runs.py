@@ -30,7 +30,7 @@ def gpt_run(
 
 def network_of(run: Run, device: torch.device) -> Network:
     """The network of a run."""
-    return run.config.family.build(run.config, device)
+    return run.config.family.build(run.config, device).grouped_for(run)
 
 
 def random_corpus(context: int, vocabulary: int, rows: int = 512) -> Corpus:

@@ -316,19 +316,26 @@ PRESETS: dict[str, SweepConfig] = {
 }
 
 
-def fit_preset(preset: SweepConfig, width: int, groups: set[str]) -> SweepConfig:
+def fit_preset(preset: SweepConfig, width: int, groups: set[str], tied: Mapping[str, str]) -> SweepConfig:
     """A preset for a network of some width and parameter groups.
 
-    Values of groups that the network does not have are left out; nanochat's AdamW rates grow with
-    (width / 768)^-1/2.
+    Values and axes of groups that the network does not have are left out, but for those of a tied table's second group
+    (tied: it -> the first), which take the place of the first's: a table that is the head too learns at the head's
+    rate. nanochat's AdamW rates grow with (width / 768)^-1/2.
     """
     parents = preset.family.groups
     there = groups | {parents[group] for group in groups}
     hyper = {}
     for name, value in preset.hyper.items():
         base, _, group = name.partition(".")
-        if group and group not in there:
+        if group in tied.values():
+            continue
+        own = tied.get(group, group)
+        if own and own not in there:
             continue
         scaled = base == "lr" and group in NANOCHAT_SFT
-        hyper[name] = value * (width / WIDTH_OF_RATES) ** -0.5 if scaled else value
-    return replace(preset, hyper=hyper)
+        hyper[f"{base}.{own}" if own else base] = value * (width / WIDTH_OF_RATES) ** -0.5 if scaled else value
+    swept = preset.swept
+    for second, first in tied.items():
+        swept = replace(swept, **{axis: getattr(swept, axis).replace(f".{second}:", f".{first}:") for axis in "yx"})
+    return replace(preset, swept=swept, hyper=hyper)

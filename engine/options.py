@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from io import StringIO
 from typing import Any
 
-from engine.command import fail, parser, spellings
+from engine.command import fail, parser, spellings, warn
 from engine.config import PRESETS, SweepConfig, Swept, fit_preset, hyper_names, make_config
-from engine.family import FAMILIES, family_of, spelt_out
+from engine.family import FAMILIES, VECTORS, family_of, spelt_out
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.optim import OPTIMIZERS
@@ -96,8 +96,13 @@ def fit_to_checkpoint(preset: SweepConfig, model: str) -> SweepConfig:
 
     with redirect_stderr(StringIO()):  # what is said of a checkpoint is said once, where its sweep is prepared
         loaded = load_model(model or preset.shape.model)
-    groups = {loaded.family.parameter_groups(loaded.config, name)[0] for name in loaded.weights}
-    return fit_preset(preset, loaded.config.width, groups)
+    own = [loaded.family.parameter_groups(loaded.config, name) for name in loaded.weights]
+    groups = {first for first, *_ in own}
+    tied = {second: first for first, *rest in own for second in rest if second != VECTORS}
+    fitted = fit_preset(preset, loaded.config.width, groups, tied)
+    for second, first in tied.items():
+        warn(f"{first} and {second} are tied here: the recipe's values and axes of {second} are those of {first}")
+    return fitted
 
 
 def every_name(family: Any) -> list[str]:
