@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,15 @@ from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
 from analysis.recommend import shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
-from analysis.scores import stored_tasks
+from analysis.samples import read_samples
+from analysis.scores import score_line, stored_tasks
+from engine.chat import cell_name
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
 from engine.store import Replicate, Store, open_map
 
+SAMPLE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+FORMS_IN_WORDS = {"chat": "the prompts are a user's messages.", "text": "the prompts are gone on with."}
 FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
 
 
@@ -171,6 +176,41 @@ def scores_html(store: Store, thresholds: Thresholds) -> str:
     return f'<section aria-labelledby="scores"><h2 id="scores">Scores</h2><div class="scroll">{said}</div></section>'
 
 
+def samples_html(store: Store) -> str:
+    """What chosen cells write before and after training, with their losses, scores and commands, as a section; ''
+    without samples."""
+    samples = read_samples(store)
+    if samples is None:
+        return ""
+    parts, series = [], []
+    for colour, each in zip(cycle(SAMPLE_COLOURS), samples.cells, strict=False):
+        replicate, *cell = each.place
+        words = ["--store", str(store.path), "--row", str(cell[0]), "--col", str([*cell, 0][1])]
+        words += ["--replicate", str(replicate)] if replicate else []
+        again = shlex.join(["uv", "run", "engine/replay.py", *words])
+        name = f"{each.why}: {cell_name(store, each.place)}"
+        scores = [score_line(task, tuple(cell)) for task in stored_tasks(store)]
+        rows = list(zip(samples.prompts, each.start, each.end, strict=True))
+        parts += [
+            f'<h3><i class="swatch" style="background:{colour}"></i>{escape(name)}</h3>',
+            table_html(rows, ("prompt", "before training", "after")),
+            *[f'<p class="soft">{escape(line)}</p>' for line in scores if line],
+            f"<code>{escape(again)}</code><code>{escape(f'{again} --save-weights cell.safetensors')}</code>",
+        ]
+        if "losses" in store:
+            losses = store.read("losses", replicate, slice(cell[0], cell[0] + 1))[0][tuple(cell[1:])]
+            step = np.arange(1, len(losses) + 1)
+            series.append(Series("", step, np.nan_to_num(losses, posinf=0.0), colour))
+    drawn = any((each.y > 0).any() for each in series)
+    plot = chart(series, "step", "training loss") if drawn else ""
+    told = f"Greedy, at most {samples.tokens} tokens; " + FORMS_IN_WORDS[samples.form]
+    return (
+        '<section class="samples" aria-labelledby="samples"><h2 id="samples">Before and after</h2>'
+        f'<p class="soft">{told}</p>{plot}<div class="scroll" tabindex="0" role="group" aria-label="samples">'
+        f"{''.join(parts)}</div></section>"
+    )
+
+
 def labels_html(codes: np.ndarray) -> str:
     """Every label of the map with its colour, its cells and its meaning."""
     rows = []
@@ -208,6 +248,7 @@ def report_html(found: Map, labelling: Labelling, live: bool = False, distance: 
         "labels": labels_html(found.codes),
         "measured": measured_html(found),
         "dimension": dimension_html(found),
+        "samples": samples_html(store.store),
         "scores": scores_html(store.store, found.thresholds),
         "rules": rules_html(store.store, found.thresholds),
         "noise": noise_html(store, labelling),

@@ -24,13 +24,13 @@ from engine.hyper import long_name
 from engine.outcome import LABELS, Thresholds
 from engine.replay import cell_models, language_setup, place_of
 from engine.sampling import Sampling
+from engine.tokenizer import PROMPTS, reply_prompt
 
 if TYPE_CHECKING:
     from engine.checkpoint import LoadedModel
     from engine.data import Corpus
     from engine.store import Store
 
-FORMS = ("auto", "chat", "text")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """characters that would steer the terminal"""
@@ -110,8 +110,6 @@ def cell_speakers(store: "Store", places: Sequence[tuple[int, ...]], options: Op
 
 def form_of(tokenizer: Any, corpus: "Corpus | None") -> str:
     """Whether a network was taught to reply (chat): by its chat template, or by the data it was trained on here."""
-    from engine.tokenizer import reply_prompt
-
     taught = bool(tokenizer.chats)
     if tokenizer.chats is None and corpus is not None:
         prompt, _ = reply_prompt(tokenizer, [{"role": "user", "content": ""}])
@@ -122,10 +120,13 @@ def form_of(tokenizer: Any, corpus: "Corpus | None") -> str:
 # ---- asking
 
 
+def shown_text(text: str) -> str:
+    """A network's text without characters that would steer a terminal."""
+    return CONTROL.sub(UNFINISHED, text)
+
+
 def check_prompt(model: "LoadedModel", form: str, text: str) -> None:
     """Raise ValueError where a message alone does not fit the context; a text is cut."""
-    from engine.tokenizer import reply_prompt
-
     if form == "text":
         return
     prompt, _ = reply_prompt(model.tokenizer, [{"role": "user", "content": text}])
@@ -158,21 +159,20 @@ class Conversation:
 
     def prompt_of(self, replica: int) -> tuple[list[int], set[int]]:
         """What a speaker reads, and what ends its reply; the oldest messages are left out where they do not fit."""
-        from engine.tokenizer import reply_prompt, text_prompt
-
         messages = self.messages[replica]
         most = self.context - max(self.context // ROOM, 1)
-        if self.form == "text":
-            prompt, ends = text_prompt(self.tokenizer, "".join(message["content"] for message in messages))
-            if len(prompt) > most:
-                self.note = f"[only the last {most} of {len(prompt)} tokens are read: the context is {self.context}]"
-            return prompt[-most:], ends
         while True:
-            prompt, ends = reply_prompt(self.tokenizer, messages)
-            if len(messages) == 1 or 0 < len(prompt) <= most:
+            prompt, ends = PROMPTS[self.form](self.tokenizer, messages)
+            if 0 < len(prompt) <= most:
                 return prompt, ends
+            if self.form == "text" or len(messages) == 1:
+                break
             del messages[:2]
             self.note = f"[the oldest messages are no longer read: the context is {self.context} tokens]"
+        if self.form == "text":
+            self.note = f"[only the last {most} of {len(prompt)} tokens are read: the context is {self.context}]"
+            prompt = prompt[-most:]
+        return prompt, ends
 
     def ask(self, text: str) -> Iterator[list[str]]:
         """Every speaker's reply so far, longer from step to step; the last ones are remembered.
@@ -210,7 +210,7 @@ class Conversation:
         """A reply as text that no later token changes, with what is to be said about it."""
         text = self.tokenizer.decode(reply)
         text = text if done else text.rstrip(UNFINISHED)
-        return CONTROL.sub(UNFINISHED, text) + (f" {note}" if note else "")
+        return shown_text(text) + (f" {note}" if note else "")
 
 
 # ---- the command
@@ -272,8 +272,8 @@ def find_speakers(options: Options) -> tuple[list[Speaker], str]:
     """Who is asked, and the form in which. Raises ValueError where nobody is, or two are meant at once."""
     if bool(options.store) == bool(options.model):
         raise ValueError("expected --store with a cell, or --model with a checkpoint: give one of them")
-    if options.form not in FORMS:
-        raise ValueError(f"form is {options.form!r}; expected one of {', '.join(FORMS)}")
+    if options.form not in ("auto", *PROMPTS):
+        raise ValueError(f"form is {options.form!r}; expected one of auto, {', '.join(PROMPTS)}")
     if options.tokens < 1:
         raise ValueError(f"tokens is {options.tokens}; expected at least 1")
     options.check()

@@ -208,3 +208,25 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def replies(
+    generator: Generator, texts: Sequence[Sequence[Sequence[int]]], ends: Sequence[set[int]], most: int
+) -> list[list[tuple[list[int], bool]]]:
+    """What each replica writes behind its texts, of at most `most` tokens, and whether its logits stayed finite.
+
+    ends: ids that end a reply, for each text of a replica. Returns [R][B].
+    """
+    said: list[list[list[int]]] = [[[] for _ in own] for own in texts]
+    live = {(replica, row): True for replica, own in enumerate(texts) for row in range(len(own))}
+    finite = dict.fromkeys(live, True)
+    for tokens in generator.generate(texts, most):
+        for replica, row in [place for place, going in live.items() if going]:
+            token = tokens[replica][row]
+            finite[replica, row] = token != BROKEN
+            live[replica, row] = token != BROKEN and token not in ends[row]
+            if live[replica, row]:
+                said[replica][row].append(token)
+        if not any(live.values()):
+            break
+    return [[(text, finite[replica, row]) for row, text in enumerate(own)] for replica, own in enumerate(said)]

@@ -73,14 +73,17 @@ def reply_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int]
     return tokens[:first].tolist(), {int(tokens[learned[-1]]), tokenizer.eos, tokenizer.padding} - inside
 
 
-def text_prompt(tokenizer: Any, text: str) -> tuple[list[int], set[int]]:
-    """Tokens of a document that begins with a text, and the ids that end one."""
+def text_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
+    """Tokens of a document that begins with the messages' contents, and the ids that end one."""
+    text = "".join(message["content"] for message in messages)
     own, (document, _) = tokenizer.encode(text), tokenizer.document(text)
     opening = [tokenizer.bos] if document[0] == tokenizer.bos else []
-    return [*opening, *own] or [tokenizer.bos], {int(token) for token in document[len(opening) + len(own) :]} | {
-        tokenizer.eos,
-        tokenizer.padding,
-    }
+    closing = {int(token) for token in document[len(opening) + len(own) :]}
+    return [*opening, *own] or [tokenizer.bos], closing | {tokenizer.eos, tokenizer.padding}
+
+
+PROMPTS = {"chat": reply_prompt, "text": text_prompt}
+"""how a network is asked: by messages in roles, or to go on with a text"""
 
 
 class ByteTokenizer:

@@ -169,5 +169,8 @@ def test_a_prompt_is_all_that_stands_before_a_reply():
     assert ends == {MARKS.assistant_end, MARKS.bos}
     asked = [{"role": "user", "content": REPLY}]
     assert tokenizer.decode(reply_prompt(tokenizer, asked)[0]).count(REPLY) == 1
-    assert text_prompt(tokenizer, "ab") == ([MARKS.bos, 97, 98], {MARKS.assistant_end, MARKS.bos})
-    assert text_prompt(tokenizer, "") == ([MARKS.bos], {MARKS.assistant_end, MARKS.bos})
+    assert text_prompt(tokenizer, [{"role": "user", "content": "ab"}]) == (
+        [MARKS.bos, 97, 98],
+        {MARKS.assistant_end, MARKS.bos},
+    )
+    assert text_prompt(tokenizer, []) == ([MARKS.bos], {MARKS.assistant_end, MARKS.bos})
