@@ -110,7 +110,7 @@ RULES: dict[str, Callable[[Store], list[tuple[int, ...]]]] = {
 
 def groups_of(setup: "LanguageSetup", cells: np.ndarray) -> list[np.ndarray]:
     """Cells (flat indices) whose weights the machine's memory holds at once, those of one run together."""
-    ordered = setup.plan.work_in(cells).cells
+    ordered = setup.plan.work_in(cells).cells if len(cells) else cells
     memory = HOST_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = max(int(memory // (4 * setup.network.parameters)), 1)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
