@@ -267,7 +267,7 @@ class Evaluation:
                 if result.cut and task.name not in self.cut:
                     self.cut.add(task.name)
                     self.say(
-                        f"{task.name}: {result.cut:,} requests longer than {scorer.context} tokens lost their first"
+                        f"{task.name}: {result.cut:,} requests longer than {scorer.context} tokens cut on the left"
                     )
                 keep([key for key, _ in some], task, result.scored)
             items, took = sum(task.items for task in self.tasks), time.perf_counter() - began
@@ -301,24 +301,25 @@ def scores_table(store: Store) -> Table:
     tasks = stored_tasks(store)
     for found in tasks:
         for measure in found.measures:
-            words = score_words(store, found.done, found.read(measure), found.read(START + measure), measure)
+            both = found.read(measure), found.read(START + measure)
+            words = score_words(store, found.done, *both, lower=found.is_lower_better(measure))
             made.add_row(found.task, measure, str(found.items), *words)
     for name, form in AGGREGATES.items():
         own = [found for found in tasks if found.task.startswith(form)]
         if len(own) > 1:
             done = np.logical_and.reduce([found.done for found in own])
             score, start = (np.mean([each.read(prefix + CENTRED) for each in own], axis=0) for prefix in ("", START))
-            words = score_words(store, done, score, start, CENTRED)
+            words = score_words(store, done, score, start, lower=False)
             made.add_row(f"{name}, {len(own)} tasks", CENTRED, "", *words)
     return made
 
 
-def score_words(store: Store, done: np.ndarray, score: np.ndarray, start: np.ndarray, measure: str) -> list[str]:
-    """Cells, start, best, median and the best cell of a measure, as texts."""
+def score_words(store: Store, done: np.ndarray, score: np.ndarray, start: np.ndarray, lower: bool) -> list[str]:
+    """Cells, start, best, median and the best cell of a measure, as texts; lower: whether that is better."""
     values = score[done]
     if not np.isfinite(values).any():
         return [str(len(values)), "", "", "", ""]
-    best = int((np.nanargmin if "perplexity" in measure else np.nanargmax)(values))
+    best = int((np.nanargmin if lower else np.nanargmax)(values))
     seed, *cell = np.argwhere(done)[best].tolist()
     where = ",".join(map(str, cell)) + (f" of seed {seed}" if store.run.replicates > 1 else "")
     numbers = (float(np.nanmean(start[done])), float(values[best]), float(np.nanmedian(values)))

@@ -84,6 +84,10 @@ class TaskScores:
         """The one that stands for the task: accuracy, that of length-normalised answers where there is one."""
         return next((name for name in ("acc_norm", "acc") if name in self.measures), next(iter(self.measures)))
 
+    def is_lower_better(self, measure: str) -> bool:
+        """Whether a lower value is the better one."""
+        return any(measure == name or measure.startswith(f"{name}_") for name in self.attributes["lower"])
+
     def check(self, task: Task) -> None:
         """Raise ValueError where other items were asked, or asked otherwise."""
         if self.attributes["digest"] != task.digest:
@@ -139,6 +143,7 @@ def make_task(store: Store, task: Task, example: Scored, provenance: Mapping[str
     """The empty scores of a task: all of them or nothing."""
     measures = {name: name in example.items for name in example.total}
     attributes = {"task": task.name, "items": task.items, "digest": task.digest, "measures": measures}
+    attributes["lower"] = list(task.lower)
     attributes |= json.loads(json.dumps(dict(provenance)))
     whole = zarr.open_group(store.place.zarr(read_only=False), mode="r+", use_consolidated=False)
     whole.require_group(FOLDER)

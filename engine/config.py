@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.family import Family, family_of, spelt_out
 from engine.grid import Cells, Grid, Points
-from engine.hyper import HYPER_PARAMETERS, check_value, declared, rule_of, source
+from engine.hyper import HYPER_PARAMETERS, check_value, declared, long_name, rule_of, source
 from engine.measure import MEASUREMENTS
 from engine.workload import Workload, workload_of
 
@@ -58,6 +58,10 @@ class SweepConfig:
     def title(self) -> str:
         """The network in a few words."""
         return ", ".join(filter(None, (self.network, self.family.title(self.shape))))
+
+    def long_name(self, name: str) -> str:
+        """The words for a hyper-parameter's values in this sweep."""
+        return long_name(name, self.flat().get("count", ""))
 
     @property
     def workload(self) -> Workload:
@@ -189,7 +193,8 @@ def cells_of(config: SweepConfig) -> Cells:
             raise ValueError("points are given beside an axis; leave out --points, or --y and --x")
         return Points.read(config.swept.points)
     y, x = config.family.axes
-    return Grid.parse(config.swept.y or y, config.swept.x or x)
+    grid = Grid.parse(config.swept.y or y, config.swept.x or x)
+    return Grid(*(replace(axis, words=config.long_name(axis.name)) for axis in (grid.y, grid.x)))
 
 
 def resolve(config: SweepConfig, device: str, cells: Cells | None = None) -> Run:

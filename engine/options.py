@@ -78,7 +78,8 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     reader.add_arguments(RunOptions, dest="options")
     found, unknown = reader.parse_known_args(given)
     if unknown:
-        fail(unknown_flag(unknown, network))
+        refuse_other_networks(unknown, network)
+        reader.error(f"unrecognized arguments: {' '.join(unknown)}")
     values = {name: value for name, value in vars(found).items() if name in every_name(family) and value is not None}
     parts = (found.swept, getattr(found, "shape", preset.shape), found.training)
     flat = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
@@ -148,8 +149,8 @@ def examples(network: str) -> str:
     return "\n".join(lines)
 
 
-def unknown_flag(unknown: list[str], network: str) -> str:
-    """What to say of flags that this network does not have."""
+def refuse_other_networks(unknown: list[str], network: str) -> None:
+    """End the program, in one line, for a flag that only other networks have."""
     flag = unknown[0].split("=")[0]
     name = flag.lstrip("-").replace("-", "_")
     having = [
@@ -159,5 +160,4 @@ def unknown_flag(unknown: list[str], network: str) -> str:
         or name in every_name(family)
     ]
     if having and network not in having:
-        return f"{flag} is for {' and '.join(having)}, not {network!r}; leave it out, or choose another --network"
-    return f"unrecognized arguments: {' '.join(unknown)}; --help lists the options"
+        fail(f"{flag} is for {' and '.join(having)}, not {network!r}; leave it out, or choose another --network")

@@ -131,7 +131,7 @@ def scored(tmp_path_factory):
     store = sweep(tiny(folder, y="lr:log:1e-3:1e3:8", x="tokens:log:32:512:5", replicates=2), folder / "s")
 
     class Task:
-        name, items, digest = "planted", 40, "0"
+        name, items, digest, lower = "planted", 40, "0", ()
 
     random, start = np.random.default_rng(0), Scored({"acc": np.zeros(40)}, {"acc": 0.0})
     far = cell_distances(store, Thresholds())

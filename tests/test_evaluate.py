@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stacked import DEVICE
 from tiny import WORDS, sweep, tiny
 
 from analysis import evaluate
@@ -301,6 +302,40 @@ def test_empty_rows_and_places_that_fill_a_batch_up_change_nothing(model):
     assert (one.greedy == other.greedy).all()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has a test of its own")
+def test_with_the_kernels_a_stack_has_the_bits_of_each_alone(monkeypatch):
+    """On Triton's interpreter: every operator of the forward as a GPU would take it."""
+    from importlib import import_module
+
+    from engine import score
+    from engine.checkpoint import LoadedModel
+    from engine.models.llama import LlamaConfig, initial_weights
+    from engine.tokenizer import ByteTokenizer
+
+    users = [import_module(f"engine.{name}") for name in ("models", "models.llama", "models.cache", "score")]
+    for kernel in ("linear", "norm", "embedding", "attention", "activation", "loss"):
+        for name, form in vars(import_module(f"kernels.{kernel}")).items():
+            for user in users if name.endswith("_triton") else []:
+                if hasattr(user, name.removesuffix("_triton")):
+                    monkeypatch.setattr(user, name.removesuffix("_triton"), form)
+    monkeypatch.setattr(score, "SLICE", 16)
+    config = LlamaConfig(depth=1, width=32, heads=2, kv_heads=1, mlp_width=48, context=64, vocabulary=320)
+    models = [LoadedModel("random", config, initial_weights(config, seed), ByteTokenizer()) for seed in range(3)]
+    requests = [Request(tuple(range(3, 10 + n)), 4) for n in range(4)]
+
+    def ask(*some) -> np.ndarray:
+        scorer = scorer_of(*some)
+        scorer.tokens, scorer.whole = 64, True
+        return scorer.score(requests).logprobs
+
+    together = ask(*models)
+    assert [ask(each)[0].tobytes() for each in models] == [each.tobytes() for each in together]
+    for request, logprob in zip(requests, together[0], strict=True):
+        loss, _ = loss_and_greedy(models[0], list(request.tokens), request.first)
+        # fp32 sums in another order
+        assert logprob == pytest.approx(-loss * (len(request.tokens) - request.first), rel=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_on_a_gpu_a_stack_has_the_bits_of_each_alone(tmp_path, folder, precision):
@@ -334,7 +369,7 @@ def test_scores_do_not_depend_on_which_others_are_scored(store, folder, tmp_path
     shutil.copytree(store.path, tmp_path / "other")
     other = open_store(tmp_path / "other")
     asked = ["several", "core:contexts"]
-    score_cells(store, chosen_cells(store, "2x4"), load_tasks(asked, str(folder), 8, None), "cpu", silent)
+    score_cells(store, chosen_cells(store, "0,0 0,2 1,1"), load_tasks(asked, str(folder), 8, None), "cpu", silent)
     score_cells(other, chosen_cells(other, "0,2", 1), load_tasks(asked[::-1], str(folder), 8, None), "cpu", silent)
     many, one = read_all(store), read_all(other)
     assert many.keys() == one.keys()
@@ -361,6 +396,7 @@ def test_scored_cells_are_not_scored_again_and_new_ones_are(store, folder, monke
     assert np.argwhere(found.done).tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 3]]
     for name, was in before.items():
         assert was[0, 0, :2].tobytes() == after[name][0, 0, :2].tobytes()
+    assert not found.is_lower_better("acc_norm")
     items = found.read("acc_by_item")[0, 0, 3]
     assert items.shape == (6,) and found.read("acc")[0, 0, 3] == pytest.approx(items.mean())
     assert np.isnan(found.read("acc")[~found.done]).all()
@@ -370,6 +406,7 @@ def test_weights_that_are_not_finite_score_nothing_and_starts_stand_beside(store
     assert (store.read("nonfinite_step")[0, 2] >= 0).all(), "the largest rate breaks"
     score_cells(store, chosen_cells(store, "2,0 1,0"), load_tasks(["one"], str(folder), 4, None), "cpu", silent)
     (found,) = stored_tasks(store)
+    assert found.is_lower_better("perplexity") and not found.is_lower_better("acc")
     assert np.isnan(found.read("acc")[:, 2, 0]).all() and np.isnan(found.read("acc_by_item")[:, 2, 0]).all()
     start = found.read(START + "acc")[:, :, 0]
     assert np.isfinite(start[:, 1:]).all() and (start[:, 1] == start[:, 2]).all()
@@ -409,9 +446,11 @@ def command(monkeypatch, capsys, *given: str) -> tuple[int, str, str]:
 
 
 def test_the_command_says_what_it_did(store, folder, monkeypatch, capsys):
-    given = ["--store", str(store.path), "--cells", "1x2", "--tasks", "several,one", "--tasks-from", str(folder)]
+    given = ["--store", str(store.path), "--cells", "1x2", "--tasks", "several,letters:several"]
+    given += ["--tasks-from", str(folder)]
     code, out, _ = command(monkeypatch, capsys, *given)
     assert code == 0 and "4 cells trained again" in out and "acc_norm" in out
+    assert "letters:several: 36 requests longer than 32 tokens cut on the left" in out
     code, out, _ = command(monkeypatch, capsys, *given)
     assert code == 0 and "4 cells, 4 of them scored before" in out and "trained again" not in out
 
