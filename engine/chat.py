@@ -99,8 +99,9 @@ def cell_speakers(store: "Store", places: Sequence[tuple[int, ...]], options: Op
         form = form_of(start.tokenizer, setup.corpus)
         check_prompt(start, form if options.form == "auto" else options.form, options.prompt)
         models = cell_models(store, setup, whole)
-        counted = f"{len(whole)} cell{'s' * (len(whole) > 1)} trained again"
-        screen(stderr=True, soft_wrap=True).print(f"{counted} ({time.perf_counter() - began:.1f} s)", style="dim")
+        counted = cell_name(store, whole[0]) if len(whole) == 1 else f"{len(whole)} cells"
+        took = f"; trained again ({time.perf_counter() - began:.1f} s)"
+        screen(stderr=True, soft_wrap=True).print(counted + took, style="dim")
     said = "no text: its loss is not finite since step {}"
     return [
         Speaker(cell_name(store, place), said.format(broken[place]) if broken[place] >= 0 else "", models.get(place))
@@ -300,13 +301,22 @@ def main() -> None:
             return
         form = taught if options.form == "auto" else options.form
         conversation = Conversation(models, form, options, options.device)
-        for text in prompts(options):
-            try:
-                show(conversation, speakers, text)
-            except ValueError as error:
-                if options.prompt:
-                    raise
-                warn(str(error))
+        try:
+            for text in prompts(options):
+                answer(conversation, speakers, text, once=bool(options.prompt))
+        except KeyboardInterrupt as stop:
+            stop.add_note("")  # nothing is lost that the same command would go on with
+            raise
+
+
+def answer(conversation: Conversation, speakers: Sequence[Speaker], text: str, once: bool) -> None:
+    """Show the replies to one prompt; one that cannot be answered ends a conversation only where it is all of it."""
+    try:
+        show(conversation, speakers, text)
+    except ValueError as error:
+        if once:
+            raise
+        warn(str(error))
 
 
 if __name__ == "__main__":

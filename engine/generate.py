@@ -9,10 +9,12 @@ R replica, B row (a text), T time, S places of the buffers, V vocabulary, C chan
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 from engine.checkpoint import LoadedModel
 from engine.checkpoint.model import make_module
@@ -96,12 +98,16 @@ class Generator:
 
     def forward(self, tokens_RBT: Tensor, last_RB: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [R, B, V] behind some tokens of each row, and what the tokens leave."""
-        module = self.module
 
         def one_replica(weights, tokens_BT, last_B, length_B, past):
-            return functional_call(module, weights, (tokens_BT, last_B, length_B, past))
+            return functional_call(self.module, weights, (tokens_BT, last_B, length_B, past))
 
-        return vmap(one_replica)(self.weights, tokens_RBT, last_RB, self.length_RB, self.past)
+        given = (self.weights, tokens_RBT, last_RB, self.length_RB, self.past)
+        if self.device.type != "cpu":
+            return vmap(one_replica)(*given)
+        # one after another: in half the time that a stack of small products takes here
+        found = [one_replica(*tree_map(itemgetter(replica), given)) for replica in range(self.shape[0])]
+        return tree_map(lambda *own: torch.stack(own), *found)
 
     def make_room(self, places: int) -> None:
         """Buffers of at least so many places, with what is in them; their shapes are those of one token's rows."""

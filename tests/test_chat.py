@@ -94,6 +94,19 @@ def test_a_text_goes_on_behind_its_last_tokens(saved, monkeypatch, capsys):
     assert "[only the last 24 of 75 tokens are read: the context is 32]" in capsys.readouterr().err
 
 
+def test_an_interrupted_conversation_has_nothing_to_go_on_with(saved, monkeypatch, capsys):
+    def interrupted(options):
+        yield "the cat"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.chat.prompts", interrupted)
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", saved, "--tokens", "2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and out and not err
+
+
 def test_a_reply_does_not_steer_the_terminal(saved, monkeypatch, capsys):
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, tokens: "\x1b[2J\x9b1m" + "é\n" * len(tokens))
     text = said(monkeypatch, capsys, "--model", saved, "--prompt", "a", "--tokens", "2")

@@ -408,6 +408,8 @@ def test_weights_that_are_not_finite_score_nothing_and_starts_stand_beside(store
     (found,) = stored_tasks(store)
     assert found.is_lower_better("perplexity") and not found.is_lower_better("acc")
     assert np.isnan(found.read("acc")[:, 2, 0]).all() and np.isnan(found.read("acc_by_item")[:, 2, 0]).all()
+    score_cells(store, chosen_cells(store, "2,0"), load_tasks(["one", "several"], str(folder), 4, None), "cpu", silent)
+    assert [each.done.sum() for each in stored_tasks(store)] == [4, 2], "a task that came later, and only that"
     start = found.read(START + "acc")[:, :, 0]
     assert np.isfinite(start[:, 1:]).all() and (start[:, 1] == start[:, 2]).all()
 

@@ -127,7 +127,7 @@ def test_the_table_of_cells_says_what_was_trained_and_what_it_scores(tmp_path):
     assert set(cell_frame(made)["start"]) == {"random"}
 
     class Task:
-        name, items, digest = "planted", 2, "0"
+        name, items, digest, lower = "planted", 2, "0", ()
 
     start, right = (Scored({"acc": np.array(each)}, {"acc": np.mean(each)}) for each in ([0.0, 0.0], [1.0, 0.0]))
     make_task(made, Task(), start, {}).write({(0, 1, 2): (right, start)})
