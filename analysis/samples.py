@@ -20,6 +20,7 @@ from analysis.recommend import recommend
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import Thresholds, measured, trains
+from engine.replay import check_text
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def main() -> None:
         if options.tokens < 1:
             raise ValueError(f"tokens is {options.tokens}; expected at least 1")
         store = open_store(options.store)
+        check_text(store)
         if options.cells:
             places = dict.fromkeys(chosen_cells(store, options.cells, 1), "chosen")
         else:

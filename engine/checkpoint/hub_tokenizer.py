@@ -85,7 +85,8 @@ class HubTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Marks are written out."""
-        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+        ids = list(map(int, tokens))
+        return self.backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def document(self, text: str) -> Rendered:
         """The tokens and the end-of-text mark, where there is one; all are learned."""
