@@ -12,7 +12,8 @@ from test_command import fails
 from tiny import sweep, tiny
 
 from analysis import report
-from analysis.samples import BROKEN, default_places, main, read_samples
+from analysis.recommend import recommend
+from analysis.samples import BROKEN, cut, default_places, main, read_samples, sample_notes
 from engine import chat
 from engine.api import prepare_stored
 from engine.outcome import Thresholds, trains
@@ -99,6 +100,15 @@ def test_the_report_shows_them_and_trains_nothing(store, monkeypatch):
         for text in (*each.start, *each.end):
             assert report.escape(text) in section
     assert "<svg" in section, "their losses"
+
+
+def test_the_recommendation_quotes_its_cell(store):
+    found, samples = recommend(store), read_samples(store)
+    best = next(each for each in samples.cells if each.why == "best")
+    (note,) = [note for note in found.notes() if "before training with" in note]
+    assert note.startswith(f'Cell {best.place[1]},{best.place[2]} answers "the cat" before training with "')
+    assert sample_notes(store, (best.place[1], 1 - best.place[2])) == [], "the other column was not sampled"
+    assert cut("x" * 60) == "x" * 60 and cut("x" * 61) == "x" * 59 + "…"
 
 
 def test_a_store_without_samples_has_no_such_section(copy, monkeypatch):
