@@ -64,10 +64,9 @@ def counts(codes: np.ndarray) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Labelling:
-    """Which replicate, and the thresholds of its labels; shared by the commands that read labels."""
+class Limits:
+    """The thresholds of labels; shared by the commands that read all replicates."""
 
-    replicate: int = 0  # which seed's map to read, from 0
     converged: float = Thresholds.converged  # (loss - best) / (start - best) of a budget, up to which: converged
     moved: float = Thresholds.moved  # share of the start's held-out loss within which a loss has not moved
 
@@ -77,6 +76,13 @@ class Labelling:
         if not (0 < self.converged < 1 and 0 < self.moved < 1):
             raise ValueError(f"converged is {self.converged:g} and moved {self.moved:g}; expected values in (0, 1)")
         return Thresholds(self.converged, self.moved)
+
+
+@dataclass(frozen=True)
+class Labelling(Limits):
+    """Which replicate, and the thresholds of its labels; shared by the commands that read one map."""
+
+    replicate: int = 0  # which seed's map to read, from 0
 
 
 @dataclass(frozen=True, kw_only=True)

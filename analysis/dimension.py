@@ -25,6 +25,7 @@ from rich.table import Table
 from analysis.boundary import edges, map_edges
 from analysis.classify import Labelling, classify
 from engine.command import parse, screen, user_errors
+from engine.place import Where
 from engine.store import Replicate, open_map
 
 TILES = 8  # the bootstrap resamples the map's TILES x TILES tiles
@@ -282,9 +283,9 @@ def dimension_table(found: Dimension, shape: tuple[int, int]) -> Table:
     return table
 
 
-def sequences(store: Replicate) -> dict[str, list[Path]]:
+def sequences(store: Replicate) -> dict[str, list[Where]]:
     """The zooms of each sequence stored inside a store, by the sequence's name; single zooms are in none."""
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[Where]] = {}
     for path in store.children():
         name, level, _ = path.name.rpartition("-level-")
         if level:

@@ -117,7 +117,7 @@ def binomial_law(eps: np.ndarray, events: np.ndarray, trials: np.ndarray) -> Bin
         return NO_LAW
     # these take seconds to import, which --help need not wait for
     import statsmodels.api as sm
-    from scipy import stats
+    from scipy import special
     from statsmodels.genmod.families.links import Log
     from statsmodels.tools.sm_exceptions import DomainWarning
 
@@ -131,7 +131,7 @@ def binomial_law(eps: np.ndarray, events: np.ndarray, trials: np.ndarray) -> Bin
         )
     found = model.fit(start_params=start, maxiter=100)
     dispersion = float(found.pearson_chi2 / (len(x) - 2))
-    widest = max(float(stats.t.isf(0.025, len(x) - 2)) * math.sqrt(dispersion), float(stats.norm.isf(0.025)))
+    widest = max(float(-special.stdtrit(len(x) - 2, 0.025)) * math.sqrt(dispersion), float(-special.ndtri(0.025)))
     level, alpha = map(float, found.params)
     return BinomialLaw(level, alpha, float(found.bse[1]) * widest, dispersion)
 

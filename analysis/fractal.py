@@ -6,22 +6,23 @@ if __name__ == "__main__" and not __package__:
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.command import fail, screen, version_line
+from engine.place import Where
 
 
-def draw(store: Path, tracked: bool) -> Mapping[str, Any]:
+def draw(store: Where, tracked: bool) -> Mapping[str, Any]:
     """What a sweep does when it is through: answer and picture, the report where W&B takes it; the answer's values."""
     from analysis.plot import draw_store
 
-    found = draw_store(store)
-    if tracked:
-        from analysis.report import write_store_report
+    found, answer = draw_store(store)
+    if tracked and found is not None:
+        from analysis.classify import Labelling
+        from analysis.report import write_report
 
-        write_store_report(store)
-    return found
+        write_report(found.store.figures / "report.html", Labelling(), found)
+    return answer
 
 
 class Command(NamedTuple):
@@ -37,6 +38,8 @@ COMMANDS = {
         "engine.sweep", "train a grid of hyper-parameters, many runs at once, and map it", {"finish": draw}
     ),
     "replay": Command("engine.replay", "train one stored cell again and compare, bit for bit; save its weights"),
+    "chat": Command("engine.chat", "talk to a cell, to several side by side, or to a checkpoint"),
+    "samples": Command("analysis.samples", "what cells write before and after training, kept for the report"),
     "recommend": Command("analysis.recommend", "which learning rate, for each budget, with its interval over seeds"),
     "zoom": Command("analysis.zoom", "train a part of a map again, denser, once or many times in a row"),
     "rules": Command(
@@ -46,6 +49,8 @@ COMMANDS = {
     "uncertainty": Command(
         "analysis.uncertainty", "how fine the border is: its uncertainty exponent from pairs of points"
     ),
+    "evaluate": Command("analysis.evaluate", "score cells on tasks of lm-evaluation-harness, many in one stack"),
+    "distance": Command("analysis.distance", "whether scores depend on the distance to the border of training"),
     "report": Command("analysis.report", "one self-contained HTML page about a store"),
     "export": Command("analysis.export", "a store's cells as a .csv or .parquet, one row each"),
     "fleet": Command(

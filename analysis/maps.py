@@ -1,6 +1,7 @@
 """A map: a store with its labels, convergence, critical rates and dimension, and its one-screen summary."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,9 +10,9 @@ from rich.table import Table
 from analysis.boundary import Critical, critical, is_rate, map_edges
 from analysis.classify import Labelling, classify, convergence_value, counts
 from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls
+from analysis.recommend import Recommendation, recommend, why_not
 from engine.amount import amount_words, epochs_words, short_name
 from engine.grid import Grid
-from engine.hyper import long_name
 from engine.outcome import Thresholds, measured, trains
 from engine.store import Replicate, Store
 
@@ -24,11 +25,23 @@ class Map:
     """A store with everything the picture and the summary say about it."""
 
     store: Replicate
+    thresholds: Thresholds  # of its labels, and of all that follows from them
     codes: np.ndarray  # label codes [row, col]
     value: np.ndarray  # convergence values [row, col]
     critical: Critical | None  # None without a learning-rate axis
     dimension: Dimension | None  # None without a boundary, or on a map too small for three box sides
     blocks: int  # boundary blocks
+
+    @cached_property
+    def answer(self) -> Recommendation | None:
+        """What the store recommends; None where `why_not` says why it does not."""
+        return None if why_not(self.store.store) else recommend(self.store.store, self.thresholds)
+
+    @cached_property
+    def trained(self) -> "Trained | None":
+        """P(train) over the store's seeds; None of one seed."""
+        several = self.store.run.replicates > 1
+        return trained_share(self.store.store, self.thresholds) if several else None
 
     @property
     def title(self) -> str:
@@ -52,7 +65,7 @@ class Map:
 def map_title(store: Replicate) -> str:
     """What a map sweeps on which network and data, in one line."""
     (rows, cols), data = store.grid.shape, data_name(store.store)
-    axes = f"{long_name(store.grid.y.name)} by {long_name(store.grid.x.name)}"
+    axes = f"{store.grid.y.long_name} by {store.grid.x.long_name}"
     return f"{store.config.title}{f' on {data}' if data else ''}: {axes}, {rows} x {cols} cells"
 
 
@@ -65,35 +78,60 @@ def data_name(store: Store) -> str:
 class Trained:
     """P(train): the share of a store's seeds that train in each cell."""
 
-    share: np.ndarray  # [row, col]; NaN where no seed was measured
-    seeds: int
-    borders: "Borders | None"  # LR50 and LR90, where the map has a learning rate and seeds enough
-    missing: str  # which of them the seeds are too few for, '' if none
-    lr_rows: bool  # whether the learning rate gives the rows
+    grid: Grid
+    trains: np.ndarray  # bool [seed, row, col]
+    known: np.ndarray  # which were measured
+
+    @property
+    def seeds(self) -> int:
+        """Replicates behind it."""
+        return len(self.trains)
+
+    @cached_property
+    def share(self) -> np.ndarray:
+        """Of the seeds [row, col]; NaN where none was measured."""
+        with np.errstate(invalid="ignore"):
+            return (self.trains & self.known).sum(0) / self.known.sum(0)
+
+    @property
+    def rated(self) -> bool:
+        """Whether one of the axes, and not both, is a learning rate."""
+        return is_rate(self.grid.y) != is_rate(self.grid.x)
+
+    @property
+    def lr_rows(self) -> bool:
+        """Whether the learning rate gives the rows."""
+        return is_rate(self.grid.y)
+
+    @cached_property
+    def missing(self) -> str:
+        """Which of LR50 and LR90 the seeds are too few for, '' if none."""
+        from analysis.replicates import FEWEST_SEEDS  # brings scipy and numba
+
+        few = [(level, fewest) for level, fewest in FEWEST_SEEDS.items() if self.seeds < fewest]
+        return ", ".join(f"LR{100 * level:.0f} needs {fewest} seeds" for level, fewest in few) if self.rated else ""
+
+    @cached_property
+    def borders(self) -> "Borders | None":
+        """LR50 and LR90 without their intervals, where the map has a learning rate and seeds enough."""
+        from analysis.replicates import FEWEST_SEEDS, borders  # brings scipy and numba
+
+        levels = tuple(level for level in (0.5, 0.9) if self.seeds >= FEWEST_SEEDS[level])
+        rates = (self.grid.y if self.lr_rows else self.grid.x).values
+        if not self.rated or not levels or (rates > 0).sum() < 4:
+            return None
+        good, known = (
+            (each if self.lr_rows else each.swapaxes(1, 2))[:, rates > 0] for each in (self.trains, self.known)
+        )
+        return borders(rates[rates > 0], good, known, levels=levels, intervals=False)
 
 
 def trained_share(store: Store, thresholds: Thresholds) -> Trained:
-    """P(train) over the replicates of a grid, with LR50 and LR90 where there are seeds enough."""
+    """P(train) over the replicates of a grid."""
     codes = store.labels(thresholds)
-    known, seeds = measured(codes), len(codes)
-    with np.errstate(invalid="ignore"):
-        share = (trains(codes) & known).sum(0) / known.sum(0)
     grid = store.run.cells
     assert isinstance(grid, Grid)
-    rated = [is_rate(axis) for axis in (grid.y, grid.x)]
-    found, missing = None, ""
-    if sum(rated) == 1:
-        from analysis.replicates import FEWEST_SEEDS, borders  # brings scipy and numba
-
-        levels = tuple(level for level in (0.5, 0.9) if seeds >= FEWEST_SEEDS[level])
-        missing = ", ".join(
-            f"LR{100 * level:.0f} needs {fewest} seeds" for level, fewest in FEWEST_SEEDS.items() if level not in levels
-        )
-        rates = (grid.y if rated[0] else grid.x).values
-        good, seen = ((each if rated[0] else each.swapaxes(1, 2))[:, rates > 0] for each in (trains(codes), known))
-        if levels and (rates > 0).sum() >= 4:
-            found = borders(rates[rates > 0], good, seen, levels=levels, intervals=False)
-    return Trained(share, seeds, found, missing, rated[0])
+    return Trained(grid, trains(codes), measured(codes))
 
 
 def analyse(store: Replicate, labelling: Labelling, fit: tuple[int, int] | None) -> Map:
@@ -104,6 +142,7 @@ def analyse(store: Replicate, labelling: Labelling, fit: tuple[int, int] | None)
     large = min(blocks.shape) >= LEAST_CELLS
     return Map(
         store,
+        labelling.thresholds,
         codes,
         convergence_value(store, codes),
         critical(store.grid, codes) if rated else None,

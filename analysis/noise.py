@@ -14,7 +14,6 @@ if __name__ == "__main__" and not __package__:
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -29,6 +28,7 @@ from analysis.variants import VARIANTS, check_variants, coarser_precision, other
 from engine.command import parse, screen, user_errors
 from engine.config import SweepConfig
 from engine.grid import Axis, Grid
+from engine.place import Where
 from engine.store import Replicate, open_map
 
 BAND = 2  # cells from the boundary that count as near
@@ -125,7 +125,7 @@ def line_config(config: SweepConfig, cells: Grid) -> SweepConfig:
     return config.change(y=str(cells.y), x=str(cells.x))
 
 
-def line_path(store: Replicate, variant: str, line: str) -> Path:
+def line_path(store: Replicate, variant: str, line: str) -> Where:
     """Where a line of a variant is stored."""
     return store.path / "noise" / f"{variant}-{('row', 'column')[line_axis(store.grid)]}-{line}"
 
@@ -163,7 +163,7 @@ def read_noise(store: Replicate, labelling: Labelling) -> list[Floor]:
     found = []
     for variant in VARIANTS:
         pattern = line_path(store, f"{variant}-*", "*")
-        paths = sorted(p for p in pattern.parent.glob(pattern.name) if (p / "zarr.json").is_file())
+        paths = store.store.inside("noise", pattern.name)
         if not paths:
             continue
         lines = [int(path.name.rsplit("-", 1)[1]) for path in paths]
@@ -217,7 +217,7 @@ def interval_over_lines(what: np.ndarray, where: np.ndarray, lines: np.ndarray) 
     The cells of a line, and its repetitions, are one draw. Without an event, exact over the cells as if independent:
     the least that the upper end can be.
     """
-    from scipy import stats
+    from scipy import special
 
     from analysis.replicates import exact_interval
 
@@ -233,7 +233,7 @@ def interval_over_lines(what: np.ndarray, where: np.ndarray, lines: np.ndarray) 
         return math.nan, math.nan
     left_out = (events.sum() - events) / others
     value = events.sum() / cells.sum()
-    half = float(stats.t.isf(0.025, n - 1)) * math.sqrt((n - 1) * left_out.var())
+    half = float(-special.stdtrit(n - 1, 0.025)) * math.sqrt((n - 1) * left_out.var())
     return max(value - half, 0.0), min(value + half, 1.0)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.axes import extent, place_of, places
-from analysis.recommend import recommend, why_not
+from analysis.recommend import Recommendation
 from engine.grid import Axis
 from engine.store import Replicate
 
@@ -22,14 +22,16 @@ def drawn_at(axis: Axis, values: np.ndarray) -> np.ndarray:
     return np.where((at >= low - 1e-9) & (at <= high + 1e-9), at, np.nan)
 
 
-def draw_best(axes: "Axes", store: Replicate) -> "list[Artist]":
+def draw_best(axes: "Axes", store: Replicate, found: Recommendation | None) -> "list[Artist]":
     """The best rate of every column as a line, with its 95% band over seeds (few seeds: within 0.01 nat).
 
     Columns whose best lies on the edge have no line. Handles for a legend; none on maps without such columns.
+
+    Args:
+        found: what the store recommends, None where it does not.
     """
     from analysis.laws import BASINS, FEWEST_SEEDS  # brings scipy and numba
 
-    found = None if why_not(store.store) else recommend(store.store)
     if found is None or not found.columns:
         return []
     lr, other = (store.grid.y, store.grid.x) if store.grid.y.name == found.lr else (store.grid.x, store.grid.y)

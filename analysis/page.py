@@ -10,8 +10,8 @@ from analysis.axes import extent
 from analysis.classify import measured, trains
 from analysis.colours import CONVERGENCE_COLOURS, LABEL_COLOURS, SHARE_COLOURS, colour_scale, equalise
 from analysis.maps import Map, Trained
+from analysis.scores import stored_tasks
 from engine.grid import Axis
-from engine.hyper import long_name
 from engine.outcome import LABELS, MISSING
 from engine.store import Replicate
 
@@ -33,7 +33,7 @@ def axis_json(axis: Axis, values: np.ndarray) -> dict:
     """Name in words, values, and the drawn extent (log10 units for a log axis)."""
     low, high = extent(axis)
     return {
-        "name": long_name(axis.name),
+        "name": axis.long_name,
         "log": axis.scale == "log",
         "from": low,
         "to": high,
@@ -143,8 +143,12 @@ def traces_json(store: Replicate, stride: int) -> dict | None:
     return {"step": packed(steps), "losses": packed(losses.astype(np.float32)), "row_stride": thin, "col_stride": thin}
 
 
-def page_data(found: Map, live: bool = False, trained: Trained | None = None) -> dict:
-    """Everything the page's script draws, as JSON values; of a running sweep without its traces."""
+def page_data(found: Map, live: bool = False, distance: np.ndarray | None = None) -> dict:
+    """Everything the page's script draws, as JSON values; of a running sweep without traces and P(train).
+
+    Args:
+        distance: of the cells to the border of training, decades.
+    """
     store, stride = found.store, -(-max(found.codes.shape) // MOST_CELLS)
     loss_index, loss = loss_layer(store, found.codes)
     convergence_index, convergence = convergence_layer(found.value)
@@ -156,7 +160,7 @@ def page_data(found: Map, live: bool = False, trained: Trained | None = None) ->
         "value": found.value.astype(np.float32),
     }
     layers, values = [label_layer(found.codes), loss, convergence], [["convergence value", "value"]]
-    if trained is not None:
+    if (trained := found.trained) is not None and not live:
         layers.append(trained_layer(trained))
         arrays |= {"trained": trained.share.astype(np.float32), "trained_index": indexed(trained.share)}
         values.append(["share of seeds that train", "trained"])
@@ -164,6 +168,12 @@ def page_data(found: Map, live: bool = False, trained: Trained | None = None) ->
         if name != "status" and not spec.by_step and spec.dtype != "u8":  # digests are no numbers to look at
             arrays[name] = store.read(name)
             values.append([spec.long_name, name])
+    if distance is not None:
+        arrays["distance"] = distance.astype(np.float32)
+        values.append(["decades inside the border", "distance"])
+    for task in stored_tasks(store.store):
+        arrays[f"score {task.task}"] = task.read(task.measure)[store.index].astype(np.float32)
+        values.append([f"{task.task}: {task.measure}", f"score {task.task}"])
     thinned = {name: array[::stride, ::stride] for name, array in arrays.items()}
     return {
         "shape": thinned["codes"].shape,

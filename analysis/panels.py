@@ -24,6 +24,7 @@ from analysis.colours import (
     scale_rgba,
 )
 from analysis.overlay import draw_best, draw_epochs
+from analysis.recommend import Recommendation
 from analysis.stability import draw_stability
 from engine.store import Replicate
 
@@ -205,14 +206,14 @@ def draw_boundary(axes: "Axes", store: Replicate, codes: np.ndarray, colour: str
             )
 
 
-def draw_labels(axes: "Axes", store: Replicate, codes: np.ndarray) -> None:
-    """The label map, its legend below."""
+def draw_labels(axes: "Axes", store: Replicate, codes: np.ndarray, answer: Recommendation | None) -> None:
+    """The label map with what the store recommends, its legend below."""
     from matplotlib.patches import Patch
 
     draw_frame(axes, store, "Label")
     draw_cells(axes, store, label_rgba(thinned(codes)))
     draw_boundary(axes, store, codes, "black", "white")
-    patches: list[Any] = draw_best(axes, store)
+    patches: list[Any] = draw_best(axes, store, answer)
     for name, count in counts(codes).items():
         style: dict[str, Any] = (
             MISSING_STYLE if name == "missing" else {"facecolor": LABEL_COLOURS[name], "edgecolor": "#777777"}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
-from scipy import stats
+from scipy import special
 
 FEWEST_SEEDS = {0.5: 8, 0.9: 16}  # seeds below which a crossing of that level is refused
 DRAWS = 400  # bootstrap draws
@@ -68,8 +68,8 @@ def exact_interval(
     events, trials = np.asarray(events), np.asarray(trials)
     tail = (1 - confidence) / 2
     # where the share is 0 or 1, the beta distribution of that end does not exist
-    low = stats.beta.ppf(tail, np.maximum(events, 1), trials - events + 1)
-    high = stats.beta.isf(tail, events + 1, np.maximum(trials - events, 1))
+    low = special.betaincinv(np.maximum(events, 1), trials - events + 1, tail)
+    high = special.betainccinv(events + 1, np.maximum(trials - events, 1), tail)
     return np.where(events > 0, low, 0.0), np.where(events < trials, high, 1.0)
 
 
@@ -94,7 +94,7 @@ def resampled_interval(draws: np.ndarray, seeds: int, confidence: float = 0.95) 
     and their interval then holds the truth in 63% of maps of 8 seeds.
     Infinite values are bounds, and so is an end of the interval where a tail's share of the draws is infinite.
     """
-    tail = stats.norm.cdf(math.sqrt(seeds / (seeds - 1)) * stats.t.ppf((1 - confidence) / 2, seeds - 2))
+    tail = special.ndtr(math.sqrt(seeds / (seeds - 1)) * special.stdtrit(seeds - 2, (1 - confidence) / 2))
     low, high = np.quantile(draws, (tail, 1 - tail), axis=0, method="inverted_cdf")
     return low, high
 
@@ -350,7 +350,7 @@ def borders(
     started = np.empty(columns)
     islands: list[list[tuple[tuple[float, float], ...]]] = [[] for _ in levels]
     goals = np.log(np.array(levels) / (1 - np.array(levels)))
-    two_sided, one_sided = stats.t.isf((0.025, 0.05), STRETCHES * (seeds - 1))
+    two_sided, one_sided = -special.stdtrit(STRETCHES * (seeds - 1), (0.025, 0.05))
     for col, (trained, runs) in enumerate(zip(trained_CSR, runs_CSR, strict=True)):
         counts = trained.sum(0), runs.sum(0)
         roots, logit, variance = signed_roots(*counts, log_rate, places, width, goals if intervals else goals[:0])

@@ -15,24 +15,34 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from analysis.boundary import map_edges
 from analysis.charts import Series, chart
 from analysis.classify import Labelling, counts
 from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
-from analysis.maps import Map, analyse, trained_share
+from analysis.distance import cell_distances, findings
+from analysis.distance import table as relations_table
+from analysis.evaluate import scores_table
+from analysis.maps import Map, analyse
 from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
-from analysis.recommend import recommend, shown_columns, why_not
+from analysis.recommend import shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
+from analysis.samples import read_samples
+from analysis.scores import score_line, stored_tasks
+from engine.chat import cell_name
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
-from engine.store import Replicate, Store, open_map, open_store
+from engine.store import Replicate, Store, open_map
 
+SAMPLE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+FORMS_IN_WORDS = {"chat": "the prompts are a user's messages.", "text": "the prompts are gone on with."}
 FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
 
 
@@ -41,6 +51,12 @@ def table_html(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> s
     top = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{top}{body}</table>"
+
+
+def rich_html(table: Table) -> str:
+    """A table that a command prints."""
+    rows = zip(*(list(column.cells) for column in table.columns), strict=True)
+    return table_html([tuple(map(str, row)) for row in rows], tuple(str(column.header) for column in table.columns))
 
 
 def dimension_html(found: Map) -> str:
@@ -133,16 +149,66 @@ def json_in_html(value: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def answer_html(store: Store) -> str:
+def answer_html(of: Map) -> str:
     """The recommendation in words, what else to know of it, and its columns; or why there is none."""
-    if reason := why_not(store):
-        return f"<p>{escape(reason)}</p>"
-    found = recommend(store)
+    found = of.answer
+    if found is None:
+        return f"<p>{escape(why_not(of.store.store))}</p>"
     notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in found.notes())
     rows = [found.row(column) for column in shown_columns(found, None)] if found.columns else []
     table = table_html(rows, found.head()) if rows else ""
     scroll = f'<div class="scroll" tabindex="0" role="group" aria-label="best rates">{table}</div>' if table else ""
     return f'<p class="answer">{escape(found.sentence())}</p>{notes}{scroll}'
+
+
+def scores_html(store: Store, thresholds: Thresholds) -> str:
+    """What cells score and what that has to do with the border, as a section; '' without scores."""
+    if not stored_tasks(store):
+        return ""
+    said = rich_html(scores_table(store))
+    try:
+        found = findings(store, thresholds)
+        said += rich_html(relations_table(found))
+        words = [found.sentence(), *(each.sentence() for each in found.resolutions), *found.left_out]
+    except ValueError as error:  # no border, or no probe
+        words = [str(error)]
+    said += "".join(f'<p class="soft">{escape(each)}</p>' for each in words if each)
+    return f'<section aria-labelledby="scores"><h2 id="scores">Scores</h2><div class="scroll">{said}</div></section>'
+
+
+def samples_html(store: Store) -> str:
+    """What chosen cells write before and after training, with their losses, scores and commands, as a section; ''
+    without samples."""
+    samples = read_samples(store)
+    if samples is None:
+        return ""
+    parts, series = [], []
+    for colour, each in zip(cycle(SAMPLE_COLOURS), samples.cells, strict=False):
+        replicate, *cell = each.place
+        words = ["--store", str(store.path), "--row", str(cell[0]), "--col", str([*cell, 0][1])]
+        words += ["--replicate", str(replicate)] if replicate else []
+        again = shlex.join(["uv", "run", "engine/replay.py", *words])
+        name = f"{each.why}: {cell_name(store, each.place)}"
+        scores = [score_line(task, tuple(cell)) for task in stored_tasks(store)]
+        rows = list(zip(samples.prompts, each.start, each.end, strict=True))
+        parts += [
+            f'<h3><i class="swatch" style="background:{colour}"></i>{escape(name)}</h3>',
+            table_html(rows, ("prompt", "before training", "after")),
+            *[f'<p class="soft">{escape(line)}</p>' for line in scores if line],
+            f"<code>{escape(again)}</code><code>{escape(f'{again} --save-weights cell.safetensors')}</code>",
+        ]
+        if "losses" in store:
+            losses = store.read("losses", replicate, slice(cell[0], cell[0] + 1))[0][tuple(cell[1:])]
+            step = np.arange(1, len(losses) + 1)
+            series.append(Series("", step, np.nan_to_num(losses, posinf=0.0), colour))
+    drawn = any((each.y > 0).any() for each in series)
+    plot = chart(series, "step", "training loss") if drawn else ""
+    told = f"Greedy, at most {samples.tokens} tokens; " + FORMS_IN_WORDS[samples.form]
+    return (
+        '<section class="samples" aria-labelledby="samples"><h2 id="samples">Before and after</h2>'
+        f'<p class="soft">{told}</p>{plot}<div class="scroll" tabindex="0" role="group" aria-label="samples">'
+        f"{''.join(parts)}</div></section>"
+    )
 
 
 def labels_html(codes: np.ndarray) -> str:
@@ -161,35 +227,30 @@ def measured_html(found: Map) -> str:
     return f"<p>{escape(found.title)}. {escape(found.caption)}</p>"
 
 
-def write_report(path: Path, labelling: Labelling, found: Map) -> None:
-    """Write the page."""
+def write_report(path: Path, labelling: Labelling, found: Map, distance: bool = False) -> None:
+    """Write the page; `distance`: with each cell's to the border. Raises ValueError where there is none."""
+    far = cell_distances(found.store.store, labelling.thresholds) if distance else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_html(found, labelling), "utf-8")
+    path.write_text(report_html(found, labelling, distance=far), "utf-8")
 
 
-def write_store_report(path: Path) -> None:
-    """The report of a grid's first replicate, among its figures; none of a list of points."""
-    store = open_store(path)
-    if len(store.run.cells.shape) > 1:
-        write_report(store.figures / "report.html", Labelling(), analyse(store.replicate(0), Labelling(), None))
-
-
-def report_html(found: Map, labelling: Labelling, live: bool = False) -> str:
-    """The whole page; live, it asks analysis/serve.py for what is new."""
+def report_html(found: Map, labelling: Labelling, live: bool = False, distance: np.ndarray | None = None) -> str:
+    """The whole page; live, it asks analysis/serve.py for what is new. distance: of the cells to the border."""
     store = found.store
-    several = store.run.replicates > 1 and not live
-    data = page_data(found, live, trained_share(store.store, labelling.thresholds) if several else None)
+    data = page_data(found, live, distance)
     shown = "" if data["stride"] == 1 else f"; the map below shows every {data['stride']}th row and column"
     parts = {
         "title": escape(found.title),
         "subtitle": escape(f"{store.path}{shown}"),
         "style": FILES["css"].read_text("utf-8"),
         "script": FILES["js"].read_text("utf-8"),
-        "answer": answer_html(store.store),
+        "answer": answer_html(found),
         "labels": labels_html(found.codes),
         "measured": measured_html(found),
         "dimension": dimension_html(found),
-        "rules": rules_html(store.store, labelling.thresholds),
+        "samples": samples_html(store.store),
+        "scores": scores_html(store.store, found.thresholds),
+        "rules": rules_html(store.store, found.thresholds),
         "noise": noise_html(store, labelling),
         "provenance": provenance_html(store),
         "data": json_in_html(data),
@@ -203,6 +264,7 @@ class Options(Labelling):
 
     store: str  # path of the sweep's store
     out: str = ""  # the HTML file to write (default: figures/report.html inside the store)
+    distance: bool = False  # show each cell's distance to the border of training
     fit: str = ""  # box sides of the dimension's fit, low:high in cells (default: 2 to an eighth of the side)
     serve: bool = False  # show the sweep live in a browser on this machine instead, while it runs
     port: int = 8377  # of the live page on the loopback (0: any that is free)
@@ -215,12 +277,12 @@ def main() -> None:
         if options.serve:
             from analysis.serve import serve
 
-            serve(Path(options.store), options, options.port)
+            serve(options.store, options, options.port)
             return
         store = open_map(options.store, options.replicate)
         found = analyse(store, options, parse_fit(options.fit))
         path = Path(options.out) if options.out else store.figures / "report.html"
-        write_report(path, options, found)
+        write_report(path, options, found, options.distance)
         screen().print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
 
 

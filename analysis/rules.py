@@ -9,7 +9,7 @@ if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,11 @@ from rich.table import Table
 
 from analysis.axes import number
 from analysis.boundary import is_rate, learning_rate_axis
-from analysis.classify import Labelling
+from analysis.classify import Limits
 from analysis.early_warning import FEWEST_RUNS, SIGNS, SURE, EarlyWarning, draw_early, early_table, early_warning
 from analysis.panels import Picture, legend_below, save, side_by_side, style
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
-from engine.hyper import long_name
 from engine.outcome import Thresholds, measured, trains
 from engine.store import Store, open_store
 
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
     from analysis.laws import BestRates, Estimate, Law, Safe
     from analysis.replicates import Borders
+
+MOST_COLUMNS = 32  # that rules are made of, evenly spread: on an axis of tokens those between are of the same runs
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,14 @@ class Turned:
     known: np.ndarray
     loss: np.ndarray  # held-out loss, NaN where not measured or broken
     start: np.ndarray  # [seed] held-out loss of the untrained weights, NaN where none is stored
+
+    def spread(self) -> "Turned":
+        """The same with at most MOST_COLUMNS of its columns."""
+        at = self.other.values
+        some = np.unique(np.linspace(0, len(at) - 1, MOST_COLUMNS).round().astype(int))
+        other = replace(self.other, points=len(some), stored=at[some])
+        good, known, loss = (array[..., some] for array in (self.trains, self.known, self.loss))
+        return Turned(self.lr, other, good, known, loss, self.start)
 
 
 def turned(store: Store, thresholds: Thresholds) -> Turned:
@@ -106,7 +115,7 @@ def rules(store: Store, thresholds: Thresholds) -> Rules:
     from analysis import laws
     from analysis.replicates import FEWEST_SEEDS, borders
 
-    found, refused = turned(store, thresholds), []
+    found, refused = turned(store, thresholds).spread(), []
     at, log = found.other.values, found.lr.values > 0
     rates, good, known, loss = found.lr.values[log], found.trains[:, log], found.known[:, log], found.loss[:, log]
     seeds, crossing, critical, best, best_law, safe, sensitivity = len(loss), None, None, None, None, None, None
@@ -132,7 +141,8 @@ def rules(store: Store, thresholds: Thresholds) -> Rules:
 def sensitivity_of(
     rates: np.ndarray, loss: np.ndarray, start: np.ndarray, best: "BestRates"
 ) -> "tuple[Estimate, float] | None":
-    """LR sensitivity over the three decades around the median best rate, mean over columns; None where not swept."""
+    """LR sensitivity over the three decades around the median best rate, mean over columns; None where those have
+    not been swept by two rates."""
     from analysis import laws
 
     widest = math.log10(rates[-1] / rates[0])
@@ -140,6 +150,8 @@ def sensitivity_of(
     if widest < laws.DECADES or not np.isfinite(start).all() or not np.isfinite(middle):
         return None
     lowest = float(np.clip(middle / 10 ** (laws.DECADES / 2), rates[0], rates[-1] / 10**laws.DECADES))
+    if laws.within_decades(rates, lowest).sum() < 2:  # rates so coarse that the decades lie between two of them
+        return None
     return laws.over_seeds(laws.sensitivity(rates, loss, start, lowest).mean(1)), lowest
 
 
@@ -274,7 +286,7 @@ def draw_rates(axes: "Axes", r: Rules) -> None:
             for marker, end, open_end in (("v", ends[0], low[inside] < bottom), ("^", ends[1], high[inside] > top)):
                 axes.plot(beside[open_end], end[open_end], marker, ms=3, color=colour)
             axes.plot(x[np.isinf(value)], np.full(np.isinf(value).sum(), top), "^", ms=4, color=colour)
-    axes.set(xscale="log", yscale="log", xlabel=long_name(r.found.other.name), ylabel=long_name(r.found.lr.name))
+    axes.set(xscale="log", yscale="log", xlabel=r.found.other.long_name, ylabel=r.found.lr.long_name)
     axes.set_title("Best, safe and critical rate")
     if handles := axes.get_legend_handles_labels()[0]:
         legend_below(axes, handles)
@@ -295,7 +307,7 @@ def draw(r: Rules, path: Path, size: str) -> Path:
     from matplotlib import rc_context
 
     count, seeds = (1 if r.early is None else 2), f"{r.seeds} seeds" if r.seeds > 1 else "one seed, one draw"
-    title = f"{long_name(r.found.lr.name).capitalize()} by {long_name(r.found.other.name)}, {seeds}"
+    title = f"{r.found.lr.long_name.capitalize()} by {r.found.other.long_name}, {seeds}"
     with rc_context(style(size)):
         figure, panels = side_by_side(count, size, title, f"{'. '.join(r.refused)}." if r.refused else "")
         draw_rates(panels[0], r)
@@ -308,7 +320,7 @@ def draw(r: Rules, path: Path, size: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Labelling, Picture):
+class Options(Limits, Picture):
     """Which map to read."""
 
     store: str  # path of the sweep's store

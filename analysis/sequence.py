@@ -7,7 +7,6 @@ that are stored already are not trained again.
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from engine.grid import Axis, Grid
 from engine.hyper import kernel_type, rule_of
 from engine.options import RunOptions
 from engine.outcome import DONE, Thresholds
+from engine.place import Where
 from engine.store import Replicate, open_map
 
 LEAST = 4  # a sequence stops before neighbouring cells lie closer than this many number spacings
@@ -55,7 +55,7 @@ def same_neighbours(config: SweepConfig, counts: np.ndarray | None) -> str:
     return ""
 
 
-def train(config: SweepConfig, path: Path, device: str, quiet: bool, cells: Grid | None = None) -> Replicate:
+def train(config: SweepConfig, path: Where, device: str, quiet: bool, cells: Grid | None = None) -> Replicate:
     """Train a child into its store, or open it if it is there, whole, and of the same configuration.
 
     Args:

@@ -39,7 +39,7 @@ HEADERS = {
 class Live:
     """A store's page and map as they are now."""
 
-    def __init__(self, path: Path, labelling: Labelling) -> None:
+    def __init__(self, path: str | Path, labelling: Labelling) -> None:
         """Raises ValueError where there is no store with a map."""
         self.path, self.labelling, self.lock = path, labelling, Lock()
         self.found = analyse(open_map(path, labelling.replicate), labelling, None)
@@ -47,8 +47,8 @@ class Live:
 
     def stamp(self) -> str:
         """What changes whenever a cell is stored."""
-        files = [*(self.path / "status").glob("c/**/*"), self.path / "zarr.json"]
-        return str(hash(tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files))))
+        place = self.found.store.place
+        return str(hash((place.get("zarr.json"), tuple(sorted(place.items("status/c"))))))
 
     def map(self) -> tuple[str, bytes]:
         """The stamp, and the map as JSON."""
@@ -56,7 +56,7 @@ class Live:
             now = self.stamp()
             if now != self.at:
                 self.found = analyse(open_map(self.path, self.labelling.replicate), self.labelling, None)
-                sections = {"answer": answer_html(self.found.store.store), "labels": labels_html(self.found.codes)}
+                sections = {"answer": answer_html(self.found), "labels": labels_html(self.found.codes)}
                 values = page_data(self.found, live=True) | {"sections": sections, "stamp": now}
                 self.fresh = json.dumps(values, allow_nan=False).encode()
                 self.at = now
@@ -145,7 +145,7 @@ def server(live: Live) -> Any:
     )
 
 
-def serve(path: Path, labelling: Labelling, port: int) -> None:
+def serve(path: str | Path, labelling: Labelling, port: int) -> None:
     """Show a store until Ctrl-C.
 
     Raises:

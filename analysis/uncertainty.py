@@ -10,9 +10,9 @@ was when it is given again. What was found is kept as `uncertainty/<window>.json
 if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
+import fnmatch
 import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +31,15 @@ from analysis.rules import turned
 from analysis.variants import check_variants, own_config, variants
 from engine.command import parse, screen, user_errors
 from engine.config import SweepConfig
-from engine.files import write_beside
 from engine.grid import Points, is_number
 from engine.hyper import check_value, kernel_type, rule_of
 from engine.options import RunOptions
 from engine.outcome import Thresholds, measured, trains
+from engine.place import Place, Where
 from engine.store import Replicate, Store, open_map, open_store
 
 FLOOR_SLOTS = 97  # replicas that the floor's runs train beside, no width that a sweep chooses by itself
+FOLDER = "uncertainty"  # inside a store: what was measured, and the stores of its points
 LAUNCH_POINTS = 2**20  # points of a launch, at most
 
 
@@ -193,7 +194,7 @@ def window_ceiling(store: Replicate, window: Window, thresholds: Thresholds) -> 
 
 
 def train_points(
-    config: SweepConfig, window: Window, points: np.ndarray, path: Path, device: str, slots: int, launch: int
+    config: SweepConfig, window: Window, points: np.ndarray, path: Where, device: str, slots: int, launch: int
 ) -> Store:
     """Train a list of points [point, axis] under a map's configuration, or what of it is missing, into `path`.
 
@@ -229,20 +230,21 @@ def outcomes_of(store: Store, thresholds: Thresholds) -> np.ndarray:
 # ---- what was measured
 
 
-def write_measured(path: Path, found: Measured) -> None:
-    """Keep a measurement, as JSON."""
+def write_measured(place: Place, key: str, found: Measured) -> None:
+    """Keep a measurement in a store, as JSON."""
     law = {
         name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in asdict(found.law).items()
     }
     text = {"over": found.over, "held": found.held, "law": law, "floors": [f._asdict() for f in found.floors]}
-    write_beside(path, json.dumps(text, indent=1).encode())
+    place.put(key, json.dumps(text, indent=1).encode())
 
 
 def read_measured(store: Replicate) -> list[Measured]:
     """Every f(eps) that was measured of a map, by name."""
     found = []
-    for path in sorted((store.path / "uncertainty").glob(f"{store.index}-*.json")):
-        text = json.loads(path.read_text("utf-8"))
+    keys = [item.key for item in store.place.items(FOLDER) if item.key.count("/") == 1]
+    for key in sorted(fnmatch.filter(keys, f"{FOLDER}/{store.index}-*.json")):
+        text = json.loads(store.place.get(key) or b"")
         arrays = {field.name for field in fields(Exponent) if field.type is np.ndarray}
         kept: dict[str, Any] = {n: np.array(v) if n in arrays else v for n, v in text["law"].items()}
         law = Exponent(**kept)
@@ -297,8 +299,7 @@ def measure(store: Replicate, window: Window, options: Options) -> tuple[Measure
     ends = window.low, window.high, window.log, kernel
     drawn = [draw_points(0, i, float(eps), options.points, *ends) for i, eps in enumerate(sizes)]
     points = np.concatenate([np.concatenate([each.base, each.minus, each.plus]) for each in drawn])
-    folder = store.path / "uncertainty"
-    folder.mkdir(exist_ok=True)
+    folder = store.path / FOLDER
     name = "-".join([str(store.index), window.slug, options.sizes.replace(":", "-"), str(options.points)])
     run = own_config(store)
     found = train_points(run, window, points, folder / name, options.device, 0, launch_points(3 * options.points))
@@ -316,7 +317,7 @@ def measure(store: Replicate, window: Window, options: Options) -> tuple[Measure
             floors.append(Floor(variant, len(base), int(flips.sum()), int(same.sum())))
     over = {n: (float(low), float(high)) for n, low, high in zip(window.names, window.low, window.high, strict=True)}
     kept = Measured(over, window.fixed, law, tuple(floors))
-    write_measured(folder / f"{name}.json", kept)
+    write_measured(store.place, f"{FOLDER}/{name}.json", kept)
     return kept, events
 
 

@@ -18,12 +18,12 @@ from engine.command import hearing_signals, screen, warn
 from engine.config import SweepConfig, cells_of, make_config, resolve
 from engine.data.corpus import parse_mix
 from engine.dry_run import dry_run_table
-from engine.files import FolderLock, make_folders
 from engine.grid import Cells
 from engine.launch import train_missing
 from engine.leases import Leases, remove_leases
 from engine.options import Finish, RunOptions
 from engine.outcome import DONE, NOT_COMPUTED
+from engine.place import LEASE_SECONDS, Where, located, place_of
 from engine.provenance import device_name, other_arithmetic, provenance
 from engine.ranks import Rank, choose_device, this_rank
 from engine.store import (
@@ -87,7 +87,7 @@ def run_sweep(
     options: RunOptions,
     finish: Finish | None = None,
     cells: Cells | None = None,
-) -> Path:
+) -> Where:
     """Train (or resume) a whole sweep into its store; the store's path.
 
     Args:
@@ -110,8 +110,11 @@ def run_sweep(
         raise ValueError("workers are processes started one by one, torchrun starts its own; leave out one of them")
     workers = max(options.workers, rank.count)
     asked = cells or cells_of(config)
-    path = Path(options.store) if options.store else default_store(config, asked)
+    path = located(options.store) if options.store else default_store(config, asked)
     stored = open_resumable(path) if path.exists() else None
+    resuming = stored is not None
+    if not options.dry_run:
+        place_of(path).check_writable()
     rank.barrier()
     setup = prepare(config, asked, options, workers, stored)
     if stored is not None:
@@ -122,28 +125,30 @@ def run_sweep(
             screen().print(dry_run_table(setup, stored))
         return path
     if options.workers > 1 and (stored is None or stored.run.replicates < setup.run.replicates):
-        make_shared(setup, path, stored)
-        return run_sweep(config, options, finish, cells)
+        if not make_shared(setup, path, stored):
+            return run_sweep(config, options, finish, cells)  # as another worker has made it
+        stored = Store(path)
     # before the store is made: W&B may refuse
     identity = uuid4().hex if stored is None else stored.attributes.get("wandb_run", "")
     where = options.wandb, options.wandb_project, options.wandb_entity
     track = tracking.start(*where, setup.run.config, rank.index == 0, identity, path.name)
-    with closing(open_or_create(setup, path, stored, rank, identity, shared=options.workers > 1)) as writer:
+    shared = options.workers > 1
+    with closing(open_or_create(setup, path, stored, rank, identity, shared, options.lease_seconds)) as writer:
         if not options.quiet and rank.index == 0:
-            announce(setup, path, stored)
+            announce(setup, path, resuming)
         with hearing_signals():
             try:
                 if workers == 1:
-                    train_missing(setup, writer, None, 1, options.quiet, track)
+                    writer.timed(*train_missing(setup, writer, None, 1, options.quiet, track))
                 else:
-                    with closing(Leases(path, worker_name(setup.device), options.lease_seconds)) as leases:
-                        train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
+                    with closing(Leases(writer.place, worker_name(setup.device), options.lease_seconds)) as leases:
+                        took = train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
                 rank.barrier()
             except KeyboardInterrupt as stop:
                 stop.add_note(kept(writer, workers) if rank.index == 0 else "")
                 raise
     found: Mapping[str, Any] = {}
-    if rank.index == 0 and (workers == 1 or last_to_leave(path)) and finish is not None:
+    if rank.index == 0 and (workers == 1 or last_to_leave(path, took, options.lease_seconds)) and finish is not None:
         found = finish(path, options.wandb != "off")
     track.finish(path, found)
     return path
@@ -155,18 +160,26 @@ def kept(store: Store, workers: int) -> str:
     return f"{'at least ' if workers > 1 else ''}{done:,} of {planned:,} cells kept, the same command goes on"
 
 
-def make_shared(setup: Setup, path: Path, stored: Store | None) -> None:
-    """Make or enlarge the store of a sweep that several processes begin at once, unless another just has."""
-    make_folders(path.parent)
-    with closing(FolderLock(path.parent, wait=True)):
-        if stored is not None or not path.exists():
+def make_shared(setup: Setup, path: Where, stored: Store | None) -> bool:
+    """Make or enlarge the store of a sweep that several processes begin at once; False where another just has."""
+    with closing(place_of(path).creation_lock()):
+        mine = Store(path).run.replicates == stored.run.replicates if stored is not None else not path.exists()
+        if mine:
             open_or_create(setup, path, stored, Rank(0, 1), uuid4().hex).close()
+        return mine
 
 
-def last_to_leave(path: Path) -> bool:
-    """Wait until every process that trains a shared sweep has ended; True for the one that is to draw it."""
-    with closing(FolderLock(path, wait=True)):
-        return remove_leases(path)
+def last_to_leave(path: Where, took: tuple[float, int], seconds: float = LEASE_SECONDS) -> bool:
+    """Wait until every process that trains a shared sweep has ended; True for the one that is to draw it.
+
+    Args:
+        took: of `train_missing`, which the store is told while nobody else writes to it.
+        seconds: as `Place.lock`.
+    """
+    place = place_of(path)
+    with closing(place.lock(wait=True, seconds=seconds)):
+        Writer(path).timed(*took)
+        return remove_leases(place)
 
 
 def worker_name(device: "torch.device") -> str:
@@ -174,7 +187,7 @@ def worker_name(device: "torch.device") -> str:
     return f"{platform.node()}, process {os.getpid()}, {device_name(device)}"
 
 
-def open_resumable(path: Path) -> Store:
+def open_resumable(path: Where) -> Store:
     """The store at a path, if a sweep can go on in it. Raises ValueError for one of the first format."""
     if store_attributes(path).get("format_version") == 1 < VERSION:
         raise ValueError(f"{path} has store format 1, which can be read but not resumed; give --store another path")
@@ -205,7 +218,13 @@ def prepare_stored(store: Store, device: str) -> Setup:
 
 
 def open_or_create(
-    setup: Setup, path: Path, stored: Store | None, rank: Rank, wandb_run: str = "", shared: bool = False
+    setup: Setup,
+    path: Where,
+    stored: Store | None,
+    rank: Rank,
+    wandb_run: str = "",
+    shared: bool = False,
+    lease_seconds: float = LEASE_SECONDS,
 ) -> Writer:
     """The store to write: a new one, which keeps W&B's id of the sweep, or the one to resume.
 
@@ -223,11 +242,11 @@ def open_or_create(
             }
             steps = int(setup.plan.steps.max())
             create_store(path, setup.run, steps, setup.chunk_rows, attributes | setup.attributes)
-        lock = FolderLock(path, shared)
+        lock = place_of(path).lock(shared, seconds=lease_seconds)
         if lock.warning:
             warn(lock.warning)
         if not shared:
-            remove_leases(path)
+            remove_leases(place_of(path))
         if setup.run.replicates > Store(path).run.replicates:
             Writer(path).grow(setup.run.replicates, int(setup.plan.steps.max()))
     rank.barrier()
@@ -245,10 +264,10 @@ def check_same_arithmetic(stored: Store, setup: Setup) -> None:
         )
 
 
-def announce(setup: Setup, path: Path, stored: Store | None) -> None:
+def announce(setup: Setup, path: Where, resuming: bool) -> None:
     """Say what is about to be trained, and how exact it is."""
     console = screen(stderr=True, soft_wrap=True)
-    doing = "resuming" if stored is not None else "sweeping"
+    doing = "resuming" if resuming else "sweeping"
     times = f", {setup.run.replicates} replicates," if setup.run.replicates > 1 else ""
     console.print(f"{doing} {setup.run.cells}{times} into {path} on {provenance(setup.device)['device']}")
     for line in setup.announce():

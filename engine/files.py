@@ -9,14 +9,19 @@ import asyncio
 import errno
 import fcntl
 import os
+import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
+from engine.place import LEASE_SECONDS, Item
+
 UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # to some file systems
+PARTIAL = ".partial"  # what the name of a file ends with that is being written
 
 
 def fsync(path: str | Path) -> None:
@@ -52,7 +57,7 @@ def write_beside(path: str | Path, data: bytes | bytearray | memoryview) -> None
     """Write a file whole or not at all, making its folder: a reader or a crash sees the old one or the new one."""
     path = Path(path)
     make_folders(path.parent)
-    beside = path.with_name(f".{uuid4().hex}.partial")
+    beside = path.with_name(f".{uuid4().hex}{PARTIAL}")
     try:
         with beside.open("xb") as file:
             file.write(data)
@@ -142,3 +147,100 @@ class DurableStore(LocalStore):
         """Write one object (the way that newer releases of zarr prefer)."""
         self._check_writable()
         write_beside(self.root / key, value.as_buffer_like())
+
+
+class Folder:
+    """A store's place in a folder (engine.place.Place)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def drawings(self) -> Path:
+        """The folder itself."""
+        return self.path
+
+    def exists(self) -> bool:
+        """Whether there is anything."""
+        return self.path.exists()
+
+    def check_writable(self) -> None:
+        """What a folder refuses it refuses before anything is trained: the store is made first."""
+
+    def get(self, key: str) -> bytes | None:
+        """The file of that name."""
+        file = self.path / key
+        return file.read_bytes() if file.is_file() else None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write it, to outlive a crash of the machine."""
+        write_beside(self.path / key, data)
+
+    def put_new(self, key: str, data: bytes) -> bool:
+        """Make it, which the file system lets one process do."""
+        with suppress(FileExistsError), self.touchable(key).open("xb") as file:
+            file.write(data)
+            return True
+        return False
+
+    def touch(self, key: str, data: bytes) -> float:
+        """Write it; the time by the file system's own clock."""
+        file = self.touchable(key)
+        file.write_bytes(data)
+        return file.stat().st_mtime
+
+    def touchable(self, key: str) -> Path:
+        """A file whose folder is there."""
+        file = self.path / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
+    def items(self, prefix: str) -> list[Item]:
+        """Every file below a folder, but for those that are being written."""
+        found, folders = [], [prefix]
+        while folders:
+            folder = folders.pop()
+            with suppress(FileNotFoundError), os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(f"{folder}/{entry.name}")
+                    elif not entry.name.endswith(PARTIAL):
+                        with suppress(FileNotFoundError):  # it has just been removed
+                            stamp = entry.stat()
+                            version = f"{stamp.st_mtime_ns}-{stamp.st_ino}"
+                            found.append(Item(f"{folder}/{entry.name}", stamp.st_mtime, version))
+        return found
+
+    def names(self, prefix: str) -> list[str]:
+        """The folders in a folder."""
+        return sorted(each.name for each in (self.path / prefix).glob("*") if each.is_dir())
+
+    def remove(self, prefix: str) -> None:
+        """Delete a file, or a folder with all in it."""
+        path = self.path / prefix
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def zarr(self, read_only: bool = True) -> LocalStore:
+        """Zarr's local files; written, each is on the disk at once."""
+        return (LocalStore if read_only else DurableStore)(self.path, read_only=read_only)
+
+    def lock(self, shared: bool = False, wait: bool = False, seconds: float = LEASE_SECONDS) -> FolderLock:
+        """The folder's lock, which the end of a process gives up."""
+        return FolderLock(self.path, shared, wait)
+
+    def creation_lock(self) -> FolderLock:
+        """The lock of the folder it will stand in."""
+        make_folders(self.path.parent)
+        return FolderLock(self.path.parent, wait=True)
+
+    def workshop(self) -> Path:
+        """The folder it will stand in, from which a rename brings it to its place."""
+        make_folders(self.path.parent)
+        return self.path.parent
+
+    def adopt(self, building: Path) -> None:
+        """Rename it to its place."""
+        place_folder(building, self.path)

@@ -26,6 +26,7 @@ from engine.command import parser, user_errors
 from engine.config import SweepConfig, cells_of
 from engine.options import Finish, RunOptions, read_arguments
 from engine.outcome import NOT_COMPUTED
+from engine.place import Where, located, place_of
 from engine.plan import Launch, Plan
 
 POLL = 1.0  # seconds between two looks at the workers
@@ -113,7 +114,7 @@ def slurm_workers(partition: str, order: Order, chosen: Namespace) -> Iterator[C
     """An array of SLURM jobs with a GPU each; whether one still runs. `--slurm local` runs them on this machine."""
     import submitit
 
-    logs = Path(chosen.store).resolve().with_suffix(".logs")
+    logs = Path(chosen.logs)
     executor = submitit.AutoExecutor(folder=logs, cluster="local" if partition == "local" else "slurm")
     executor.update_parameters(
         name="fractal", timeout_min=chosen.minutes, gpus_per_node=0 if chosen.device == "cpu" else 1
@@ -140,7 +141,7 @@ def slurm_workers(partition: str, order: Order, chosen: Namespace) -> Iterator[C
 SCHEDULERS = {"ray": ray_workers, "slurm": slurm_workers}
 
 
-def watch(path: Path, options: RunOptions, running: Callable[[], bool]) -> None:
+def watch(path: Where, options: RunOptions, running: Callable[[], bool]) -> None:
     """Show the sweep from its store until every cell is there, or no worker runs."""
     from engine.launch import missing_launches
     from engine.progress import Progress
@@ -193,12 +194,14 @@ def main(arguments: Sequence[str] | None = None, finish: Finish | None = None) -
         chosen, rest, config, options = read(sys.argv[1:] if arguments is None else arguments)
         from engine.api import default_store, last_to_leave
 
-        path = Path(options.store) if options.store else default_store(config, cells_of(config))
+        path = located(options.store) if options.store else default_store(config, cells_of(config))
         chosen.store = str(path.resolve())
+        chosen.logs = place_of(path).drawings.resolve().with_suffix(".logs")
+        place_of(path).check_writable()
         order = Order(os.getcwd(), [*rest, "--store", chosen.store], chosen.at_most)
         with SCHEDULERS[chosen.scheduler](getattr(chosen, chosen.scheduler), order, chosen) as running:
             watch(path, options, running)
-        last_to_leave(path)
+        last_to_leave(path, (0.0, 0), options.lease_seconds)
         if finish is not None and options.figures:
             finish(path, False)  # the workers, not this process, have W&B's run
 

@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from rich.table import Table
 
 from engine import plan
 from engine.amount import amount_of, amount_words, epochs_words
+from engine.checkpoint import LoadedModel
 from engine.command import warn
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.family import VECTORS
 from engine.hyper import rule_of
 from engine.network import Network
 from engine.optim import OPTIMIZERS, by_group
@@ -61,7 +64,7 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return "at any width"
         return "in the same wave" if self.wave else "in the same launch"
 
@@ -97,7 +100,7 @@ class LanguageSetup:
         Where the device's memory does not hold the slots, half as many go on: with what is not measured yet where
         cells are batch-invariant, else with the whole launch again. Raises ValueError where not even one fits.
         """
-        exact = batch_invariant(self.run, self.device, self.network)
+        exact = batch_invariant(self.run, self.device)
         left = self.to_train(launch, status)
         while len(left):
             todo = left
@@ -132,7 +135,7 @@ class LanguageSetup:
     def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
         """Those missing; where bits depend on the wave, the cells of every wave that misses some."""
         missing = self.plan.missing(launch, status)
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return missing
         waves = [cells_of(wave) for wave in self.waves(self.plan.cells_in(launch))]
         return np.sort(np.concatenate([missing[:0], *(cells for cells in waves if np.isin(cells, missing).any())]))
@@ -147,19 +150,45 @@ class LanguageSetup:
 
     def replay(self, cell: int) -> Replay:
         """Train one cell again: alone where it is batch-invariant, else its wave until it has been measured."""
-        launch = next(launch for launch in self.launches if cell in self.plan.cells_in(launch))
-        waves, slots = self.waves(self.plan.cells_in(launch)), self.slots
-        work = next(wave for wave in waves if cell in cells_of(wave))
-        if batch_invariant(self.run, self.device, self.network):
-            work, slots = [alone(work, cell)], 1
-        trainer = self.new_trainer(slots)
-        for measured in trainer.train(work):
-            for each in measured:
-                if cell in each.mark.cells:
-                    digest = int(each.values["weights_digest"])
-                    weights, export = trainer.stack.master_weights(each.slot), self.network.export
-                    return Replay(each.losses, digest, weights, export and export(weights))
-        raise AssertionError("the wave of a cell holds no trajectory that serves it")
+        return next(self.replays(np.array([cell])))[1]
+
+    def replays(self, cells: np.ndarray) -> Iterator[tuple[list[int], Replay]]:
+        """Train some cells (flat indices) again, side by side; yields those of one mark when it has been measured.
+
+        Where cells are batch-invariant they alone are trained, else the waves that hold them, each until all of its
+        own are measured.
+        """
+        exact, left = batch_invariant(self.run, self.device), set(cells.tolist())
+        waves = self.waves(cells) if exact else [w for each in self.launches for w in self.waves_with(each, left)]
+        for wave in waves:
+            trainer = self.new_trainer(min(self.slots, len(wave)) if exact else self.slots)
+            wanted = left & set(cells_of(wave).tolist())
+            for measured in trainer.train(wave):
+                for each in measured:
+                    own = [cell for cell in each.mark.cells if cell in wanted]
+                    if own:
+                        digest = int(each.values["weights_digest"])
+                        weights, export = trainer.stack.master_weights(each.slot), self.network.export
+                        yield own, Replay(each.losses, digest, weights, export and export(weights))
+                    wanted -= set(own)
+                if not wanted:
+                    break
+            assert not wanted, "a wave holds no trajectory that serves its cells"
+            del trainer  # before the next one takes its memory
+
+    def waves_with(self, launch: Launch, cells: set[int]) -> list[list[Trajectory]]:
+        """The waves of a launch in which some cells are."""
+        return [
+            wave for wave in self.waves(self.plan.cells_in(launch)) if not cells.isdisjoint(cells_of(wave).tolist())
+        ]
+
+    def start(self, cell: int) -> LoadedModel:
+        """The untrained weights of a cell (flat index), of a network that a checkpoint format has."""
+        hyper = {name: float(values[0]) for name, values in plan.hyper_of(self.run, np.array([cell])).items()}
+        weights = self.network.initial(int(hyper["seed"]))
+        scaled = {n: w.float() * hyper["init_scale"] if w.dim() > 1 else w.float() for n, w in weights.items()}
+        assert self.network.export is not None
+        return self.network.export(scaled)
 
     def describe(self, table: Table, left: list[Launch], status: np.ndarray) -> float:
         """Add rows of the dry run to a table; the seconds it will take about."""
@@ -211,10 +240,15 @@ class LanguageSetup:
         if self.widest > self.slots:
             how = "each wave when the one before has ended" if self.wave else "and slots are refilled"
             lines.append(f"a launch is {self.widest} trajectories; {self.slots} replicas train at once, {how}")
-        tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
-        for name in tied:
-            lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
-        if not batch_invariant(self.run, self.device, self.network):
+        frozen, groups = frozen_parameters(self.run.config, self.network), self.network.groups
+        for name in frozen:
+            if len(groups[name]) > 1 and VECTORS not in groups[name]:
+                lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(groups[name])}")
+        vectors = [name for name, own in groups.items() if own[0] == VECTORS and name not in frozen]
+        if vectors:
+            optimizer = by_group(training.optimizer, self.run.config.family.groups)[VECTORS]
+            lines.append(f"{len(vectors)} norms and biases are the group {VECTORS}, trained by {optimizer}")
+        if not batch_invariant(self.run, self.device):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
 
@@ -241,23 +275,14 @@ def most_rows(made: Plan) -> int:
     return int((made.steps * made.run.column("batch")).max())
 
 
-def batch_invariant(run: Run, device: torch.device, network: Network) -> bool:
+def batch_invariant(run: Run, device: torch.device) -> bool:
     """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
-    return device.type == "cuda" and run.config.family.batch_invariant and network.batch_invariant
+    return device.type == "cuda" and run.config.family.batch_invariant
 
 
 def cells_of(runs: list[Trajectory]) -> np.ndarray:
     """Flat indices of the cells that some runs serve."""
     return np.array([cell for run in runs for mark in run.marks for cell in mark.cells])
-
-
-def alone(work: list[Trajectory], cell: int) -> Trajectory:
-    """The trajectory that serves a cell, with that cell's mark only."""
-    for run in work:
-        for mark in run.marks:
-            if cell in mark.cells:
-                return replace(run, marks=(mark,))
-    raise AssertionError("no trajectory serves the cell")
 
 
 def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: Any) -> LanguageSetup:
@@ -271,7 +296,8 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     Raises:
         ValueError: what the user gave cannot be trained; before any training.
     """
-    network = run.config.family.build(run.config, device)
+    network = run.config.family.build(run.config, device).grouped_for(run)
+    run = with_date(run, network, stored)
     check_groups(run, network)
     check_batching(run, network)
     made = plan.plan_runs(run)
@@ -300,7 +326,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         made = plan.plan_runs(run)
         check_steps(run)
     check_unique(run, corpus)
-    exact = batch_invariant(run, device, network)
+    exact = batch_invariant(run, device)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
     memory = memory_of(made, network, corpus, device)
@@ -319,6 +345,23 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     return LanguageSetup(
         run, made, device, network, corpus, memory, chunk_rows, launches, slots, wave, len(widest.runs)
     )
+
+
+def with_date(run: Run, network: Network, stored: Any) -> Run:
+    """The run with the day that its chat template prints as today, so that its data are the same on any other.
+
+    It is the one given, the store's, or today's; the network's tokenizer takes it. Raises ValueError for a date that
+    nothing prints.
+    """
+    training = run.config.training
+    tokenizer: Any = network.tokenizer
+    if not tokenizer.dated:
+        if training.date:
+            raise ValueError(f"date is {training.date}, but no data of this network print it; leave it out")
+        return run
+    today = datetime.now(UTC).date().isoformat() if stored is None else stored.config.training.date
+    tokenizer.date = training.date or today
+    return replace(run, config=replace(run.config, training=replace(training, date=tokenizer.date)))
 
 
 def cpu_slots(works: list[Work], network: Network) -> int:

@@ -14,7 +14,7 @@ from engine import progress, tracking
 from engine.leases import Leases
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.plan import Chunk, Launch
-from engine.store import Store, Writer, empty_block
+from engine.store import StatusMonitor, Store, Writer, empty_block
 from engine.workload import Setup
 
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
@@ -65,12 +65,14 @@ class LaunchBuffer:
 
     def flush(self) -> None:
         """Write the chunks that have changed, but for those that another process has taken over meanwhile."""
+        held: dict[Chunk, dict[str, np.ndarray]] = {}
         for chunk in sorted(self.dirty):
             block = {name: array[self.slices[chunk]] for name, array in self.arrays.items()}
             if self.leases is None or self.leases.is_held(chunk):
-                self.writer.write_chunk(chunk, block)
+                held[chunk] = block
             else:
                 check_same_bits(self.writer, chunk, block, self.leases)
+        self.writer.write_chunks(held)
         self.dirty.clear()
 
 
@@ -104,24 +106,46 @@ def status_of(setup: Setup, store: Store | None) -> np.ndarray:
     return status
 
 
-def leased_launches(setup: Setup, writer: Writer, leases: Leases, workers: int) -> Iterator[Launch]:
-    """Launches of leased chunks, until the store holds every cell, whoever trained it.
+class Sharing:
+    """What one of several workers trains next: chunks that nobody holds, the costliest first.
 
-    A launch is a share of what is left, the costliest chunks first, but enough runs for every slot; where bits depend
-    on the launch it is one chunk.
+    A launch is a share of what is left, but enough runs for every slot; where bits depend on the launch it is one
+    chunk.
     """
-    plan, together = setup.plan, setup.exact == "at any width"
-    costs = {chunk: plan.work_in(plan.cells_in((chunk,))) for chunk in writer.chunks()}
-    ordered = sorted(costs, key=lambda chunk: -costs[chunk].costs.sum())
-    enough = -(-setup.width // max(len(work.runs) for work in costs.values()))
-    while left := still_missing(writer.status, ordered):
-        share = max(len(left) // (TURNS * workers * enough), 1) * enough
-        taken = leases.take(left, share if together else 1)
-        if taken:
-            yield tuple(sorted(taken))
-            leases.release(taken)
-        else:
+
+    def __init__(self, setup: Setup, store: Store, leases: Leases, workers: int) -> None:
+        """
+        Args:
+            workers: about how many there are.
+        """
+        plan = setup.plan
+        work = {chunk: plan.work_in(plan.cells_in((chunk,))) for chunk in store.chunks()}
+        costs = {chunk: float(each.costs.sum()) for chunk, each in work.items()}
+        self.left = sorted(costs, key=lambda chunk: -costs[chunk])
+        self.enough = -(-setup.width // max(len(each.runs) for each in work.values()))
+        self.together, self.workers = setup.exact == "at any width", workers
+        self.leases, self.monitor = leases, StatusMonitor(store)
+
+    def next(self) -> Launch:
+        """Lease the next launch; none where others hold all that is `left`."""
+        self.monitor.update()
+        self.left = still_missing(self.monitor.status, self.left)
+        share = max(len(self.left) // (TURNS * self.workers * self.enough), 1) * self.enough
+        return tuple(sorted(self.leases.take(self.left, share if self.together else 1)))
+
+
+def leased_launches(setup: Setup, store: Store, leases: Leases, workers: int) -> Iterator[Launch]:
+    """Launches of leased chunks, until the store holds every cell, whoever trained it."""
+    sharing = Sharing(setup, store, leases, workers)
+    while True:
+        launch = sharing.next()
+        if launch:
+            yield launch
+            leases.release(launch)
+        elif sharing.left:
             time.sleep(WAIT)
+        else:
+            return
 
 
 def still_missing(status: np.ndarray, chunks: Iterable[Chunk]) -> list[Chunk]:
@@ -131,16 +155,19 @@ def still_missing(status: np.ndarray, chunks: Iterable[Chunk]) -> list[Chunk]:
 
 def train_missing(
     setup: Setup, writer: Writer, leases: Leases | None, workers: int, quiet: bool, track: tracking.Tracking
-) -> None:
+) -> tuple[float, int]:
     """Train every cell that the store does not hold yet; what was trained is written, come what may.
 
     Args:
         leases: this process's, where others train the same sweep.
         workers: about how many processes there are.
+
+    Returns:
+        the seconds this took, and the cells that this process has trained.
     """
-    missing = missing_launches(setup, writer)
+    missing, trained = missing_launches(setup, writer), 0
     if not missing:
-        return
+        return 0.0, 0
     todo = iter(missing) if leases is None else leased_launches(setup, writer, leases, workers)
     with progress.Progress(setup, writer, missing, shared=leases is not None, quiet=quiet) as watch:
         for launch in todo:
@@ -150,6 +177,7 @@ def train_missing(
                 for results in setup.train(launch, writer.status, watch.work):
                     for cells, values in results:
                         buffer.put(cells, values)
+                        trained += len(cells)
                         watch.put(cells, values)
                     if time.monotonic() - written > FLUSH:
                         buffer.flush()
@@ -159,5 +187,4 @@ def train_missing(
                 buffer.flush()
             watch.launched(launch)
             track.launch(watch)
-    if leases is None:  # processes that share a sweep each know their own part alone
-        writer.timed(watch.seconds, watch.done)
+    return watch.seconds, trained

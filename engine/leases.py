@@ -1,111 +1,101 @@
-"""Leases: which worker trains which chunk, among processes that share nothing but the store's folder.
+"""Leases: which worker trains which chunk, among processes that share nothing but the place of the store.
 
-A worker takes a chunk by making the file `<replicate>-<start>.<attempt>`, which succeeds for exactly one of them, and
-keeps touching it. A file that has not been touched for long is a lost worker's, and the next attempt is
-free. Leases only save work: what is done is said by the store's status alone, and a chunk that two workers train
-after all has the same bits, which is checked.
+A worker takes a chunk by making the object `<replicate>-<start>.<attempt>`, which succeeds for exactly one of them. It
+says which worker, and that gives a sign of life now and then, one for all its leases; where it has given none for long,
+the worker is lost and the next attempt is free. Leases only save work: what is done is said by the store's status
+alone, and a chunk that two workers train after all has the same bits, which is checked.
 """
 
-import os
-import shutil
-import threading
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 
+from engine.locks import Alive, attempt, signs
+from engine.place import Item, Place
 from engine.plan import Chunk
 
 FOLDER = ".leases"
-BEATS = 6  # signs of life in the time after which a worker without one counts as lost
+ALIVE = f"{FOLDER}/alive"
 
 
 class Leases:
-    """The leases of one worker on a store; a thread of its own keeps them alive until `close`."""
+    """The leases of one worker on a store, until `close`."""
 
-    def __init__(self, store: Path, owner: str, expires: float) -> None:
+    def __init__(self, place: Place, owner: str, expires: float) -> None:
         """
         Args:
             owner: who takes them (machine, process, device), which others say where bits differ.
-            expires: seconds after which others may take a lease that shows no sign of life.
+            expires: seconds after which others may take what a worker holds that shows no sign of life.
         """
-        self.folder, self.owner, self.expires = store / FOLDER, owner, expires
-        self.folder.mkdir(exist_ok=True)
-        self.clock = self.folder / f"clock-{os.getpid()}-{threading.get_native_id()}"
-        self.held: dict[Chunk, Path] = {}
-        self.lost: dict[Chunk, Path] = {}
-        self.closed = threading.Event()
-        self.guard = threading.Lock()
-        self.beating = threading.Thread(target=self.beat, daemon=True)
-        self.beating.start()
-
-    def now(self) -> float:
-        """The time by the file system's own clock, which all workers share."""
-        self.clock.touch()
-        return self.clock.stat().st_mtime
-
-    def attempts(self) -> dict[tuple[int, int], list[Path]]:
-        """Files of every leased chunk (replicate, start), the latest attempt last."""
-        found: dict[tuple[int, int], list[Path]] = {}
-        for path in sorted(self.folder.glob("*-*.*"), key=lambda path: int(path.suffix[1:])):
-            replicate, _, start = path.stem.partition("-")
-            found.setdefault((int(replicate), int(start)), []).append(path)
-        return found
+        self.place, self.owner, self.expires = place, owner, expires
+        place.touch(f"{FOLDER}/begun", b"")  # of all workers, by which one of them is the last to leave
+        self.alive = Alive(place, ALIVE, owner, expires)
+        self.held: dict[Chunk, str] = {}
+        self.workers: dict[str, str] = {}
+        """who made an object of a lease, by its key, as far as it has been asked for: it never changes"""
 
     def take(self, chunks: Iterable[Chunk], count: int) -> list[Chunk]:
         """Lease up to `count` of some chunks, in their order; those that living workers hold are left out."""
         taken: list[Chunk] = []
-        now, attempts = self.now(), self.attempts()
+        now, items = self.alive.now(), self.place.items(FOLDER)
+        living = {name for name, item in signs(items, ALIVE).items() if now - item.modified <= self.expires}
+        last = latest(items)
         for chunk in chunks:
             if len(taken) == count:
                 break
-            before = attempts.get((chunk.replicate, chunk.start), [])
-            if before and not self.expired(before[-1], now):
+            before = last.get(name_of(chunk))
+            if before is not None and (now - before.modified <= self.expires or self.worker(before.key) in living):
                 continue
-            path = self.folder / f"{chunk.replicate}-{chunk.start}.{len(before)}"
-            with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
-                file.write(self.owner)
+            key = f"{FOLDER}/{name_of(chunk)}.{attempt(before.key) + 1 if before else 0}"
+            if self.place.put_new(key, self.alive.mark):
                 taken.append(chunk)
-                with self.guard:
-                    self.held[chunk] = path
+                self.held[chunk] = key
         return taken
 
-    def expired(self, path: Path, now: float) -> bool:
-        """Whether a lease is a lost worker's."""
-        return now - path.stat().st_mtime > self.expires
+    def worker(self, key: str) -> str:
+        """The worker whose lease an object is; '' where it is gone or not written yet."""
+        if key not in self.workers:
+            said = (self.place.get(key) or b"").decode()
+            if not said:
+                return ""
+            self.workers[key] = said.partition(" ")[0]
+        return self.workers[key]
 
     def is_held(self, chunk: Chunk) -> bool:
         """Whether no other worker has taken a chunk of ours over, as it does when we were held up for long."""
-        path = self.held[chunk]
-        return not path.with_suffix(f".{int(path.suffix[1:]) + 1}").exists()
+        key = self.held[chunk]
+        return self.place.get(f"{key.rpartition('.')[0]}.{attempt(key) + 1}") is None
 
     def holder(self, chunk: Chunk) -> str:
         """Who leased a chunk last."""
-        return self.attempts()[chunk.replicate, chunk.start][-1].read_text("utf-8")
-
-    def beat(self) -> None:
-        """Show a sign of life now and then."""
-        while not self.closed.wait(self.expires / BEATS):
-            with self.guard:
-                paths = list(self.held.values())
-            for path in paths:
-                with suppress(FileNotFoundError):  # the folder goes when the sweep is done
-                    os.utime(path)
+        said = self.place.get(latest(self.place.items(FOLDER))[name_of(chunk)].key) or b""
+        return said.decode().partition(" ")[2]
 
     def release(self, chunks: Iterable[Chunk]) -> None:
-        """Stop keeping some leases alive: their chunks are stored."""
-        with self.guard:
-            for chunk in chunks:
-                del self.held[chunk]
+        """Forget some leases: their chunks are stored."""
+        for chunk in chunks:
+            del self.held[chunk]
 
     def close(self) -> None:
-        """End the signs of life."""
-        self.closed.set()
-        self.beating.join()
-        self.clock.unlink(missing_ok=True)
+        """End the sign of life: what is still held is free."""
+        self.alive.close()
 
 
-def remove_leases(store: Path) -> bool:
+def name_of(chunk: Chunk) -> str:
+    """A chunk's name among the leases."""
+    return f"{chunk.replicate}-{chunk.start}"
+
+
+def latest(items: Iterable[Item]) -> dict[str, Item]:
+    """The lease of the latest attempt at every chunk that was ever leased, by its name."""
+    found: dict[str, Item] = {}
+    for item in items:
+        name = item.key.removeprefix(f"{FOLDER}/").rpartition(".")[0]
+        if name and (name not in found or attempt(found[name].key) < attempt(item.key)):
+            found[name] = item
+    return found
+
+
+def remove_leases(place: Place) -> bool:
     """Forget all leases of a store; False where somebody else has."""
-    there = (store / FOLDER).exists()
-    shutil.rmtree(store / FOLDER, ignore_errors=True)
+    there = bool(place.items(FOLDER))
+    place.remove(FOLDER)
     return there

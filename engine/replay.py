@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.command import parse, screen, user_errors
+from engine.command import parse, screen, user_errors, warn
 from engine.outcome import NOT_COMPUTED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.checkpoint import LoadedModel
+    from engine.language import LanguageSetup
     from engine.store import Store
     from engine.workload import Replay
 
@@ -63,6 +67,46 @@ def replay_cell(store: "Store", row: int, col: int, device: str, replicate: int 
 
     place = place_of(store, row, col, replicate)
     return prepare_stored(store, device).replay(int(np.ravel_multi_index(place, store.run.shape)))
+
+
+def check_text(store: "Store") -> None:
+    """Raise ValueError where a replay gives no weights that read and write text."""
+    from engine.store_v1 import StoreV1
+
+    if isinstance(store, StoreV1):
+        raise ValueError(
+            f"{store.path} has store format 1, whose cells are not replayed; sweep again for their weights"
+        )
+    if not store.config.workload.keeps_weights:
+        raise ValueError(f"{store.path} is of network {store.config.network}, which has no text; expected a language")
+
+
+def language_setup(store: "Store", device: str) -> "LanguageSetup":
+    """What trains a store's cells again, where their weights write text. Raises ValueError where they do not."""
+    from engine.api import prepare_stored
+    from engine.language import LanguageSetup
+
+    check_text(store)
+    setup = prepare_stored(store, device)
+    assert isinstance(setup, LanguageSetup)
+    if setup.network.export is None:
+        raise ValueError(f"network {store.config.network} has no checkpoint format, so no text; expected one that has")
+    return setup
+
+
+def cell_models(
+    store: "Store", setup: "LanguageSetup", places: "Sequence[tuple[int, ...]]"
+) -> "dict[tuple[int, ...], LoadedModel]":
+    """The final weights of some cells ([replicate, *cells]), trained again side by side; warns of other than stored."""
+    flat = {int(np.ravel_multi_index(place, store.run.shape)): place for place in places}
+    digests, found = store.read("weights_digest").ravel(), {}
+    for own, replay in setup.replays(np.array(list(flat), int)):
+        assert replay.model is not None
+        for cell in own:
+            found[flat[cell]] = replay.model
+            if int(digests[cell]) != replay.weights_digest:
+                warn(f"cell {flat[cell][1:]} trained again here has other weights than the stored ones, if near them")
+    return found
 
 
 def compare(store: "Store", row: int, col: int, replay: "Replay", replicate: int = 0) -> str:

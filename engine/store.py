@@ -7,9 +7,11 @@ integer and is never inferred from NaN, which is a legitimate result. zarr write
 it, so a reader or a kill sees the old chunk or the new one. Readers take `status` first, for the same reason.
 """
 
+import fnmatch
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,11 +23,11 @@ from zarr.errors import ZarrUserWarning
 
 from engine.amount import epochs_of
 from engine.config import Run, SweepConfig, cells_of, make_config
-from engine.files import DurableStore, FolderLock, make_folders, place_folder
 from engine.grid import Axis, Grid, Points
 from engine.hyper import HYPER_PARAMETERS
 from engine.measure import MEASUREMENTS, Measurement, measurements_of
-from engine.outcome import DONE, LABELS, Thresholds
+from engine.outcome import DONE, LABELS, NOT_COMPUTED, Thresholds
+from engine.place import Lock, Place, Where, located, place_of
 from engine.plan import Chunk
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 FORMAT = "fractal-llm sweep"
 VERSION = 2
 STATUS = Measurement("0 not computed, 1 done", "u1", 0, {})
+WRITERS = 16  # objects written at once: each waits for a disk or a network
 COUNTS = "counts"  # the array of Run.counts
 # fields that name inputs, which are compared by what they hold
 BY_CONTENT = ("data", "model", "tokenizer", "problem", "points")
@@ -42,13 +45,14 @@ BY_CONTENT = ("data", "model", "tokenizer", "problem", "points")
 class Store:
     """A sweep's results, open for reading; `Writer` adds the writing."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Where) -> None:
         """Open an existing store.
 
         Raises:
             ValueError: there is no store of this format at the path, its creation was interrupted, or a chunk is lost.
         """
-        self.path = Path(path)
+        self.path = located(path)
+        self.place = place_of(self.path)
         self.attributes = store_attributes(self.path)
         if self.attributes.get("format_version") != VERSION:
             raise ValueError(
@@ -56,7 +60,8 @@ class Store:
                 "read it with the version that wrote it"
             )
         self.config: SweepConfig = config_from(self.attributes["configuration"])
-        self.group = zarr.open_group(self.path, mode="r", use_consolidated=False)
+        self.group = zarr.open_group(self.place.zarr(), mode="r", use_consolidated=False)
+        self.opened: dict[str, zarr.Array] = {}
         self.run = Run(self.config, self.stored_cells(), self.stored_counts())
         self.label_rule = self.config.workload.label
         held = {n: spec for n, spec in measurements_of(self.run).items() if not spec.later or self.has_metadata(n)}
@@ -84,7 +89,7 @@ class Store:
 
     def has_metadata(self, name: str) -> bool:
         """Whether an array is there; zarr lets a damaged array's own error through, which names no file."""
-        return "shape" in read_metadata(self.path / name / "zarr.json")
+        return "shape" in read_metadata(self.place, f"{name}/zarr.json")
 
     def check_arrays(self) -> None:
         """Raise ValueError for an array that is missing or has another shape or type."""
@@ -97,16 +102,17 @@ class Store:
                 raise ValueError(f"{self.path} is half-written (array {name!r}); delete it and sweep again")
 
     def check_chunks(self) -> None:
-        """Raise ValueError naming a file that a DONE cell promises and that is not there."""
+        """Raise ValueError naming an object that a DONE cell promises and that is not there."""
         status = self.status
-        for chunk in self.chunks():
-            if (status[chunk.replicate, chunk.start : chunk.stop] == DONE).any():
-                for name in self.specs:
-                    if not self.chunk_file(name, chunk).is_file():
-                        raise ValueError(
-                            f"{self.chunk_file(name, chunk)} is missing, though its cells are done; restore it or "
-                            "sweep into a new path"
-                        )
+        done = [c for c in self.chunks() if (status[c.replicate, c.start : c.stop] == DONE).any()]
+        for name in self.specs if done else ():
+            there = {item.key for item in self.place.items(f"{name}/c")}
+            for chunk in done:
+                key = self.chunk_key(name, chunk)
+                if key not in there:
+                    raise ValueError(
+                        f"{self.path}/{key} is missing, though its cells are done; restore it or sweep into a new path"
+                    )
 
     def chunks(self) -> list[Chunk]:
         """Every chunk."""
@@ -117,19 +123,21 @@ class Store:
             for start in range(0, height, size)
         ]
 
-    def chunk_file(self, name: str, chunk: Chunk) -> Path:
-        """Where a chunk of an array lies on disk."""
+    def chunk_key(self, name: str, chunk: Chunk) -> str:
+        """The object that holds a chunk of an array."""
         dims = len(self.run.cells.shape) - 1 + self.specs[name].by_step
-        return self.path.joinpath(name, "c", str(chunk.replicate), str(chunk.start // self.chunk_rows), *["0"] * dims)
+        return "/".join([name, "c", str(chunk.replicate), str(chunk.start // self.chunk_rows), *["0"] * dims])
 
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
     def array(self, name: str) -> zarr.Array:
         """A stored array."""
-        array = self.group[name]
-        assert isinstance(array, zarr.Array), name
-        return array
+        if name not in self.opened:
+            array = self.group[name]
+            assert isinstance(array, zarr.Array), name
+            self.opened[name] = array
+        return self.opened[name]
 
     def read(self, name: str, replicate: int | slice = slice(None), rows: slice = slice(None)) -> np.ndarray:
         """An array [replicate, *cells(, step)], or some of its replicates and rows, as numpy.
@@ -165,12 +173,17 @@ class Store:
 
     @property
     def figures(self) -> Path:
-        """The folder inside the store that pictures of it are drawn into."""
-        return self.path / "figures"
+        """The folder that pictures of it are drawn into: inside the store, where that is one."""
+        return self.place.drawings / "figures"
 
-    def children(self) -> list[Path]:
+    def children(self) -> list[Where]:
         """Paths of the zooms stored inside this store."""
-        return sorted(p for p in (self.path / "zoom").glob("*") if (p / "zarr.json").is_file())
+        return self.inside("zoom", "*")
+
+    def inside(self, folder: str, pattern: str) -> list[Where]:
+        """Paths of the stores inside this one that are kept in a folder under names of a pattern, in order."""
+        names = fnmatch.filter(self.place.names(folder), pattern)
+        return [self.path / folder / name for name in names if self.place.get(f"{folder}/{name}/zarr.json") is not None]
 
     def replicate(self, index: int) -> "Replicate":
         """One replicate of a grid as a map. Raises ValueError for a list of points, or where there is no such one."""
@@ -184,10 +197,46 @@ class Store:
         """Every measurement and `label`, with named, valued dimensions; measurements are read when they are used."""
         import xarray
 
-        data = xarray.open_zarr(self.path)
+        data = xarray.open_zarr(self.place.zarr())
         names = np.array(LABELS)[self.labels(thresholds or Thresholds())]
         data["label"] = (data["status"].dims, names, {"long_name": "what became of the run"})
         return data
+
+
+class StatusMonitor:
+    """The status of every cell, kept up with what others write: only objects written since are read again.
+
+    status: [replicate, *cells], of this monitor's own.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Read what is there."""
+        self.store = store
+        self.status = np.full(store.run.shape, NOT_COMPUTED, STATUS.dtype)
+        self.versions: dict[str, str] = {}
+        self.chunks = {store.chunk_key("status", chunk): chunk for chunk in store.chunks()}
+        self.update()
+
+    def update(self) -> list[Chunk]:
+        """Read what has been written since; the chunks that have."""
+        now = {item.key: item.version for item in self.store.place.items("status/c") if item.key in self.chunks}
+        written = [self.chunks[key] for key, version in now.items() if self.versions.get(key) != version]
+        self.versions = now
+        for first, last in neighbours(written):
+            rows = slice(first.start, last.stop)
+            self.status[first.replicate, rows] = self.store.read("status", first.replicate, rows)
+        return written
+
+
+def neighbours(chunks: list[Chunk]) -> list[tuple[Chunk, Chunk]]:
+    """The first and the last of every row of chunks without a gap, which are read at once."""
+    found: list[tuple[Chunk, Chunk]] = []
+    for chunk in sorted(chunks):
+        if found and found[-1][1][::2] == chunk[:2]:
+            found[-1] = (found[-1][0], chunk)
+        else:
+            found.append((chunk, chunk))
+    return found
 
 
 class Replicate:
@@ -196,7 +245,7 @@ class Replicate:
     def __init__(self, store: Store, index: int) -> None:
         self.store, self.index = store, index
         self.path, self.config, self.run, self.attributes = store.path, store.config, store.run, store.attributes
-        self.figures = store.figures
+        self.place, self.figures = store.place, store.figures
         assert isinstance(store.run.cells, Grid)
         self.grid = store.run.cells
 
@@ -228,7 +277,7 @@ class Replicate:
         rows, cols = self.grid.shape
         return self.index * rows * cols + np.arange(rows * cols).reshape(rows, cols)
 
-    def children(self) -> list[Path]:
+    def children(self) -> list[Where]:
         """Paths of the zooms stored inside the store."""
         return self.store.children()
 
@@ -240,12 +289,13 @@ def budget_of(run: Run) -> np.ndarray:
     return np.broadcast_to(run.column("tokens"), (1, *run.cells.shape))[0]
 
 
-def store_attributes(path: Path) -> dict:
+def store_attributes(path: Where) -> dict:
     """The attributes of a store of any version. Raises ValueError where there is none."""
-    metadata = path / "zarr.json"
-    if not metadata.is_file():
+    place = place_of(path)
+    metadata = read_metadata(place, "zarr.json") if place.exists() else {}
+    if not metadata:
         raise ValueError(f"{path} is not a sweep store (no zarr.json); give the path of one, or a new path")
-    attributes = read_metadata(metadata).get("attributes", {})
+    attributes = metadata.get("attributes", {})
     if attributes.get("format") != FORMAT or "configuration" not in attributes:
         raise ValueError(f"{path} is a Zarr group of another program; give a sweep store, or a new path")
     return attributes
@@ -261,27 +311,27 @@ def config_from(stored: dict[str, Any]) -> SweepConfig:
         raise ValueError(f"the stored configuration cannot be read ({error}); it comes from another version") from error
 
 
-def read_metadata(file: Path) -> dict:
+def read_metadata(place: Place, key: str) -> dict:
     """A zarr.json, {} if it is missing. Raises ValueError when it is no JSON object."""
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "{}"
     try:
-        metadata = json.loads(text)
+        metadata = json.loads((place.get(key) or b"{}").decode(errors="replace"))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}); restore it or sweep into a new path") from error
+        raise ValueError(f"{place}/{key} is damaged ({error}); restore it or sweep into a new path") from error
     if not isinstance(metadata, dict):
-        raise ValueError(f"{file} is damaged (no JSON object); restore it or sweep into a new path")
+        raise ValueError(f"{place}/{key} is damaged (no JSON object); restore it or sweep into a new path")
     return metadata
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(path: str | Where) -> Store:
     """Open a store for reading, of this version or the first. Raises ValueError when it is not a whole one of ours."""
     from engine.store_v1 import StoreV1
 
-    version_1 = store_attributes(Path(path)).get("format_version") == 1
+    path = located(path)
+    version_1 = store_attributes(path).get("format_version") == 1
     return StoreV1(path) if version_1 else Store(path)
 
 
-def open_map(path: str | Path, replicate: int = 0) -> Replicate:
+def open_map(path: str | Where, replicate: int = 0) -> Replicate:
     """One replicate of a stored grid. Raises ValueError as `open_store` and `Store.replicate` do."""
     return open_store(path).replicate(replicate)
 
@@ -289,7 +339,7 @@ def open_map(path: str | Path, replicate: int = 0) -> Replicate:
 # ---- making and writing
 
 
-def create_store(path: str | Path, run: Run, steps: int, chunk_rows: int, attributes: dict) -> None:
+def create_store(path: Where, run: Run, steps: int, chunk_rows: int, attributes: dict) -> None:
     """Make the empty store of a sweep: all or nothing.
 
     It is built beside its place and renamed, so an interrupted creation leaves nothing at `path`.
@@ -304,12 +354,11 @@ def create_store(path: str | Path, run: Run, steps: int, chunk_rows: int, attrib
     Raises:
         ValueError: another process has made a store there meanwhile.
     """
-    path = Path(path)
-    make_folders(path.parent)
-    with TemporaryDirectory(prefix=".sweep-", dir=path.parent) as beside:
+    place = place_of(path)
+    with TemporaryDirectory(prefix=".sweep-", dir=place.workshop()) as beside:
         building = Path(beside, "store")
         build_store(building, run, steps, chunk_rows, attributes)
-        place_folder(building, path)
+        place.adopt(building)
 
 
 def build_store(building: Path, run: Run, steps: int, chunk_rows: int, attributes: dict) -> None:
@@ -348,7 +397,7 @@ def build_store(building: Path, run: Run, steps: int, chunk_rows: int, attribute
     # sub-groups, so that what is kept inside the store is part of its hierarchy
     for name in ("figures", "zoom", "noise"):
         group.create_group(name)
-    consolidate(building)
+    consolidate(place_of(building))
 
 
 def replicate_coordinates(run: Run) -> dict[str, tuple[str, np.ndarray, dict[str, Any]]]:
@@ -360,22 +409,22 @@ def replicate_coordinates(run: Run) -> dict[str, tuple[str, np.ndarray, dict[str
     return found
 
 
-def consolidate(path: Path) -> None:
+def consolidate(place: Place) -> None:
     """Copy all metadata into the group's own, which readers open in one read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)  # not yet part of the written specification
-        zarr.consolidate_metadata(DurableStore(path), zarr_format=3)
+        zarr.consolidate_metadata(place.zarr(read_only=False), zarr_format=3)
 
 
 class Writer(Store):
     """A store open for writing by one process at a time (per group of ranks: rank 0 holds the lock)."""
 
-    def __init__(self, path: str | Path, lock: FolderLock | None = None) -> None:
+    def __init__(self, path: Where, lock: Lock | None = None) -> None:
         """Open an existing store for writing; `lock` is given up by `close`."""
         super().__init__(path)
         self.lock = lock
-        # zarr writes an object beside its place and renames it; this store syncs it too
-        self.group = zarr.open_group(DurableStore(self.path), mode="r+", use_consolidated=False)
+        self.group = zarr.open_group(self.place.zarr(read_only=False), mode="r+", use_consolidated=False)
+        self.opened.clear()
 
     def grow(self, replicates: int, steps: int) -> None:
         """Make room for more replicates, of runs of at most `steps` steps; the configuration says so last."""
@@ -393,24 +442,37 @@ class Writer(Store):
             array.resize(values.shape)
             array[:] = values
         self.group.update_attributes({"configuration": run.config.flat(), "configuration_hash": run.config.hash})
-        consolidate(self.path)
+        consolidate(self.place)
         self.config, self.run = run.config, run
 
     def timed(self, seconds: float, cells: int) -> None:
-        """Add to what training took: what more replicates would cost follows from it."""
+        """Add to what training took, if anything: what more replicates would cost follows from it."""
+        if not cells:
+            return
         before = self.attributes.get("took", {"seconds": 0.0, "cells": 0})
         took = {"seconds": before["seconds"] + seconds, "cells": before["cells"] + cells}
         self.attributes["took"] = took
         self.group.update_attributes({"took": took})
-        consolidate(self.path)
+        consolidate(self.place)
 
     def write_chunk(self, chunk: Chunk, block: Mapping[str, np.ndarray]) -> None:
-        """Write a chunk of every array given, each [rows, ...]; `status` last."""
-        assert chunk.start % self.chunk_rows == 0 and len(block["status"]) == chunk.stop - chunk.start, chunk
-        for name in sorted(block, key=lambda name: name == "status"):
+        """`write_chunks` of one."""
+        self.write_chunks({chunk: block})
+
+    def write_chunks(self, blocks: Mapping[Chunk, Mapping[str, np.ndarray]]) -> None:
+        """Write some chunks of every array given, each [rows, ...], several at once; every `status` last."""
+        parts = [(chunk, name) for chunk, block in blocks.items() for name in block]
+
+        def write(part: tuple[Chunk, str]) -> None:
+            chunk, name = part
+            assert chunk.start % self.chunk_rows == 0 and len(blocks[chunk][name]) == chunk.stop - chunk.start, chunk
             # an all-fill chunk is a result like any other
             array = self.array(name).with_config({"write_empty_chunks": True})
-            array[chunk.replicate, chunk.start : chunk.stop] = block[name]
+            array[chunk.replicate, chunk.start : chunk.stop] = blocks[chunk][name]
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write, (part for part in parts if part[1] != "status")))
+            list(pool.map(write, (part for part in parts if part[1] == "status")))
 
     def close(self) -> None:
         """Give up the lock, as the end of the process does."""
@@ -418,7 +480,7 @@ class Writer(Store):
             self.lock.close()
 
 
-def check_same_run(path: Path, stored: Run, asked: Run, changed: Iterable[str] = ()) -> None:
+def check_same_run(path: Where, stored: Run, asked: Run, changed: Iterable[str] = ()) -> None:
     """Raise ValueError naming every field in which a store's sweep differs from the asked one.
 
     Inputs are compared by content, `changed` (`changed_inputs`). More replicates than are stored are no difference.

@@ -4,7 +4,6 @@ They are labelled by their old rule, under its own name, and cannot be resumed.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from engine.config import Run, SweepConfig, cells_of, hyper_names, make_config
 from engine.family import spelt_out
 from engine.measure import measurements_of
 from engine.outcome import LABELS, Thresholds, measure_label, window_label
+from engine.place import Where, located, place_of
 from engine.store import STATUS, Store, store_attributes
 
 if TYPE_CHECKING:
@@ -26,12 +26,13 @@ RULES = {"language": window_label, "two_layer": measure_label}
 class StoreV1(Store):
     """A store of the first format, with the interface of `Store`: one replicate."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Where) -> None:
         """Open an existing store. Raises ValueError where it is not whole."""
-        self.path = Path(path)
+        self.path = located(path)
+        self.place = place_of(self.path)
         self.attributes = store_attributes(self.path)
         self.config = config_v1(self.attributes["configuration"])
-        self.group = zarr.open_group(self.path, mode="r")
+        self.group = zarr.open_group(self.place.zarr(), mode="r")
         cells = cells_of(self.config)
         names = tuple(cells.columns)
         stored = {name: np.asarray(self.array(dim)[:]) for name, dim in zip(names, ("y", "x"), strict=True)}

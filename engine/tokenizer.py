@@ -4,7 +4,10 @@ Both classes offer the same things:
 
     name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
     calls                   whether there are marks for an assistant's python calls and their outputs
+    dated                   whether what it writes of a conversation holds today's date, which `date` then fixes
     padding                 the id that fills an unfinished row (never a target)
+    chats                   whether networks that it comes with reply in roles; None: if their data taught them
+    bos, eos                the id before a text that nothing else stands before; the id that ends a reply
     token_bytes             bytes of text that each id stands for, int64 [vocabulary]; 0 for marks
     encode(text), decode(tokens)
     document(text)          tokens of one plain document with its boundary mark
@@ -27,6 +30,8 @@ Message = dict[str, Any]
 Rendered = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 BYTE_MARKS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+REPLY = "fractal"
+"""stands for the reply that is to come"""
 BYTE_VOCABULARY = 320
 """256 bytes and 5 marks, padded to a multiple of 64."""
 
@@ -53,13 +58,44 @@ def letters_of_tokens(backend: Tokenizer, vocabulary: int, marks: Iterable[int])
     return lengths
 
 
+def reply_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
+    """Tokens behind which an assistant's reply begins, and the ids that end one.
+
+    They are what the tokenizer writes before and behind a reply that stands for the one to come. Where it cuts
+    conversations that are long, so that a longer reply changes nothing, the prompt is empty.
+    """
+    (tokens, supervised), (longer, _) = (
+        tokenizer.render([*messages, {"role": "assistant", "content": reply}]) for reply in (REPLY, f"{REPLY} {REPLY}")
+    )
+    if len(tokens) == len(longer):
+        return [], set()
+    learned = np.flatnonzero(supervised)
+    breaks = np.flatnonzero(np.diff(learned) > 1)
+    first = int(learned[breaks[-1] + 1 if len(breaks) else 0])
+    inside = set(tokenizer.encode(REPLY))
+    return tokens[:first].tolist(), {int(tokens[learned[-1]]), tokenizer.eos, tokenizer.padding} - inside
+
+
+def text_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
+    """Tokens of a document that begins with the messages' contents, and the ids that end one."""
+    text = "".join(message["content"] for message in messages)
+    own, (document, _) = tokenizer.encode(text), tokenizer.document(text)
+    opening = [tokenizer.bos] if document[0] == tokenizer.bos else []
+    closing = {int(token) for token in document[len(opening) + len(own) :]}
+    return [*opening, *own] or [tokenizer.bos], closing | {tokenizer.eos, tokenizer.padding}
+
+
+PROMPTS = {"chat": reply_prompt, "text": text_prompt}
+"""how a network is asked: by messages in roles, or to go on with a text"""
+
+
 class ByteTokenizer:
     """UTF-8 bytes 0-255, then the marks of nanochat's conversations."""
 
-    name, calls = "bytes", False
+    name, calls, chats, dated = "bytes", False, None, False
     vocabulary = BYTE_VOCABULARY
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
-    padding = bos
+    padding, eos = bos, assistant_end
     token_bytes = np.repeat(np.array([1, 0]), (256, BYTE_VOCABULARY - 256))
 
     def encode(self, text: str) -> list[int]:
@@ -114,7 +150,7 @@ class SmolLM2Tokenizer:
     rendered string cannot say which tokens are replies; a test compares it with the file's own.
     """
 
-    name, calls = "smollm2", False
+    name, calls, chats, dated = "smollm2", False, True, False
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[str]):
@@ -131,7 +167,7 @@ class SmolLM2Tokenizer:
         self.vocabulary = len(tokens)
         self.start, self.end = ids["<|im_start|>"], ids["<|im_end|>"]
         self.boundary = ids["<|endoftext|>"]
-        self.padding = self.boundary
+        self.padding, self.bos, self.eos = self.boundary, self.start, self.end
         self.newline = self.encode("\n")
 
     @cached_property

@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import zarr
+
 from engine.config import SweepConfig
+from engine.place import Where, place_of
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ class Tracking:
             step=done,
         )
 
-    def finish(self, path: Path, found: Mapping[str, Any]) -> None:
+    def finish(self, path: Where, found: Mapping[str, Any]) -> None:
         """Log the maps, a table of cells and what was found, with store and report as artifacts, and end the run.
 
         Args:
@@ -55,19 +59,22 @@ class Tracking:
             return
         import wandb
 
-        images = {f"map/{p.stem}": wandb.Image(str(p)) for p in sorted((path / "figures").glob("*.png"))}
         store = open_store(path)
+        images = {f"map/{p.stem}": wandb.Image(str(p)) for p in sorted(store.figures.glob("*.png"))}
         cells = cell_frame(store)
         table = {"cells_table": wandb.Table(dataframe=cells)} if len(cells) < MOST_CELLS else {}
         self.run.log(images | table)
         labels = {f"labels/{name}": int(count) for name, count in cells["label"].value_counts().items()}
         self.run.summary.update(labels | dict(found))
         try:
-            for kind, file in (("sweep", path), ("report", path / "figures" / "report.html")):
+            for kind, file in (("sweep", path), ("report", store.figures / "report.html")):
                 if not file.exists():
                     continue
                 artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{kind}-{path.name}")[:LONGEST], type=kind)
-                (artifact.add_dir if file.is_dir() else artifact.add_file)(str(file))
+                if not isinstance(file, Path):
+                    artifact.add_reference(str(file), checksum=False)  # it stays in its bucket
+                else:
+                    (artifact.add_dir if file.is_dir() else artifact.add_file)(str(file))
                 self.run.log_artifact(artifact)
             self.run.finish()
         except wandb.errors.Error as error:
@@ -75,13 +82,35 @@ class Tracking:
 
 
 def cell_frame(store: Store) -> "pandas.DataFrame":
-    """A row a cell: its swept hyper-parameters and seed, its label, and every measurement that is one number."""
+    """A row a cell: its swept hyper-parameters and seed, the weights it started from, its label, every measurement that
+    is one number, and what it scores on tasks."""
     data = store.to_xarray()
     # a digest is no number, and W&B's tables hold none of 64 bits
     numbers = [
         name for name, each in store.specs.items() if not each.by_step and each.dtype != "u8" and name != "status"
     ]
-    return data[["label", *numbers]].to_dataframe().reset_index()
+    frame = data[["label", *numbers]].to_dataframe().reset_index()
+    frame.insert(0, "start", base_model(store))
+    return frame.assign(**scores(store))
+
+
+def base_model(store: Store) -> str:
+    """What the weights of a store's cells were before training: the checkpoint with its digest, or random."""
+    digest = store.attributes.get("inputs", {}).get("model")
+    return str(store.attributes.get("start", "random")) + (f" (sha256 {digest[:12]})" if digest else "")
+
+
+def scores(store: Store) -> dict[str, "np.ndarray"]:
+    """Every measure of every task that analysis/evaluate.py has kept in a store, flat, NaN where a cell has none."""
+    found = {}
+    for path in store.inside("scores", "*"):
+        task = zarr.open_group(place_of(path).zarr(), mode="r", use_consolidated=False)
+        for measure in task.attrs["measures"]:  # type: ignore[union-attr]
+            values = np.full(store.run.shape, np.nan, np.float32)
+            stored = np.asarray(task[measure][:])  # type: ignore[index]
+            values[: len(stored)] = stored  # replicates that were swept since have none
+            found[f"{task.attrs['task']}/{measure}"] = values.ravel()
+    return found
 
 
 def start(

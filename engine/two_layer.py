@@ -138,12 +138,12 @@ def check_draws(index: np.ndarray, run: Run, points: int) -> np.ndarray:
 
 def permuted_problem(store: Any) -> Path:
     """Write a store's problem with its hidden units in another order, once; its .npz's path."""
-    path = store.path / "noise" / "permuted.npz"
+    path = store.place.drawings / "noise" / "permuted.npz"
     if not path.exists():
         problem: dict[str, Any] = make_problem(store.run)
         order = np.random.default_rng(0).permutation(problem["W0"].shape[1])
         problem["W0"], problem["W1"] = np.ascontiguousarray(problem["W0"][:, order]), problem["W1"][order]
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **problem)
     return path
 

@@ -12,29 +12,34 @@ import numpy as np
 import pytest
 from tiny import arrays, assert_equal_bits, setup, sweep, tiny
 
+from engine import api
 from engine.api import run_sweep
 from engine.config import make_config
+from engine.files import Folder
 from engine.launch import NondeterminismError, check_same_bits, leased_launches
 from engine.leases import FOLDER, Leases, remove_leases
 from engine.options import RunOptions
+from engine.outcome import DONE
 from engine.plan import Chunk
 from engine.store import Writer, open_store
 
 CHUNKS = [Chunk(0, start, start + 1) for start in range(6)]
 
 
-def age(leases: Leases, seconds: float) -> None:
-    """Make a worker's leases look as if it had last touched them so long ago."""
-    for path in leases.held.values():
-        os.utime(path, (time.time() - seconds,) * 2)
+def lose(leases: Leases) -> None:
+    """What is left of a worker that a kill has ended: its leases, and a sign of life that is long ago."""
+    leases.alive.closed.set()
+    leases.alive.beating.join()
+    for key in (*leases.held.values(), leases.alive.key):
+        os.utime(leases.place.path / key, (time.time() - 2 * leases.expires,) * 2)
 
 
 def test_a_chunk_is_leased_to_one_worker_until_that_shows_no_sign_of_life(tmp_path):
-    with closing(Leases(tmp_path, "one", 60.0)) as one, closing(Leases(tmp_path, "two", 60.0)) as two:
+    with closing(Leases(Folder(tmp_path), "one", 60.0)) as one, closing(Leases(Folder(tmp_path), "two", 60.0)) as two:
         assert one.take(CHUNKS, 2) == CHUNKS[:2]
         assert two.take(CHUNKS, 3) == CHUNKS[2:5]
         assert one.take(CHUNKS, 3) == CHUNKS[5:]
-        age(one, seconds=61)
+        lose(one)
         assert one.is_held(CHUNKS[0])
         assert two.take(CHUNKS, 1) == CHUNKS[:1], "the first is taken over"
         assert not one.is_held(CHUNKS[0])
@@ -43,15 +48,15 @@ def test_a_chunk_is_leased_to_one_worker_until_that_shows_no_sign_of_life(tmp_pa
 
 
 def test_a_worker_keeps_its_leases_alive_by_itself(tmp_path):
-    with closing(Leases(tmp_path, "one", 0.6)) as one, closing(Leases(tmp_path, "two", 0.6)) as two:
+    with closing(Leases(Folder(tmp_path), "one", 0.6)) as one, closing(Leases(Folder(tmp_path), "two", 0.6)) as two:
         one.take(CHUNKS, 1)
         time.sleep(1.2)
         assert two.take(CHUNKS, 1) == CHUNKS[1:2]
 
 
 def test_one_of_many_that_end_together_finds_the_leases(tmp_path):
-    Leases(tmp_path, "one", 60.0).close()
-    assert [remove_leases(tmp_path) for _ in range(3)] == [True, False, False]
+    Leases(Folder(tmp_path), "one", 60.0).close()
+    assert [remove_leases(Folder(tmp_path)) for _ in range(3)] == [True, False, False]
 
 
 def test_shares_are_whole_stacks_the_costliest_first(tmp_path):
@@ -61,7 +66,7 @@ def test_shares_are_whole_stacks_the_costliest_first(tmp_path):
     writer = Writer(path)
     writer.group["status"][:] = 0
     made = setup(config, rows_per_launch="1")
-    with closing(Leases(path, "one", 60.0)) as leases:
+    with closing(Leases(Folder(path), "one", 60.0)) as leases:
         first = next(leased_launches(made, writer, leases, workers=2))
     writer.close()
     work = made.plan.work_in(made.plan.cells_in(first))
@@ -73,12 +78,20 @@ def test_a_cell_of_other_bits_raises_the_alarm_and_names_cell_and_machines(tmp_p
     store = sweep(tiny(tmp_path), tmp_path / "s", rows_per_launch="1")
     chunk, rows = Chunk(0, 1, 2), slice(1, 2)
     block = {name: store.read(name, 0, rows) for name in store.specs}
-    with closing(Leases(tmp_path / "s", "host A", 60.0)) as leases:
+    with closing(Leases(Folder(tmp_path / "s"), "host A", 60.0)) as leases:
         leases.take([chunk], 1)
         check_same_bits(store, chunk, block, leases)
         block["weights_digest"][0, 2] ^= 1
         with pytest.raises(NondeterminismError, match=r"weights_digest of cell \(0, 1, 2\) .*trained by host A"):
             check_same_bits(store, chunk, block, leases)
+
+
+def test_a_shared_sweep_prepares_once_and_says_what_it_took(tmp_path, monkeypatch):
+    prepared, prepare = [], api.prepare
+    monkeypatch.setattr(api, "prepare", lambda *given: prepared.append(given) or prepare(*given))
+    store = sweep(tiny(tmp_path), tmp_path / "s", workers=2)
+    assert len(prepared) == 1 and (store.status == DONE).all()
+    assert store.attributes["took"]["cells"] == store.status.size and store.attributes["took"]["seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from kernels.loss import (
     linear_cross_entropy_op,
     linear_cross_entropy_reference,
     linear_cross_entropy_triton,
+    logits_losses_reference,
+    logits_losses_triton,
 )
 from kernels.matmul import stacked_matmul
 
@@ -54,6 +56,18 @@ def test_matches_float64(row_in_blocks, softcap, shape):
         inputs_of(*shape),
         2e-6,  # fp32 logits and exponentials: 5e-7
     )
+
+
+def test_losses_of_logits_match_and_are_batch_invariant(row_in_blocks):
+    logits, targets = normal(3, 5, 9, 77), make_inputs(1, 9, 1, 77)[2][0]
+    targets[4] = IGNORED
+    found = logits_losses_triton(logits, targets)
+    expected = logits_losses_reference(logits.double(), targets)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
+    assert (found[:, 4] == 0).all()
+    for replica in range(5):
+        alone = logits_losses_triton(logits[replica : replica + 1].contiguous(), targets)
+        assert torch.equal(alone[0], found[replica])
 
 
 def test_batch_invariant(row_in_blocks):

@@ -16,7 +16,7 @@ def panel():
 
 def test_the_best_rate_is_a_line_through_the_columns(tmp_path):
     axes, store = panel(), planted(tmp_path / "s")
-    (line,) = draw_best(axes, store.replicate(0))
+    (line,) = draw_best(axes, store.replicate(0), recommend(store))
     found = recommend(store)
     assert np.allclose(line.get_ydata(), np.log10([column.best.value for column in found.columns]))
     assert np.allclose(line.get_xdata(), np.log10(store.run.cells.x.values))
@@ -25,7 +25,7 @@ def test_the_best_rate_is_a_line_through_the_columns(tmp_path):
 
 def test_nothing_is_drawn_outside_the_swept_range(tmp_path):
     axes, store = panel(), planted(tmp_path / "s", best=50.0, exponent=1.0, breaks=99.0)
-    (line,) = draw_best(axes, store.replicate(0))
+    (line,) = draw_best(axes, store.replicate(0), recommend(store))
     at = line.get_ydata()
     assert np.isnan(at).any()  # columns whose best lies on the edge
     (band,) = axes.collections
@@ -35,7 +35,7 @@ def test_nothing_is_drawn_outside_the_swept_range(tmp_path):
 
 def test_maps_without_columns_of_one_rate_have_no_line(tmp_path):
     axes, store = panel(), two_layer_store(tmp_path / "s", np.full((4, 4), -5.0))
-    assert draw_best(axes, store) == [] and not axes.lines
+    assert draw_best(axes, store, recommend(store.store)) == [] and not axes.lines
     draw_epochs(axes, store)
     assert not axes.texts
 

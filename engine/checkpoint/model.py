@@ -134,15 +134,15 @@ class LoadedModel:
                 f"{self.config.vocabulary}: use the model's own tokenizer"
             )
         named = {f"network.{name}": weight for name, weight in self.fp32_weights.items()}
-        return functional_call(_Logits(self.module), named, (ids,))
+        return functional_call(Method(self.module, "logits"), named, (ids,))
 
 
-class _Logits(nn.Module):
-    """A network whose forward gives logits, as `functional_call` wants it."""
+class Method(nn.Module):
+    """A network whose forward is another of its methods, as `functional_call` wants it; parameters are `network.`'s."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, name: str):
         super().__init__()
-        self.network: Any = network
+        self.network, self.name = network, name
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.network.logits(tokens_BT)
+    def forward(self, *arguments: Tensor) -> Tensor:
+        return getattr(self.network, self.name)(*arguments)

@@ -121,7 +121,8 @@ def make_backend(pattern: str, ranks: Mapping[bytes, int], marks: Mapping[str, i
 class NanochatTokenizer:
     """nanochat's encoding and its chat rendering, with the methods of `engine.tokenizer`'s classes."""
 
-    calls = True
+    calls = chats = True
+    dated = False
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], marks: dict[str, int]):
         """pattern: splits a text. ranks: id of each byte string. marks: id of each mark, the nine at least."""
@@ -130,7 +131,8 @@ class NanochatTokenizer:
         self.backend.encode_special_tokens = True  # marks in a text are text
         self.name = f"nanochat-{hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]}"
         self.vocabulary = max(*ranks.values(), *marks.values()) + 1
-        self.padding = marks["<|bos|>"]
+        self.padding = self.bos = marks["<|bos|>"]
+        self.eos = marks["<|assistant_end|>"]
         self.token_bytes = np.zeros(self.vocabulary, np.int64)
         self.token_bytes[list(ranks.values())] = [len(token) for token in ranks]
 

@@ -2,16 +2,22 @@
 
 A network file holds a frozen config, an `nn.Module`, and functions of the same names:
 
-    parameter_groups(config, name)     the groups of a parameter: two where it is tied
-    batch_invariant(config)            whether every operator whose gradient sums over rows is one of `kernels`
+    parameter_groups(config, name)     the groups of a parameter: two where it is tied, or a norm or bias
     fused_rows(config, name)           rows of the matrices that lie in one parameter, () where it is one
     initial_weights(config, seed)      {name: fp32 CPU tensor}
     flops_per_token(config)            FLOPs to train on one token
     activation_bytes(config, tokens, bytes_per_element)
 
+and of the module
+
+    forward(tokens, targets, hyper, key, by_row)   the loss
+    features(tokens, dropout, cache)               what the head reads; with a `cache`, of the tokens that follow it
+    logits_of(features)                            fp32
+
 The module's own parameters only say names and shapes: weights come in through
-`torch.func.functional_call`, so modules are built on the meta device. This file holds what the
-networks share.
+`torch.func.functional_call`, so modules are built on the meta device. Whatever sums over a replica's
+rows, forward or backward, is an operator of `kernels`: that is what makes a network batch-invariant.
+This file holds what the networks share.
 """
 
 import hashlib
@@ -25,10 +31,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kernels.attention import qkv_attention
 from kernels.dropout import dropout
 from kernels.linear import linear, linear_add_norm
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import add_layer_norm, add_rms_norm, rms_norm
+from kernels.ordered_sum import add_bias
 
 
 class Embedding(nn.Module):
@@ -56,15 +62,29 @@ def dropout_of(hyper: Mapping[str, Tensor], key_3: Tensor) -> Dropout | None:
 
 
 def linear_drop_add_norm(
-    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None, eps: float, drop: Dropout | None, site: int
+    x: Tensor,
+    weight_OI: Tensor,
+    residual: Tensor,
+    norm_O: Tensor | None,
+    eps: float,
+    drop: Dropout | None,
+    site: int,
+    bias_O: Tensor | None = None,
+    norm_bias_O: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.linear.linear_add_norm` with a dropout between the product and the addition, where there is one.
+    """`kernels.linear.linear_add_norm` of a layer that may have a bias, which is dropped with its product.
 
-    The product is then rounded before it is added, so that a rate of 0 beside others is no dropout but for that.
+    With a dropout the product is rounded before it is added, so that a rate of 0 beside others is no dropout but for
+    that.
     """
     if drop is None:
-        return linear_add_norm(x, weight_OI, residual, norm_O, eps)
-    return add_rms_norm(drop(linear(x, weight_OI), site), residual, norm_O, eps)
+        residual = residual if bias_O is None else add_bias(residual, bias_O)
+        return linear_add_norm(x, weight_OI, residual, norm_O, eps, norm_bias_O)
+    product = linear(x, weight_OI)
+    dropped = drop(product if bias_O is None else add_bias(product, bias_O), site)
+    if norm_O is None or norm_bias_O is None:
+        return add_rms_norm(dropped, residual, norm_O, eps)
+    return add_layer_norm(dropped, residual, norm_O, norm_bias_O, eps)
 
 
 def weight_generator(seed: int, name: str) -> np.random.Generator:
@@ -136,42 +156,6 @@ def norm_heads(qkv_BTC: Tensor, heads: int, kv_heads: int, q_norm_K: Tensor, k_n
         for x_BTC, norm_K in ((q_BTC, q_norm_K), (k_BTC, k_norm_K))
     ]
     return torch.cat([*normed, v_BTC], dim=-1)
-
-
-def windowed_attention(
-    qkv_BTC: Tensor,
-    cos_TK2: Tensor,
-    sin_TK2: Tensor,
-    heads: int,
-    kv_heads: int,
-    qk_norm: bool,
-    eps: float,
-    window: int | None,
-) -> Tensor:
-    """`kernels.attention.qkv_attention` in which a token sees itself and the `window` tokens before it.
-
-    None, or a window that covers the row, is the kernel itself; a shorter one is plain torch, which
-    keeps the scores [B, H, T, T]. Returns [B, T, H K] in the dtype of qkv.
-    """
-    time = qkv_BTC.shape[-2]
-    if window is None or window >= time - 1:
-        return qkv_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
-    head_dim = qkv_BTC.shape[-1] // (heads + 2 * kv_heads)
-    wide = qkv_BTC.to(torch.promote_types(qkv_BTC.dtype, torch.float32)).unflatten(-1, (-1, head_dim))
-    q_BTHK, k_BTGK, v_BTGK = wide.split([heads, kv_heads, kv_heads], dim=-2)
-    cos, sin = cos_TK2[:, None], sin_TK2[:, None]
-    turned = []
-    for x in (q_BTHK, k_BTGK):
-        x1, x2 = x.chunk(2, dim=-1)
-        y = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-        turned.append(rms_norm(y, None, eps) if qk_norm else y)
-    q_BTGHK, k_BTGK = turned[0].unflatten(-2, (kv_heads, -1)), turned[1]
-    scores_BGHTS = torch.einsum("btghk,bsgk->bghts", q_BTGHK, k_BTGK) * head_dim**-0.5
-    position_T = torch.arange(time, device=qkv_BTC.device)
-    age_TS = position_T[:, None] - position_T
-    hidden_TS = (age_TS < 0) | (age_TS > window)
-    weights_BGHTS = scores_BGHTS.masked_fill(hidden_TS, float("-inf")).softmax(-1)
-    return torch.einsum("bghts,bsgk->btghk", weights_BGHTS, v_BTGK).flatten(-3).to(qkv_BTC.dtype)
 
 
 def check_shape(width: int, heads: int, kv_heads: int, head_dim: int | None = None) -> None:

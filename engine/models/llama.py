@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from engine.family import VECTORS
 from engine.models import (
     Dropout,
     Embedding,
@@ -32,12 +33,13 @@ from engine.models import (
     rows_of,
     shorter_context,
 )
+from engine.models.cache import Cache, attention, places
 from kernels.activation import swiglu
-from kernels.attention import qkv_attention
 from kernels.embedding import embedding
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
+from kernels.ordered_sum import add_bias
 
 NO_SOFTCAP = 0.0
 
@@ -135,21 +137,20 @@ class Attention(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         next_norm_D: Tensor,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         qkv_BTC = linear(normed_BTD, self.qkv)
         if config.qkv_bias:
-            qkv_BTC = qkv_BTC + self.qkv_bias
+            qkv_BTC = add_bias(qkv_BTC, self.qkv_bias)
         if config.qk_norm:
             qkv_BTC = norm_heads(qkv_BTC, config.heads, config.kv_heads, self.q_norm, self.k_norm, config.norm_eps)
-        if config.output_bias:
-            x_BTD = x_BTD + self.output_bias
-        mixed_BTD = qkv_attention(qkv_BTC, cos_TK2, sin_TK2, config.heads, config.kv_heads, False, config.norm_eps)
-        eps, site = config.norm_eps, 1 + 2 * self.layer
-        return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, eps, drop, site)
+        mixed_BTD = attention(qkv_BTC, cos, sin, config.heads, config.kv_heads, self.layer, cache)
+        eps, site, bias = config.norm_eps, 1 + 2 * self.layer, self.output_bias if config.output_bias else None
+        return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, eps, drop, site, bias)
 
 
 class MLP(nn.Module):
@@ -180,11 +181,12 @@ class Layer(nn.Module):
         normed_BTD: Tensor,
         x_BTD: Tensor,
         next_norm_D: Tensor,
-        cos_TK2: Tensor,
-        sin_TK2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         drop: Dropout | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, Tensor]:
-        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, self.mlp.norm, cos_TK2, sin_TK2, drop)
+        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, self.mlp.norm, cos, sin, drop, cache)
         return self.mlp(normed_BTD, x_BTD, next_norm_D, drop)
 
 
@@ -211,11 +213,11 @@ class Llama(nn.Module):
     def head_VD(self) -> Tensor:
         return self.embedding.weight if self.config.tied else self.unembedding.weight
 
-    def features(self, tokens_BT: Tensor, drop: Dropout | None = None) -> Tensor:
+    def features(self, tokens_BT: Tensor, drop: Dropout | None = None, cache: Cache | None = None) -> Tensor:
         """The normed residual stream [B, T, D] that the head reads; drop: behind the embedding and each half of a
-        layer."""
-        time = tokens_BT.shape[-1]
-        cos_TK2, sin_TK2 = self.cos_TK2[:time], self.sin_TK2[:time]
+        layer; cache: what the tokens before these left."""
+        at = places(tokens_BT, self.config.context, cache)
+        cos, sin = self.cos_TK2[at], self.sin_TK2[at]
         x_BTD = embedding(tokens_BT, self.embedding.weight)
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
@@ -223,7 +225,7 @@ class Llama(nn.Module):
         norms: list[Any] = [layer.attention.norm for layer in self.layers] + [self.final_norm]
         normed_BTD = rms_norm(x_BTD, norms[0], self.config.norm_eps)
         for layer, next_norm_D in zip(self.layers, norms[1:], strict=True):
-            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos_TK2, sin_TK2, drop)
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, next_norm_D, cos, sin, drop, cache)
         return normed_BTD
 
     def forward(
@@ -242,29 +244,27 @@ class Llama(nn.Module):
         return linear_cross_entropy(x_ND, head_VD, targets_N, NO_SOFTCAP, hyper["label_smoothing"])
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] in fp32; for checks, training never makes them."""
-        return linear(self.features(tokens_BT), self.head_VD()).float()
+        """Logits [B, T, V] in fp32; training never makes them."""
+        return self.logits_of(self.features(tokens_BT))
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Logits [..., V] of some features [..., D], by an fp32 product."""
+        return linear(features.float(), self.head_VD().float())
 
 
 def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
-    """The groups of a parameter: attention, mlp, embedding or unembedding.
+    """The groups of a parameter: attention, mlp, embedding or unembedding; of norms and biases also vector.
 
     A norm's weight goes with the matrix it feeds; the final norm goes with the embedding, which
     is the head where it is tied, and then in both groups.
     """
+    if name.endswith(("norm", "bias")):
+        return name.split(".")[2] if name.startswith("layers.") else "embedding", VECTORS
     if name.startswith("layers."):
         return (name.split(".")[2],)
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
-
-
-def batch_invariant(config: LlamaConfig) -> bool:
-    """Whether a cell's bits on a GPU depend on the cell alone.
-
-    Biases are added in plain torch, and the sum over rows of their gradient depends on the stack.
-    """
-    return not (config.qkv_bias or config.output_bias)
 
 
 def fused_rows(config: LlamaConfig, name: str) -> tuple[tuple[int, int], ...]:
@@ -306,7 +306,7 @@ def activation_bytes(config: LlamaConfig, tokens: int, bytes_per_element: int) -
     """
     mixed = config.heads * config.head_dim
     projected = mixed + 2 * config.kv_heads * config.head_dim
-    layer = 4 * config.width + mixed + projected * (1 + config.qkv_bias + config.qk_norm) + 3 * config.mlp_width
+    layer = 4 * config.width + mixed + projected * (1 + config.qk_norm) + 3 * config.mlp_width
     elements = config.depth * layer + config.vocabulary
     elements += 3 * config.mlp_width + 4 * config.width
     return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)
