@@ -113,6 +113,7 @@ def run_sweep(
     asked = cells or cells_of(config)
     path = located(options.store) if options.store else default_store(config, asked)
     stored = open_resumable(path) if path.exists() else None
+    resuming = stored is not None
     if not options.dry_run:
         place_of(path).check_writable()
     rank.barrier()
@@ -125,8 +126,9 @@ def run_sweep(
             screen().print(dry_run_table(setup, stored))
         return path
     if options.workers > 1 and (stored is None or stored.run.replicates < setup.run.replicates):
-        make_shared(setup, path, stored)
-        return run_sweep(config, options, finish, cells)
+        if not make_shared(setup, path, stored):
+            return run_sweep(config, options, finish, cells)  # as another worker has made it
+        stored = Store(path)
     # before the store is made: W&B may refuse
     identity = uuid4().hex if stored is None else stored.attributes.get("wandb_run", "")
     where = options.wandb, options.wandb_project, options.wandb_entity
@@ -134,22 +136,22 @@ def run_sweep(
     shared = options.workers > 1
     with closing(open_or_create(setup, path, stored, rank, identity, shared, options.lease_seconds)) as writer:
         if not options.quiet and rank.index == 0:
-            announce(setup, path, stored)
+            announce(setup, path, resuming)
         with hearing_signals():
             try:
                 if together and rank.index > 0:
                     train_along(setup, writer)
                 elif workers == 1:
-                    train_missing(setup, writer, None, 1, options.quiet, track)
+                    writer.timed(*train_missing(setup, writer, None, 1, options.quiet, track))
                 else:
                     with closing(Leases(writer.place, worker_name(setup.device), options.lease_seconds)) as leases:
-                        train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
+                        took = train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
                 rank.barrier()
             except KeyboardInterrupt as stop:
                 stop.add_note(kept(writer, workers) if rank.index == 0 else "")
                 raise
     found: Mapping[str, Any] = {}
-    if rank.index == 0 and (workers == 1 or last_to_leave(path, options.lease_seconds)) and finish is not None:
+    if rank.index == 0 and (workers == 1 or last_to_leave(path, took, options.lease_seconds)) and finish is not None:
         found = finish(path, options.wandb != "off")
     track.finish(path, found)
     return path
@@ -161,21 +163,25 @@ def kept(store: Store, workers: int) -> str:
     return f"{'at least ' if workers > 1 else ''}{done:,} of {planned:,} cells kept, the same command goes on"
 
 
-def make_shared(setup: Setup, path: Where, stored: Store | None) -> None:
-    """Make or enlarge the store of a sweep that several processes begin at once, unless another just has."""
+def make_shared(setup: Setup, path: Where, stored: Store | None) -> bool:
+    """Make or enlarge the store of a sweep that several processes begin at once; False where another just has."""
     with closing(place_of(path).creation_lock()):
-        if stored is not None or not path.exists():
+        mine = Store(path).run.replicates == stored.run.replicates if stored is not None else not path.exists()
+        if mine:
             open_or_create(setup, path, stored, Rank(0, 1), uuid4().hex).close()
+        return mine
 
 
-def last_to_leave(path: Where, seconds: float = LEASE_SECONDS) -> bool:
+def last_to_leave(path: Where, took: tuple[float, int], seconds: float = LEASE_SECONDS) -> bool:
     """Wait until every process that trains a shared sweep has ended; True for the one that is to draw it.
 
     Args:
+        took: of `train_missing`, which the store is told while nobody else writes to it.
         seconds: as `Place.lock`.
     """
     place = place_of(path)
     with closing(place.lock(wait=True, seconds=seconds)):
+        Writer(path).timed(*took)
         return remove_leases(place)
 
 
@@ -261,10 +267,10 @@ def check_same_arithmetic(stored: Store, setup: Setup) -> None:
         )
 
 
-def announce(setup: Setup, path: Where, stored: Store | None) -> None:
+def announce(setup: Setup, path: Where, resuming: bool) -> None:
     """Say what is about to be trained, and how exact it is."""
     console = screen(stderr=True, soft_wrap=True)
-    doing = "resuming" if stored is not None else "sweeping"
+    doing = "resuming" if resuming else "sweeping"
     times = f", {setup.run.replicates} replicates," if setup.run.replicates > 1 else ""
     console.print(f"{doing} {setup.run.cells}{times} into {path} on {provenance(setup.device)['device']}")
     for line in setup.announce():

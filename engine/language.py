@@ -19,6 +19,7 @@ from engine.checkpoint import LoadedModel
 from engine.command import warn
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.family import VECTORS
 from engine.hyper import rule_of
 from engine.network import Network
 from engine.optim import OPTIMIZERS, by_group
@@ -63,7 +64,7 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return "at any width"
         return "in the same wave" if self.wave else "in the same launch"
 
@@ -99,7 +100,7 @@ class LanguageSetup:
         Where the device's memory does not hold the slots, half as many go on: with what is not measured yet where
         cells are batch-invariant, else with the whole launch again. Raises ValueError where not even one fits.
         """
-        exact = batch_invariant(self.run, self.device, self.network)
+        exact = batch_invariant(self.run, self.device)
         left = self.to_train(launch, status)
         while len(left):
             todo = left
@@ -138,7 +139,7 @@ class LanguageSetup:
     def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
         """Those missing; where bits depend on the wave, the cells of every wave that misses some."""
         missing = self.plan.missing(launch, status)
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return missing
         waves = [cells_of(wave) for wave in self.waves(self.plan.cells_in(launch))]
         return np.sort(np.concatenate([missing[:0], *(cells for cells in waves if np.isin(cells, missing).any())]))
@@ -161,7 +162,7 @@ class LanguageSetup:
         Where cells are batch-invariant they alone are trained, else the waves that hold them, each until all of its
         own are measured.
         """
-        exact, left = batch_invariant(self.run, self.device, self.network), set(cells.tolist())
+        exact, left = batch_invariant(self.run, self.device), set(cells.tolist())
         waves = self.waves(cells) if exact else [w for each in self.launches for w in self.waves_with(each, left)]
         for wave in waves:
             trainer = self.new_trainer(min(self.slots, len(wave)) if exact else self.slots)
@@ -243,12 +244,17 @@ class LanguageSetup:
         if self.widest > self.slots:
             how = "each wave when the one before has ended" if self.wave else "and slots are refilled"
             lines.append(f"a launch is {self.widest} trajectories; {self.slots} replicas train at once, {how}")
-        tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
-        for name in tied:
-            lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
+        frozen, groups = frozen_parameters(self.run.config, self.network), self.network.groups
+        for name in frozen:
+            if len(groups[name]) > 1 and VECTORS not in groups[name]:
+                lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(groups[name])}")
+        vectors = [name for name, own in groups.items() if own[0] == VECTORS and name not in frozen]
+        if vectors:
+            optimizer = by_group(training.optimizer, self.run.config.family.groups)[VECTORS]
+            lines.append(f"{len(vectors)} norms and biases are the group {VECTORS}, trained by {optimizer}")
         if training.ddp > 1:
             lines.append(f"{training.ddp} ranks share every batch; a cell's bits are those of that number of ranks")
-        if not batch_invariant(self.run, self.device, self.network):
+        if not batch_invariant(self.run, self.device):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
 
@@ -275,9 +281,9 @@ def most_rows(made: Plan) -> int:
     return int((made.steps * made.run.column("batch")).max())
 
 
-def batch_invariant(run: Run, device: torch.device, network: Network) -> bool:
+def batch_invariant(run: Run, device: torch.device) -> bool:
     """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
-    return device.type == "cuda" and run.config.family.batch_invariant and network.batch_invariant
+    return device.type == "cuda" and run.config.family.batch_invariant
 
 
 def cells_of(runs: list[Trajectory]) -> np.ndarray:
@@ -297,7 +303,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         ValueError: what the user gave cannot be trained; before any training.
     """
     split = split_over(run.config.training.ddp, device)
-    network = run.config.family.build(run.config, device)
+    network = run.config.family.build(run.config, device).grouped_for(run)
     check_groups(run, network)
     check_batching(run, network)
     made = plan.plan_runs(run)
@@ -326,7 +332,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         made = plan.plan_runs(run)
         check_steps(run)
     check_unique(run, corpus)
-    exact = batch_invariant(run, device, network)
+    exact = batch_invariant(run, device)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
     memory = memory_of(made, network, corpus, device)
@@ -469,7 +475,8 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
 
     A replica: fp32 master (with bf16 compute: bf16 weight and 16-bit remainder), its optimizers' fp32 state, a gradient
     in the compute precision (and its sum over ranks), an fp32 accumulator where batches are cut, its loss trace, its
-    order of the data; frozen parameters that are not shared. Shared: data, initial weights kept, frozen parameters otherwise.
+    order of the data; frozen parameters that are not shared. Shared: data, initial weights kept, frozen parameters
+    otherwise.
     """
     run, config = made.run, made.run.config
     compute = 2 if config.swept.precision == "bf16" else 4

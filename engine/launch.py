@@ -152,16 +152,19 @@ def still_missing(status: np.ndarray, chunks: Iterable[Chunk]) -> list[Chunk]:
 
 def train_missing(
     setup: Setup, writer: Writer, leases: Leases | None, workers: int, quiet: bool, track: tracking.Tracking
-) -> None:
+) -> tuple[float, int]:
     """Train every cell that the store does not hold yet; what was trained is written, come what may.
 
     Args:
         leases: this process's, where others train the same sweep.
         workers: about how many processes there are.
+
+    Returns:
+        the seconds this took, and the cells that this process has trained.
     """
-    missing = missing_launches(setup, writer)
+    missing, trained = missing_launches(setup, writer), 0
     if not missing:
-        return
+        return 0.0, 0
     todo = iter(missing) if leases is None else leased_launches(setup, writer, leases, workers)
     with progress.Progress(setup, writer, missing, shared=leases is not None, quiet=quiet) as watch:
         for launch in todo:
@@ -171,6 +174,7 @@ def train_missing(
                 for results in setup.train(launch, writer.status, watch.work):
                     for cells, values in results:
                         buffer.put(cells, values)
+                        trained += len(cells)
                         watch.put(cells, values)
                     if time.monotonic() - written > FLUSH:
                         buffer.flush()
@@ -180,8 +184,7 @@ def train_missing(
                 buffer.flush()
             watch.launched(launch)
             track.launch(watch)
-    if leases is None:  # processes that share a sweep each know their own part alone
-        writer.timed(watch.seconds, watch.done)
+    return watch.seconds, trained
 
 
 def train_along(setup: Setup, store: Store) -> None:

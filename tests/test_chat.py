@@ -94,6 +94,19 @@ def test_a_text_goes_on_behind_its_last_tokens(saved, monkeypatch, capsys):
     assert "[only the last 24 of 75 tokens are read: the context is 32]" in capsys.readouterr().err
 
 
+def test_an_interrupted_conversation_has_nothing_to_go_on_with(saved, monkeypatch, capsys):
+    def interrupted(options):
+        yield "the cat"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.chat.prompts", interrupted)
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", saved, "--tokens", "2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and out and not err
+
+
 def test_a_reply_does_not_steer_the_terminal(saved, monkeypatch, capsys):
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, tokens: "\x1b[2J\x9b1m" + "é\n" * len(tokens))
     text = said(monkeypatch, capsys, "--model", saved, "--prompt", "a", "--tokens", "2")
@@ -169,5 +182,8 @@ def test_a_prompt_is_all_that_stands_before_a_reply():
     assert ends == {MARKS.assistant_end, MARKS.bos}
     asked = [{"role": "user", "content": REPLY}]
     assert tokenizer.decode(reply_prompt(tokenizer, asked)[0]).count(REPLY) == 1
-    assert text_prompt(tokenizer, "ab") == ([MARKS.bos, 97, 98], {MARKS.assistant_end, MARKS.bos})
-    assert text_prompt(tokenizer, "") == ([MARKS.bos], {MARKS.assistant_end, MARKS.bos})
+    assert text_prompt(tokenizer, [{"role": "user", "content": "ab"}]) == (
+        [MARKS.bos, 97, 98],
+        {MARKS.assistant_end, MARKS.bos},
+    )
+    assert text_prompt(tokenizer, []) == ([MARKS.bos], {MARKS.assistant_end, MARKS.bos})

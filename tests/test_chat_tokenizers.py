@@ -16,7 +16,7 @@ from engine.checkpoint.hub_tokenizer import HubTokenizer
 from engine.checkpoint.nanochat_tokenizer import MARKS, NanochatTokenizer, read_pickle
 from engine.checkpoint.tokenizer_files import load_tokenizer
 from engine.data import IGNORED, load_corpus
-from engine.tokenizer import ByteTokenizer
+from engine.tokenizer import REPLY, ByteTokenizer, reply_prompt
 
 tiktoken = pytest.importorskip("tiktoken", reason="package tiktoken, the reference, is not installed")
 transformers = pytest.importorskip("transformers", reason="package transformers, the reference, is not installed")
@@ -458,6 +458,33 @@ def test_published_templates_are_masked_as_transformers_masks_them_by_marks(tmp_
         assert ids.tolist() == judged["input_ids"]
         assert mask.tolist() == [bool(each) for each in judged["assistant_masks"]]
         assert 0 < mask.sum() < len(mask)
+
+
+@pytest.mark.parametrize("spaces", [False, True], ids=["bytes", "spaces"])
+@pytest.mark.parametrize("name", ["QWEN2", "LLAMA3", "SMOLLM2", "ZEPHYR", "MISTRAL", "MISTRAL3", "THINKING"])
+def test_what_stands_before_a_reply_is_the_templates_own_prompt(tmp_path, name, spaces):
+    tokenizer = trained_tokenizer(tmp_path, globals()[name].replace("<{{", "{{").replace("}}>", "}}"), spaces)
+    for talk in (TALKS[0][:3], TALKS[2][:1], [{"role": "user", "content": REPLY}]):
+        prompt, ends = reply_prompt(tokenizer, talk)
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        assert prompt == tokenizer.backend.apply_chat_template(talk, **options)["input_ids"]
+        ids, mask = tokenizer.render([*talk, {"role": "assistant", "content": "the mat"}])
+        last = int(ids[mask][-1])
+        assert last in ends and tokenizer.eos in ends and not ends.intersection(tokenizer.encode("the mat is there"))
+
+
+def test_what_stands_before_a_reply_of_nanochat_and_smollm2(tokenizer):
+    prompt, ends = reply_prompt(tokenizer, CONVERSATION[:3])
+    assert tokenizer.decode(prompt) == (
+        "<|bos|><|user_start|>Where is the cat?<|user_end|><|assistant_start|>On the mat. the cat<|assistant_end|>"
+        "<|user_start|>On the mat. the cat<|user_end|><|assistant_start|>"
+    )
+    assert ends == {tokenizer.eos, tokenizer.padding}
+    assert reply_prompt(tokenizer, [{"role": "user", "content": "a b " * 2000}]) == ([], set()), "cut before the reply"
+    smollm2 = load_model("smollm2").tokenizer
+    prompt, ends = reply_prompt(smollm2, CONVERSATION[:1])
+    assert smollm2.decode(prompt).endswith("<|im_start|>user\nWhere is the cat?<|im_end|>\n<|im_start|>assistant\n")
+    assert ends == {smollm2.end, smollm2.boundary}
 
 
 @pytest.mark.parametrize("template", [CHATML, GENERATING], ids=["spans", "generation marks"])

@@ -175,6 +175,15 @@ def test_the_answer_comes_first_and_every_label_is_defined_where_it_is_shown(tmp
     assert "One seed (0): one draw." in html
 
 
+def test_the_answer_has_the_thresholds_of_the_map(tmp_path, monkeypatch):
+    store = language_store(tmp_path / "s", 16, 8)
+    widest = recommend(store.store, Thresholds(moved=0.4))
+    assert [column.trains for column in widest.columns] != [column.trains for column in recommend(store.store).columns]
+    row = widest.row(widest.columns[-1])
+    html = write(monkeypatch, store, "--moved", "0.4").read_text()
+    assert "".join(f"<td>{escape(cell)}</td>" for cell in row) in html
+
+
 def test_p_train_is_a_map_where_there_are_several_seeds(tmp_path, monkeypatch):
     rate, breaks = np.geomspace(1e-3, 10, 6)[:, None], 10.0 ** np.arange(-2, 2)[:, None, None]
     loss = np.where(rate < breaks, 4.0, 9.0) * np.ones((4, 6, 3))
