@@ -26,9 +26,8 @@ from analysis.tasks import CENTRED, Scored, Task, load_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import DONE, Thresholds, trains
-from engine.replay import language_setup, place_of
+from engine.replay import check_text, language_setup, place_of
 from engine.store import Store, open_store
-from engine.store_v1 import StoreV1
 
 if TYPE_CHECKING:
     from engine.checkpoint import LoadedModel
@@ -168,7 +167,7 @@ def score_cells(
     Raises:
         ValueError: a store whose weights no replay gives, other items under a task's name, weights that differ.
     """
-    check_store(store)
+    check_text(store)
     with closing(store.place.lock()):
         stored = {task.name: find_task(store, task) for task in tasks}
         wanted = {}
@@ -180,12 +179,6 @@ def score_cells(
         say(f"{len(places)} cells, {len(places) - len(missing)} of them scored before")
         if missing:
             Evaluation(store, tasks, stored, wanted, device, say).run(missing)
-
-
-def check_store(store: Store) -> None:
-    """Raise ValueError where replay gives no weights."""
-    if isinstance(store, StoreV1):
-        raise ValueError(f"{store.path} has store format 1, whose cells are not replayed; sweep again to score them")
 
 
 class Weights(NamedTuple):
@@ -340,7 +333,7 @@ def main() -> None:
     with user_errors():
         console = screen(soft_wrap=True)
         store = open_store(options.store)
-        check_store(store)
+        check_text(store)
         places = chosen_cells(store, options.cells, options.seeds)
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         tasks = load_tasks(names, options.tasks_from, options.limit, options.shots if options.shots >= 0 else None)

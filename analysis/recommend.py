@@ -214,10 +214,12 @@ class Recommendation:
         if done < cells:
             said.append(f"{done:,} of {cells:,} cells are measured; only whole columns are read.")
         from analysis.distance import distance_note
+        from analysis.samples import sample_notes
         from analysis.scores import score_notes
 
         scores = score_notes(self.store, self.cell())
-        return said + scores + (distance_note(self.store, self.cell()) if scores else [])
+        far = distance_note(self.store, self.cell()) if scores else []
+        return said + sample_notes(self.store, self.cell()) + scores + far
 
     def head(self) -> tuple[str, ...]:
         """Names of what `rows` has."""

@@ -20,6 +20,7 @@ from analysis.recommend import recommend
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import Thresholds, measured, trains
+from engine.replay import check_text
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 KEY = "samples.json"
 QUESTIONS = ("Hello! How are you?", "What is the capital of France?", "Write a sentence about rain.")
+SHOWN = 60  # letters of a text in a sentence
 BROKEN = "(not finite: no text)"
 STACK = 4  # weights that write at once; more would fill a laptop's memory
 Place = tuple[int, ...]
@@ -66,6 +68,22 @@ def read_samples(store: Store) -> Samples | None:
 def write_samples(store: Store, samples: Samples) -> None:
     """Keep them, in place of others."""
     store.place.put(KEY, json.dumps(asdict(samples), indent=1, ensure_ascii=False).encode())
+
+
+def cut(text: str) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def sample_notes(store: Store, cell: tuple[int, ...] | None) -> list[str]:
+    """What a cell writes behind the first prompt, before training and after; [] where it has not been sampled."""
+    samples = read_samples(store)
+    if samples is None or cell is None:
+        return []
+    where, prompt = ",".join(map(str, cell)), samples.prompts[0]
+    texts = [(each.start[0], each.end[0]) for each in samples.cells if each.place[1:] == cell]
+    quoted = [[cut(" ".join(text.split())) for text in both] for both in texts[:1]]
+    return [f'Cell {where} answers "{prompt}" before training with "{a}", after it with "{b}".' for a, b in quoted]
 
 
 def default_places(store: Store) -> dict[Place, str]:
@@ -178,6 +196,7 @@ def main() -> None:
         if options.tokens < 1:
             raise ValueError(f"tokens is {options.tokens}; expected at least 1")
         store = open_store(options.store)
+        check_text(store)
         if options.cells:
             places = dict.fromkeys(chosen_cells(store, options.cells, 1), "chosen")
         else:

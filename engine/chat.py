@@ -22,7 +22,7 @@ from rich.table import Table
 from engine.command import parse, screen, user_errors, warn
 from engine.hyper import long_name
 from engine.outcome import LABELS, Thresholds
-from engine.replay import cell_models, language_setup, place_of
+from engine.replay import cell_models, check_text, language_setup, place_of
 from engine.sampling import Sampling
 from engine.tokenizer import PROMPTS, reply_prompt
 
@@ -286,6 +286,7 @@ def find_speakers(options: Options) -> tuple[list[Speaker], str]:
     from engine.store import open_store
 
     store = open_store(options.store)
+    check_text(store)
     return cell_speakers(store, chosen_places(store, options), options)
 
 

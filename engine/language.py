@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -304,6 +305,7 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     """
     split = split_over(run.config.training.ddp, device)
     network = run.config.family.build(run.config, device).grouped_for(run)
+    run = with_date(run, network, stored)
     check_groups(run, network)
     check_batching(run, network)
     made = plan.plan_runs(run)
@@ -353,6 +355,23 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     return LanguageSetup(
         run, made, device, network, corpus, memory, chunk_rows, launches, slots, wave, len(widest.runs)
     )
+
+
+def with_date(run: Run, network: Network, stored: Any) -> Run:
+    """The run with the day that its chat template prints as today, so that its data are the same on any other.
+
+    It is the one given, the store's, or today's; the network's tokenizer takes it. Raises ValueError for a date that
+    nothing prints.
+    """
+    training = run.config.training
+    tokenizer: Any = network.tokenizer
+    if not tokenizer.dated:
+        if training.date:
+            raise ValueError(f"date is {training.date}, but no data of this network print it; leave it out")
+        return run
+    today = datetime.now(UTC).date().isoformat() if stored is None else stored.config.training.date
+    tokenizer.date = training.date or today
+    return replace(run, config=replace(run.config, training=replace(training, date=tokenizer.date)))
 
 
 def cpu_slots(works: list[Work], network: Network) -> int:

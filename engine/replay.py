@@ -71,13 +71,24 @@ def replay_cell(store: "Store", row: int, col: int, device: str, replicate: int 
     return prepare_stored(store, device).replay(int(np.ravel_multi_index(place, store.run.shape)))
 
 
+def check_text(store: "Store") -> None:
+    """Raise ValueError where a replay gives no weights that read and write text."""
+    from engine.store_v1 import StoreV1
+
+    if isinstance(store, StoreV1):
+        raise ValueError(
+            f"{store.path} has store format 1, whose cells are not replayed; sweep again for their weights"
+        )
+    if not store.config.workload.keeps_weights:
+        raise ValueError(f"{store.path} is of network {store.config.network}, which has no text; expected a language")
+
+
 def language_setup(store: "Store", device: str) -> "LanguageSetup":
     """What trains a store's cells again, where their weights write text. Raises ValueError where they do not."""
     from engine.api import prepare_stored
     from engine.language import LanguageSetup
 
-    if not store.config.workload.keeps_weights:
-        raise ValueError(f"{store.path} is of network {store.config.network}, which has no text; expected a language")
+    check_text(store)
     setup = prepare_stored(store, device)
     assert isinstance(setup, LanguageSetup)
     if setup.network.export is None:

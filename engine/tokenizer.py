@@ -4,6 +4,7 @@ Both classes offer the same things:
 
     name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
     calls                   whether there are marks for an assistant's python calls and their outputs
+    dated                   whether what it writes of a conversation holds today's date, which `date` then fixes
     padding                 the id that fills an unfinished row (never a target)
     chats                   whether networks that it comes with reply in roles; None: if their data taught them
     bos, eos                the id before a text that nothing else stands before; the id that ends a reply
@@ -91,7 +92,7 @@ PROMPTS = {"chat": reply_prompt, "text": text_prompt}
 class ByteTokenizer:
     """UTF-8 bytes 0-255, then the marks of nanochat's conversations."""
 
-    name, calls, chats = "bytes", False, None
+    name, calls, chats, dated = "bytes", False, None, False
     vocabulary = BYTE_VOCABULARY
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
     padding, eos = bos, assistant_end
@@ -149,7 +150,7 @@ class SmolLM2Tokenizer:
     rendered string cannot say which tokens are replies; a test compares it with the file's own.
     """
 
-    name, calls, chats = "smollm2", False, True
+    name, calls, chats, dated = "smollm2", False, True, False
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[str]):

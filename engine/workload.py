@@ -4,6 +4,7 @@ Everything outside asks the workload, through `Workload` before anything is load
 `workload_of` is the one place that chooses. Nothing here imports torch.
 """
 
+import datetime
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -133,6 +134,7 @@ class LanguageOptions:
     data_config: str = ""  # configuration name of a folder's or a hub's data set
     split: str = "train"  # split of a folder's or a hub's data set
     packing: str = "cut"  # cut: documents end to end, cut every context; best-fit: whole documents, rows filled up
+    date: str = ""  # what a chat template prints as today, YYYY-MM-DD (default: the day the store is made)
     data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
     validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
     optimizer: str = "adamw"  # %(legal)s; by parameter group: adamw,matrix=muon
@@ -196,6 +198,8 @@ def resolve_language(run: "Run", device: str) -> "Run":
             raise ValueError(f"freeze has {group!r}; expected some of {', '.join(run.config.family.groups)}")
     expect("packing", training.packing, ("cut", "best-fit"))
     expect("count", training.count, tuple(COUNTS))
+    if training.date:
+        check_date(training.date)
     check_schedule(run)
     if not COUNTS[training.count]:
         check_steps(run)
@@ -212,6 +216,16 @@ def ranks_started() -> int:
     if ranks == 1:
         raise ValueError("--ddp shares every batch among ranks, but one process was started; start it with torchrun")
     return ranks
+
+
+def check_date(text: str) -> None:
+    """Raise ValueError for anything but a day as YYYY-MM-DD."""
+    try:
+        day = datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        day = ""
+    if day != text:
+        raise ValueError(f"date is {text!r}; expected a day as YYYY-MM-DD, for example 2026-11-25")
 
 
 def resolved_data(data: str) -> str:

@@ -19,6 +19,7 @@ from benchmarks import (
     profile_step,
     random_runs,
     slots,
+    text,
     throughput,
     timing,
     tune,
@@ -27,6 +28,8 @@ from engine import provenance
 from engine.checkpoint.model import shapes_of
 from engine.config import make_config, resolve
 from engine.models import rotary_tables
+from engine.models.gpt import GPTConfig, initial_weights
+from engine.tokenizer import ByteTokenizer
 from kernels.attention import qkv_attention_reference
 
 CPU = torch.device("cpu")
@@ -181,9 +184,22 @@ def test_slots_are_counted_and_their_time_adds_up():
     assert parts == pytest.approx(row["total_s"], abs=0.01) and row["held_out_s"] > 0
 
 
+def test_text_is_timed_and_compared(tmp_path):
+    from engine.checkpoint import save_model
+
+    config = GPTConfig(depth=1, width=16, heads=1, kv_heads=1, context=64, vocabulary=320)
+    weights = {name: 10 * weight for name, weight in initial_weights(config, 0).items()}
+    save_model(str(tmp_path / "m"), config, weights, ByteTokenizer())
+    rows = text.measure(text.Options(model=str(tmp_path / "m"), tokens=8, replicas=3, device="cpu"))
+    assert [row["replicas"] for row in rows] == [1, 1, 1, 3]
+    assert [row["agree"] for row in rows] == [8, "", 8, 8]
+    assert all(row["tokens"] == 8 and row["tokens_per_second"] > 0 for row in rows)
+    assert text.agreeing([1, 2, 3], [1, 5, 3]) == 1
+
+
 @pytest.mark.parametrize(
     "benchmark",
-    [fractal, invariance, peers, power, profile_step, slots, throughput, tune],
+    [fractal, invariance, peers, power, profile_step, slots, text, throughput, tune],
     ids=lambda module: module.__name__.split(".")[1],
 )
 def test_without_a_gpu_a_benchmark_is_one_line(benchmark, monkeypatch, capsys):
@@ -204,6 +220,8 @@ def test_without_a_gpu_kernels_are_not_timed(module, monkeypatch, capsys):
         (slots, ["--slots", "0", "--device", "cpu"], "slots is 0, expected more than 0; change --slots"),
         (slots, ["--rows", "-1", "--device", "cpu"], "rows is -1"),
         (slots, ["--device", "tpu"], "device is 'tpu'; expected auto, cpu or cuda"),
+        (text, ["--tokens", "0", "--device", "cpu"], "tokens is 0, expected more than 0; change --tokens"),
+        (text, ["--model", "nowhere", "--device", "cpu"], "nowhere does not exist"),
         (peers, ["--replicas", "0", "--device", "cpu"], "replicas is 0"),
         (peers, ["--precision", "fp16", "--device", "cpu"], "precision is 'fp16', expected bf16 or fp32"),
         (peers, ["--peer", "flax"], "peer is 'flax'"),

@@ -12,8 +12,9 @@ from tiny import sweep, tiny
 from engine.chat import form_of, main
 from engine.checkpoint import load_model
 from engine.config import make_config
-from engine.replay import language_setup, replay_cell, save_weights
+from engine.replay import check_text, replay_cell, save_weights
 from engine.store import Store
+from engine.store_v1 import StoreV1
 from engine.tokenizer import REPLY, ByteTokenizer, reply_prompt, text_prompt
 
 MARKS = ByteTokenizer
@@ -151,10 +152,14 @@ def known_cells(saved: str):
     return lambda store, places, options: ([Speaker("cell", "", load_model(saved)) for _ in places], "chat")
 
 
-def test_a_network_without_text_is_refused():
+def test_a_store_without_text_is_refused():
     paper = SimpleNamespace(path="S", config=make_config(network="two_layer"))
     with pytest.raises(ValueError, match="S is of network two_layer, which has no text"):
-        language_setup(paper, "cpu")
+        check_text(paper)
+    old = object.__new__(StoreV1)
+    old.path = "S"
+    with pytest.raises(ValueError, match="S has store format 1, whose cells are not replayed"):
+        check_text(old)
 
 
 def test_bytes_are_taught_their_form_by_the_data(tmp_path, store):

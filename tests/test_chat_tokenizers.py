@@ -286,6 +286,13 @@ THINKING = (  # as Qwen3: an empty thought before the last reply only
     "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LLAMA31 = (  # as Llama 3.1 and later
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+    "{%- endif %}{%- endif %}"
+    "<|im_start|>system\nToday Date: {{ date_string }}<|im_end|>" + CHATML
+)
+CLOCK = "<|im_start|>system\nIt is {{ strftime_now('%Y-%m-%d') }}.<|im_end|>" + CHATML
 DEAF = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}\n{% endif %}{% endfor %}"
 SHOUTING = CHATML.replace("m['content']", "m['content'] | upper")
 CONVERSATION = [
@@ -308,6 +315,20 @@ def hub_tokenizer(folder, template):
     fast.chat_template = template
     fast.save_pretrained(folder)
     return HubTokenizer(folder)
+
+
+@pytest.mark.parametrize(("template", "says"), [(LLAMA31, "Today Date: 03 Feb 2025"), (CLOCK, "It is 2025-02-03.")])
+def test_a_template_prints_the_date_that_it_is_given(tmp_path, template, says):
+    tokenizer = hub_tokenizer(tmp_path, template)
+    assert tokenizer.dated and says not in tokenizer.decode(tokenizer.render(CONVERSATION)[0])
+    tokenizer.date = "2025-02-03"
+    ids, mask = tokenizer.render(CONVERSATION)
+    assert says in tokenizer.decode(ids)
+    assert tokenizer.decode(ids[mask]) == "On the mat. the cat<|im_end|> It's there 🙂 <|im_end|>"
+    marked = hub_tokenizer(tmp_path, template.replace(CHATML, GENERATING))
+    marked.date = "2025-02-03"
+    assert says in tokenizer.decode(marked.render(CONVERSATION)[0])
+    assert not hub_tokenizer(tmp_path, CHATML).dated
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 The checkpoints are small random ones, written by transformers, in nanochat's own layout, or by this engine.
 """
 
+import datetime
 import re
 
 import numpy as np
@@ -150,6 +151,40 @@ def test_a_store_goes_on_with_no_other_checkpoint_but_with_the_same_at_another_p
         train(store=str(tmp_path / "s"), model=str(path), **flags)
     with pytest.raises(ValueError, match="holds a sweep with model of other content"):
         replay_cell(open_store(tmp_path / "s"), 0, 0, "cpu")
+
+
+def test_a_store_goes_on_another_day_where_the_chat_template_prints_the_date(tmp_path, flags, monkeypatch):
+    class Another(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2031, 5, 6, tzinfo=tz)
+
+    path = write_hub(tmp_path / "model", "tinyllama")
+    template = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    set_template(path, template + "{{ date_string | lower }}" + TEMPLATE)
+    train(store=str(tmp_path / "s"), model=str(path), **flags)
+    first = open_store(tmp_path / "s")
+    assert first.config.training.date == datetime.datetime.now(datetime.UTC).date().isoformat()
+    forget(first.path, 1)
+    monkeypatch.setattr(language, "datetime", Another)
+    again = train(store=str(tmp_path / "s"), model=str(path), **flags)
+    assert (again["status"].values == 1).all()
+    assert compare(first, 1, 1, replay_cell(open_store(tmp_path / "s"), 1, 1, "cpu")) == ""
+    train(store=str(tmp_path / "t"), model=str(path), **flags)
+    assert open_store(tmp_path / "t").config.training.date == "2031-05-06"
+    with pytest.raises(ValueError, match="holds a sweep with date='2031-05-06', got '2030-01-01'"):
+        train(store=str(tmp_path / "t"), model=str(path), **flags, date="2030-01-01")
+    with pytest.raises(ValueError, match="date is '6 May'; expected a day as YYYY-MM-DD"):
+        train(store=str(tmp_path / "u"), model=str(path), **flags, date="6 May")
+    set_template(path, TEMPLATE)
+    with pytest.raises(ValueError, match="date is 2030-01-01, but no data of this network print it"):
+        train(store=str(tmp_path / "u"), model=str(path), **flags, date="2030-01-01")
+
+
+def set_template(path, template):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
 
 
 def test_groups_of_later_nanochats_are_swept_and_refused_where_there_are_none(tmp_path, flags):

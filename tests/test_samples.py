@@ -1,7 +1,9 @@
 """What cells write before and after training: chosen, written greedily, kept in the store, and read by the report."""
 
+import shutil
 import sys
 from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from test_command import fails
 from tiny import sweep, tiny
 
 from analysis import report
-from analysis.samples import BROKEN, default_places, main, read_samples
+from analysis.recommend import recommend
+from analysis.samples import BROKEN, cut, default_places, main, read_samples, sample_notes
 from engine import chat
 from engine.api import prepare_stored
 from engine.outcome import Thresholds, trains
@@ -66,10 +69,13 @@ def test_texts_are_greedy_from_the_first_and_the_last_weights(store):
     assert best.start != best.end
 
 
-def test_a_cell_that_is_not_finite_says_so(store, monkeypatch, capsys, tmp_path):
-    import shutil
+@pytest.fixture
+def copy(store, tmp_path):
+    """The store again, to be written into."""
+    return Path(shutil.copytree(store.path, tmp_path / "s"))
 
-    copy = shutil.copytree(store.path, tmp_path / "s")
+
+def test_a_cell_that_is_not_finite_says_so(copy, monkeypatch, capsys):
     words = ["--store", str(copy), "--tokens", "3", "--prompts", "a", "--cells", "4,1"]
     monkeypatch.setattr(sys, "argv", ["samples", *words])
     main()
@@ -96,8 +102,18 @@ def test_the_report_shows_them_and_trains_nothing(store, monkeypatch):
     assert "<svg" in section, "their losses"
 
 
-def test_a_store_without_samples_has_no_such_section(tmp_path, monkeypatch):
-    made = sweep(tiny(tmp_path), tmp_path / "s")
+def test_the_recommendation_quotes_its_cell(store):
+    found, samples = recommend(store), read_samples(store)
+    best = next(each for each in samples.cells if each.why == "best")
+    (note,) = [note for note in found.notes() if "before training with" in note]
+    assert note.startswith(f'Cell {best.place[1]},{best.place[2]} answers "the cat" before training with "')
+    assert sample_notes(store, (best.place[1], 1 - best.place[2])) == [], "the other column was not sampled"
+    assert cut("x" * 60) == "x" * 60 and cut("x" * 61) == "x" * 59 + "…"
+
+
+def test_a_store_without_samples_has_no_such_section(copy, monkeypatch):
+    (copy / "samples.json").unlink()
+    made = open_store(copy)
     assert read_samples(made) is None
     monkeypatch.setattr("sys.argv", ["report", "--store", str(made.path)])
     report.main()
@@ -119,20 +135,20 @@ def test_what_cannot_be_sampled_is_one_line(store, capsys, words, says):
     assert read_samples(store) == kept
 
 
-def test_the_table_of_cells_says_what_was_trained_and_what_it_scores(tmp_path):
+def test_the_table_of_cells_says_what_was_trained_and_what_it_scores(copy):
     from analysis.scores import make_task
     from analysis.tasks import Scored
 
-    made = sweep(tiny(tmp_path), tmp_path / "s")
+    made = open_store(copy)
     assert set(cell_frame(made)["start"]) == {"random"}
 
     class Task:
         name, items, digest, lower = "planted", 2, "0", ()
 
     start, right = (Scored({"acc": np.array(each)}, {"acc": np.mean(each)}) for each in ([0.0, 0.0], [1.0, 0.0]))
-    make_task(made, Task(), start, {}).write({(0, 1, 2): (right, start)})
+    make_task(made, Task(), start, {}).write({(0, 1, 1): (right, start)})
     frame = cell_frame(open_store(made.path))
     expected = np.full(made.run.shape, np.nan)
-    expected[0, 1, 2] = 0.5
+    expected[0, 1, 1] = 0.5
     assert np.array_equal(frame["planted/acc"].to_numpy(), expected.ravel(), equal_nan=True)
     assert frame["val_loss"].to_numpy() == pytest.approx(made.read("val_loss").ravel(), nan_ok=True)

@@ -6,6 +6,7 @@ it. Every span is verified against the whole rendered string, and a template tha
 reply is refused, since a wrong mask would train on the wrong text.
 """
 
+import datetime
 import hashlib
 import json
 import re
@@ -23,6 +24,8 @@ from engine.tokenizer import Message, Rendered, is_learned, letters_of_tokens
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"  # how sentencepiece writes it
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""How a template comes by today's date: transformers gives it this function, and takes no other one for it."""
 QUESTION, PROBE = "fractal-probe-question", "fractal-probe-reply"
 
 
@@ -30,6 +33,8 @@ class HubTokenizer:
     """A tokenizer of `transformers`, with the methods of `engine.tokenizer`'s classes."""
 
     calls = False
+    date = ""
+    """what a template takes for today, YYYY-MM-DD; '' for today itself"""
 
     def __init__(self, folder: Path):
         if find_spec("transformers") is None:
@@ -51,6 +56,7 @@ class HubTokenizer:
         self.folder = folder
         self.template = self.backend.chat_template
         self.chats = isinstance(self.template, str)
+        self.dated = self.chats and bool(CLOCK.search(self.template))
         described = self.backend.backend_tokenizer.to_str() + str(self.template)
         self.name = f"hf-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
         self.vocabulary = max(self.backend.get_vocab().values()) + 1
@@ -79,7 +85,8 @@ class HubTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Marks are written out."""
-        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+        ids = list(map(int, tokens))
+        return self.backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def document(self, text: str) -> Rendered:
         """The tokens and the end-of-text mark, where there is one; all are learned."""
@@ -109,6 +116,9 @@ class HubTokenizer:
         return np.array(encoded["input_ids"], np.int32), supervised
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        if self.dated and self.date:
+            day = datetime.date.fromisoformat(self.date)
+            options["chat_template"] = CLOCK.sub(lambda call: json.dumps(day.strftime(call[2])), self.template)
         try:
             return self.backend.apply_chat_template(messages, **options)
         except Exception as error:  # a template raises what it likes
