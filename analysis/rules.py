@@ -232,6 +232,10 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
         said.append(("", f"published exponents, of opposite sign: {known}"))
     if r.critical is not None:
         said.append(("critical-rate law", law_words(r.critical, lr, other)))
+    if r.critical is not None and r.borders is not None:
+        unbounded, columns = int(np.isinf(r.borders.high[0]).sum()), len(r.borders.start)
+        if unbounded:
+            said.append(("", f"approximate, rather too wide: LR50 is open above in {unbounded} of {columns} columns"))
     if r.sensitivity is not None:
         value, lowest = r.sensitivity
         decades = f"{lowest:.2g} to {lowest * 10**laws.DECADES:.2g}"

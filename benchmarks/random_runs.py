@@ -37,6 +37,7 @@ SMALL: dict[str, Callable[..., ModelConfig]] = {
 }
 # published shapes, by their context
 PUBLISHED: dict[str, Callable[[int], ModelConfig]] = {
+    "smollm2-135m": lambda context: LlamaConfig(30, 576, 9, 3, 1536, context, 49152, 1e5),
     "gpt2-124m": lambda context: GPT2Config(12, 768, 12, 3072, context, 50257),
     "qwen2.5-0.5b": lambda context: LlamaConfig(24, 896, 14, 2, 4864, context, 151936, 1e6, 1e-6, qkv_bias=True),
     "llama-1b": lambda context: LlamaConfig(16, 2048, 32, 8, 8192, context, 128256, 5e5),

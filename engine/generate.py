@@ -84,6 +84,8 @@ class Generator:
         torch.set_float32_matmul_precision("highest")
         self.context, self.device, self.sampling = model.config.context, device, sampling
         self.shape = len(weights), rows
+        # on a CPU one after another takes less time than a stack of small products (benchmarks/LOG.md)
+        self.stacked = device.type != "cpu"
         self.module = Continuation(make_module(model.config, device))
         self.weights = {
             f"network.{name}": torch.stack([own[name].float() for own in weights]).to(device) for name in weights[0]
@@ -103,9 +105,8 @@ class Generator:
             return functional_call(self.module, weights, (tokens_BT, last_B, length_B, past))
 
         given = (self.weights, tokens_RBT, last_RB, self.length_RB, self.past)
-        if self.device.type != "cpu":
+        if self.stacked:
             return vmap(one_replica)(*given)
-        # one after another: in half the time that a stack of small products takes here
         found = [one_replica(*tree_map(itemgetter(replica), given)) for replica in range(self.shape[0])]
         return tree_map(lambda *own: torch.stack(own), *found)
 

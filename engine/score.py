@@ -11,6 +11,7 @@ Letters: R replica, B rows, T time, D width, V vocabulary, N positions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from engine.checkpoint.model import Method, make_module, shapes_of
 from engine.network import describe
 from engine.stack import Stack
 from engine.step import matmul_precision
+from kernels.ahead import compile_ahead
 from kernels.loss import IGNORED, logits_losses
 
 SHORTEST = 32  # tokens of the shortest padded row
@@ -135,6 +137,7 @@ class Scorer:
         self.stack = Stack(network, replicas, dtype, device)
         self.tokens = BATCH_TOKENS[device.type]
         self.whole = device.type == "cuda"  # a CPU computes no rows that are empty
+        self.compiled: set[int] = set()  # lengths whose kernels are there
         self.modules = {name: Method(module, name) for name in ("features", "logits_of")}
 
     def load(self, slot: int, weights: Mapping[str, Tensor]) -> None:
@@ -148,28 +151,48 @@ class Scorer:
         named = {f"network.{key}": view for key, view in views.items()}
         return vmap(lambda weights, own: functional_call(module, weights, (own,)))(named, x)
 
+    def features(self, tokens_BT: np.ndarray) -> Tensor:
+        """What each replica's head reads of the same tokens [R, B T, D]."""
+        tokens = torch.from_numpy(tokens_BT).to(self.device)
+        return self.call("features", tokens.expand(self.replicas, -1, -1)).flatten(1, 2)
+
+    def judge(self, features_RND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of some targets, and whether each is the likeliest token, [R, N] each."""
+        logits_RNV = self.call("logits_of", features_RND)
+        index_RN1 = targets_N.clamp(min=0)[:, None].expand(self.replicas, -1, 1)
+        return logits_losses(logits_RNV, targets_N), logits_RNV.gather(-1, index_RN1).squeeze(-1) >= logits_RNV.amax(-1)
+
+    def rehearse(self, length: int) -> None:
+        """A batch of empty rows and a slice of it, for the kernels that it takes."""
+        features_RND = self.features(np.zeros((max(self.tokens // length, 1), length), np.int64))
+        nothing_N = torch.zeros(SLICE, dtype=torch.int64, device=self.device)
+        self.judge(features_RND[:, nothing_N], nothing_N)
+
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> Answers:
         """Answers of every replica. Requests must fit the context (`cut_left`)."""
         # fp32 products are the head's: of features and weights in bf16 those of tf32 are exact, and ten times as fast
         torch.set_float32_matmul_precision("high" if self.precision == "bf16" else matmul_precision(self.precision))
+        planned = list(batches(requests, self.context, self.tokens, self.whole))
+        if self.device.type == "cuda":
+            new = {batch.tokens_BT.shape[1] for batch in planned} - self.compiled
+            compile_ahead(*(partial(self.rehearse, length) for length in sorted(new)))
+            self.compiled |= new
         owners, losses, hits = [], [], []
-        for batch in batches(requests, self.context, self.tokens, self.whole):
-            tokens_BT = torch.from_numpy(batch.tokens_BT).to(self.device)
-            features_RND = self.call("features", tokens_BT.expand(self.replicas, -1, -1)).flatten(1, 2)
+        for batch in planned:
+            features_RND = self.features(batch.tokens_BT)
             missing = -len(batch.at_N) % SLICE if self.whole else 0
             at_N = torch.from_numpy(np.pad(batch.at_N, (0, missing))).to(self.device)
             targets_N = torch.from_numpy(np.pad(batch.targets_N, (0, missing), constant_values=IGNORED)).to(self.device)
             for at, targets in zip(at_N.split(SLICE), targets_N.split(SLICE), strict=True):
-                logits_RNV = self.call("logits_of", features_RND[:, at])
-                index_RN1 = targets.clamp(min=0)[:, None].expand(self.replicas, -1, 1)
-                hits.append(logits_RNV.gather(-1, index_RN1).squeeze(-1) >= logits_RNV.amax(-1))
-                losses.append(logits_losses(logits_RNV, targets))
+                loss_RN, hit_RN = self.judge(features_RND[:, at], targets)
+                losses.append(loss_RN)
+                hits.append(hit_RN)
             owners.append(np.pad(batch.owner_N, (0, missing), constant_values=len(requests)))
         owner = np.concatenate(owners)
-        loss_RN, hit_RN = (torch.cat(each, 1).cpu().numpy() for each in (losses, hits))
-        sums = np.stack([np.bincount(owner, loss, len(requests) + 1) for loss in loss_RN.astype(np.float64)])
-        misses = np.stack([np.bincount(owner, ~hit, len(requests) + 1) for hit in hit_RN])
+        all_losses, all_hits = (torch.cat(each, 1).cpu().numpy() for each in (losses, hits))
+        sums = np.stack([np.bincount(owner, loss, len(requests) + 1) for loss in all_losses.astype(np.float64)])
+        misses = np.stack([np.bincount(owner, ~hit, len(requests) + 1) for hit in all_hits])
         return Answers(-sums[:, : len(requests)], misses[:, : len(requests)] == 0)
 
     def weights(self) -> list[dict[str, Tensor]]:

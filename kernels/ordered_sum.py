@@ -68,7 +68,7 @@ def column_sums_op(x_RND: Tensor) -> Tensor:
     J = triton.cdiv(N, BLOCK_ROWS)
     x_RND = dense_replicas(x_RND)
     partial_RJD = x_RND.new_empty(R, J, D, dtype=torch.float32)
-    _sum_rows_kernel[(R * J, triton.cdiv(D, WIDE_COLUMNS))](
+    _sum_rows_kernel[(R * J * triton.cdiv(D, WIDE_COLUMNS),)](
         x_RND, partial_RJD, x_RND.stride(0), N=N, D=D, BLOCK_ROWS=BLOCK_ROWS, COLUMNS=WIDE_COLUMNS, num_warps=4
     )
     return add_blocks(partial_RJD, x_RND.dtype)
@@ -99,17 +99,19 @@ def row_sums(values_Sn: Tensor) -> Tensor:
 def _sum_rows_kernel(
     x_ptr, partial_ptr, stride, N: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Program (replica, block of rows; block of columns)."""
+    """Program (replica, block of rows, block of columns)."""
     blocks: tl.constexpr = (N + BLOCK_ROWS - 1) // BLOCK_ROWS
-    replica = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    rows = tl.program_id(0) // column_blocks
+    replica = (rows // blocks).to(tl.int64)
+    column = tl.program_id(0) % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
     x_ptr += replica * stride
     total = tl.zeros([COLUMNS], tl.float32)
     for offset in tl.static_range(BLOCK_ROWS):  # unrolled, so that the loads do not wait for each other
-        row = tl.program_id(0) % blocks * BLOCK_ROWS + offset
+        row = rows % blocks * BLOCK_ROWS + offset
         inside = (column < D) & (row + 0 * column < N)
         total += tl.load(x_ptr + row.to(tl.int64) * D + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, mask=column < D)
+    tl.store(partial_ptr + rows.to(tl.int64) * D + column, total, mask=column < D)
 
 
 @triton.jit

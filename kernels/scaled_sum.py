@@ -79,7 +79,7 @@ def scaled_sum_backward_op(
     grid, sizes = _tiles(dy_RSn)
     gradients = [dy_RSn.new_empty(dy_RSn.shape) if each is not None else dy_RSn.new_empty(0) for each in (x_RSn, z_RSn)]
     parts = [
-        None if scale is None else dy_RSn.new_empty(scale.numel(), grid[1], dtype=torch.float32)
+        None if scale is None else dy_RSn.new_empty(scale.numel(), sizes["BLOCKS"], dtype=torch.float32)
         for scale in (a_RS, b_RS)
     ]
     terms = _dense(dy_RSn, x_RSn, a_RS, z_RSn, b_RS)
@@ -120,30 +120,34 @@ def _dense(*tensors):
 
 
 def _tiles(x_RSn):
-    """The grid (replica and rows; blocks of elements), and the kernels' sizes, from one replica's shape alone."""
+    """The grid (replicas, rows, blocks of elements), and the kernels' sizes, from one replica's shape alone."""
     R, S, n = x_RSn.shape
     width = min(triton.next_power_of_2(n), TILE)
     rows = min(max(1, TILE // width), triton.next_power_of_2(S))
-    grid = R * triton.cdiv(S, rows), triton.cdiv(n, width)
-    return grid, {"S": S, "n": n, "ROWS": rows, "WIDTH": width, "num_warps": 4}
+    blocks = triton.cdiv(n, width)
+    return (R * triton.cdiv(S, rows) * blocks,), {
+        "S": S, "n": n, "BLOCKS": blocks, "ROWS": rows, "WIDTH": width, "num_warps": 4
+    }  # fmt: skip
 
 
 @triton.jit
-def _place(S: tl.constexpr, n: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def _place(S: tl.constexpr, n: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Scales of this program, its elements, and which of both exist."""
-    blocks: tl.constexpr = (S + ROWS - 1) // ROWS
-    replica = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    row_blocks: tl.constexpr = (S + ROWS - 1) // ROWS
+    rows = tl.program_id(0) // BLOCKS
+    replica = (rows // row_blocks).to(tl.int64)
+    row = rows % row_blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % BLOCKS * WIDTH + tl.arange(0, WIDTH)
     scale_at = replica * S + row
     return scale_at, scale_at[:, None] * n + column[None, :], row < S, (row < S)[:, None] & (column < n)[None, :]
 
 
 @triton.jit
 def _scaled_sum_kernel(
-    x_ptr, a_ptr, z_ptr, b_ptr, y_ptr, S: tl.constexpr, n: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    scale_at, at, known, inside = _place(S, n, ROWS, WIDTH)
+    x_ptr, a_ptr, z_ptr, b_ptr, y_ptr,
+    S: tl.constexpr, n: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    scale_at, at, known, inside = _place(S, n, BLOCKS, ROWS, WIDTH)
     y = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if a_ptr is not None:
         y *= tl.load(a_ptr + scale_at, mask=known, other=0.0).to(tl.float32)[:, None]
@@ -156,10 +160,10 @@ def _scaled_sum_kernel(
 @triton.jit
 def _scaled_sum_backward_kernel(
     dy_ptr, x_ptr, a_ptr, z_ptr, b_ptr, dx_ptr, da_ptr, dz_ptr, db_ptr,
-    S: tl.constexpr, n: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    S: tl.constexpr, n: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    scale_at, at, known, inside = _place(S, n, ROWS, WIDTH)
-    part_at = scale_at * tl.num_programs(1) + tl.program_id(1)
+    scale_at, at, known, inside = _place(S, n, BLOCKS, ROWS, WIDTH)
+    part_at = scale_at * BLOCKS + tl.program_id(0) % BLOCKS
     dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if a_ptr is not None:
         a = tl.load(a_ptr + scale_at, mask=known, other=0.0).to(tl.float32)

@@ -15,7 +15,7 @@ from engine.checkpoint import load_model
 from engine.checkpoint.hub_tokenizer import HubTokenizer
 from engine.checkpoint.nanochat_tokenizer import MARKS, NanochatTokenizer, read_pickle
 from engine.checkpoint.tokenizer_files import load_tokenizer
-from engine.data import IGNORED, load_corpus
+from engine.data import IGNORED, corpus, load_corpus
 from engine.tokenizer import REPLY, ByteTokenizer, reply_prompt
 
 tiktoken = pytest.importorskip("tiktoken", reason="package tiktoken, the reference, is not installed")
@@ -315,6 +315,23 @@ def hub_tokenizer(folder, template):
     fast.chat_template = template
     fast.save_pretrained(folder)
     return HubTokenizer(folder)
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATING])
+def test_conversations_encoded_together_are_those_encoded_alone(tmp_path, template, monkeypatch):
+    tokenizer = hub_tokenizer(tmp_path, template)
+    talks = [CONVERSATION[: 2 * (n % 2) + 2] + [CONVERSATION[0]] * (n % 3) for n in range(9)]
+    together = tokenizer.encode_all([tokenizer.write(talk) for talk in talks])
+    for (ids, mask), talk in zip(together, talks, strict=True):
+        alone, alone_mask = tokenizer.render(talk)
+        assert ids.tolist() == alone.tolist() and mask.tolist() == alone_mask.tolist()
+    lines = [json.dumps({"messages": talk}) for talk in talks] + [json.dumps({"text": "the cat"})]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    digests = set()
+    for size in (1, 4, 64):
+        monkeypatch.setattr(corpus, "TOGETHER", size)
+        digests.add(load_corpus(str(tmp_path / "talks.jsonl"), None, "train", tokenizer, 16, 2).digest)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize(("template", "says"), [(LLAMA31, "Today Date: 03 Feb 2025"), (CLOCK, "It is 2025-02-03.")])

@@ -119,7 +119,7 @@ def attention_both_ways(T, heads, kv_heads, K, window=None):
 
 
 def compile_families():
-    shapes = [(128, 4, 4, 64), (128, 14, 2, 64), (1024, 6, 6, 128)]
+    shapes = [(128, 4, 4, 64), (128, 2, 1, 32), (512, 2, 2, 64)]
     check_compiled(family_kernels, *[partial(attention_both_ways, *shape, window=shape[0] // 3) for shape in shapes])
 
 

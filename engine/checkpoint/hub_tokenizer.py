@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,22 @@ SPACE = "\u2581"  # how sentencepiece writes it
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 """How a template comes by today's date: transformers gives it this function, and takes no other one for it."""
 QUESTION, PROBE = "fractal-probe-question", "fractal-probe-reply"
+
+
+class Written(NamedTuple):
+    """A conversation as its template writes it, and first and last + 1 character of each reply that is learned."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def learned_tokens(ids: list[int], places: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Rendered:
+    """Tokens, and which have any part of some spans of characters; places: each token's own."""
+    first, last = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    supervised = np.zeros(len(first), np.bool_)
+    for begin, end in spans:
+        supervised |= (last > begin) & (first < end)
+    return np.array(ids, np.int32), supervised
 
 
 class HubTokenizer:
@@ -99,6 +115,10 @@ class HubTokenizer:
         The tokens are those of the whole rendered string. A token that a reply has any part of is the reply's.
         ValueError without a template, or where a reply is not found in what the template writes.
         """
+        return self.encode_all([self.write(messages)])[0]
+
+    def write(self, messages: Sequence[Message]) -> Written | Rendered:
+        """A conversation for `encode_all`; ValueError as `render`. One with generation marks is rendered at once."""
         if not self.chats:
             raise ValueError(f"{self.folder} has no chat template: add one to its tokenizer_config.json")
         given = [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -107,13 +127,20 @@ class HubTokenizer:
             rendered = self._apply(given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             mask = self._only(np.array(rendered["assistant_masks"], np.bool_), learned)
             return np.array(rendered["input_ids"], np.int32), mask
-        whole = self._apply(given, tokenize=False)
-        encoded = self.backend(whole, add_special_tokens=False, return_offsets_mapping=True)
-        first, last = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        supervised = np.zeros(len(first), np.bool_)
-        for (begin, end), own in zip(self._spans(given, whole), learned, strict=True):
-            supervised |= (last > begin) & (first < end) & own
-        return np.array(encoded["input_ids"], np.int32), supervised
+        text = self._apply(given, tokenize=False)
+        return Written(text, [span for span, own in zip(self._spans(given, text), learned, strict=True) if own])
+
+    def encode_all(self, documents: Sequence[Written | Rendered]) -> list[Rendered]:
+        """What `render` gives, of many conversations, whose strings are encoded together, on all cores."""
+        texts = [document.text for document in documents if isinstance(document, Written)]
+        if not texts:
+            return [document for document in documents if not isinstance(document, Written)]
+        encoded = self.backend(texts, add_special_tokens=False, return_offsets_mapping=True)
+        found = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        return [
+            learned_tokens(*next(found), document.spans) if isinstance(document, Written) else document
+            for document in documents
+        ]
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         if self.dated and self.date:

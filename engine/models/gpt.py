@@ -346,9 +346,11 @@ def activation_bytes(config: GPTConfig, tokens: int, bytes_per_element: int) -> 
     """
     projected = (config.heads + 2 * config.kv_heads) * config.head_dim
     layer = 5 * config.width + projected + config.mlp_width
-    if config.lambdas:
-        layer += 2 * config.width
+    if config.lambdas:  # the sum that it reads
+        layer += config.width
     elements = config.depth * layer + config.vocabulary
+    if config.smear:  # the stream before and behind it, the tokens before, and what is left of the backout
+        elements += 4 * config.width
     for index in range(config.depth):
         if config.has_values(index):
             elements += config.kv_heads * config.head_dim
