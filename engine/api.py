@@ -19,7 +19,7 @@ from engine.config import SweepConfig, cells_of, make_config, resolve
 from engine.data.corpus import parse_mix
 from engine.dry_run import dry_run_table
 from engine.grid import Cells
-from engine.launch import train_missing
+from engine.launch import train_along, train_missing
 from engine.leases import Leases, remove_leases
 from engine.options import Finish, RunOptions
 from engine.outcome import DONE, NOT_COMPUTED
@@ -108,7 +108,8 @@ def run_sweep(
         raise ValueError(f"lease_seconds is {options.lease_seconds:g}; expected more than 0")
     if options.workers > 1 and rank.count > 1:
         raise ValueError("workers are processes started one by one, torchrun starts its own; leave out one of them")
-    workers = max(options.workers, rank.count)
+    together = getattr(config.training, "ddp", 1) != 1  # all ranks train one launch, not each its own
+    workers = max(options.workers, 1 if together else rank.count)
     asked = cells or cells_of(config)
     path = located(options.store) if options.store else default_store(config, asked)
     stored = open_resumable(path) if path.exists() else None
@@ -138,7 +139,9 @@ def run_sweep(
             announce(setup, path, resuming)
         with hearing_signals():
             try:
-                if workers == 1:
+                if together and rank.index > 0:
+                    train_along(setup, writer)
+                elif workers == 1:
                     writer.timed(*train_missing(setup, writer, None, 1, options.quiet, track))
                 else:
                     with closing(Leases(writer.place, worker_name(setup.device), options.lease_seconds)) as leases:

@@ -14,16 +14,13 @@ from engine import progress, tracking
 from engine.leases import Leases
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.plan import Chunk, Launch
+from engine.split import NondeterminismError
 from engine.store import StatusMonitor, Store, Writer, empty_block
 from engine.workload import Setup
 
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
 WAIT = 0.5  # seconds until a process that finds every missing chunk leased looks again
 TURNS = 2  # times that a process which shares a sweep leases before half of what is left is gone, about
-
-
-class NondeterminismError(RuntimeError):
-    """Two machines that count as equal have trained one cell to different bits."""
 
 
 class LaunchBuffer:
@@ -189,3 +186,13 @@ def train_missing(
             watch.launched(launch)
             track.launch(watch)
     return watch.seconds, trained
+
+
+def train_along(setup: Setup, store: Store) -> None:
+    """Train what a store lacks beside the first of the ranks that share every batch, which alone writes.
+
+    A launch's status is the same for all of them when they reach it: it changes by training that launch alone.
+    """
+    for launch in missing_launches(setup, store):
+        for _ in setup.train(launch, store.status, lambda trained, saved: None):
+            pass

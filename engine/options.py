@@ -30,6 +30,7 @@ class RunOptions:
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
     rows_per_launch: str = "auto"  # grid rows trained at once; auto: about 16 runs on a CPU, all that fit on a GPU
     workers: int = 1  # processes that train this sweep together, each started by this command, on any machine
+    fsdp: bool = False  # shard a replica's state over ranks: says what it would take, since a stack cannot
     lease_seconds: float = 60.0  # of several workers: without a sign of life for so long one counts as lost
     slots: int = 0  # replicas trained at once (0: what fits; on a CPU, waves of half a minute)
     figures: bool = True  # draw the maps and print the summary at the end
