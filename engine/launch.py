@@ -57,8 +57,9 @@ class LaunchBuffer:
             else:
                 self.arrays[name].reshape(-1)[at] = value
         self.arrays["status"].reshape(-1)[at] = DONE
-        rows = np.unique(at * len(self.arrays["status"]) // len(self.cells))
-        self.dirty |= {chunk for chunk, own in self.slices.items() if ((rows >= own.start) & (rows < own.stop)).any()}
+        touched = np.zeros(len(self.arrays["status"]), bool)
+        touched[at * len(touched) // len(self.cells)] = True
+        self.dirty |= {chunk for chunk, own in self.slices.items() if touched[own].any()}
 
     def flush(self) -> None:
         """Write the chunks that have changed, but for those that another process has taken over meanwhile."""
