@@ -118,6 +118,7 @@ def run_sweep(
         place_of(path).check_writable()
     rank.barrier()
     setup = prepare(config, asked, options, workers, stored)
+    check_same_machines(rank.gather(provenance(setup.device)))
     if stored is not None:
         check_same_run(path, stored.run, setup.run, changed_inputs(stored, setup.inputs, asked))
         check_same_arithmetic(stored, setup)
@@ -265,6 +266,17 @@ def check_same_arithmetic(stored: Store, setup: Setup) -> None:
             f"{stored.path} was begun {other}: the cells to come would have other bits; resume it there, or sweep "
             "into another --store"
         )
+
+
+def check_same_machines(ranks: list[dict]) -> None:
+    """Raise ValueError, on every rank, where one by its provenance computes with other arithmetic than the first."""
+    for index, own in enumerate(ranks):
+        other = other_arithmetic(ranks[0], own)
+        if other:
+            raise ValueError(
+                f"rank 0 trains {other} on rank {index}: their cells would have other bits; expected ranks of one GPU "
+                "model and one software stack"
+            )
 
 
 def announce(setup: Setup, path: Where, resuming: bool) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from engine.ranks import this_rank
+from engine.ranks import Rank, this_rank
 from engine.stack import Span, aligned
 
 # torch 2.13 renamed it
@@ -64,10 +64,7 @@ class Split:
 
     def check_same(self, digests: np.ndarray) -> None:
         """Raise NondeterminismError where the ranks do not hold the same weights."""
-        if self.count == 1:
-            return
-        every: list[Any] = [None] * self.count
-        distributed.all_gather_object(every, digests.tolist())
+        every = Rank(self.index, self.count).gather(digests.tolist())
         if every.count(every[0]) < self.count:
             raise NondeterminismError(
                 f"the ranks hold different weights, by their digests {every}: one computes wrongly"
@@ -75,11 +72,7 @@ class Split:
 
     def least(self, number: int) -> int:
         """The smallest of a number over ranks."""
-        if self.count == 1:
-            return number
-        every: list[Any] = [None] * self.count
-        distributed.all_gather_object(every, number)
-        return min(every)
+        return min(Rank(self.index, self.count).gather(number))
 
 
 def split_over(ranks: int, device: torch.device) -> Split:

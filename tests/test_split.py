@@ -13,9 +13,10 @@ from test_sweep import free_port
 from tiny import arrays, assert_equal_bits, sweep, tiny, write_chat
 
 from engine import split
-from engine.api import run_sweep
+from engine.api import check_same_machines, run_sweep
 from engine.options import RunOptions
 from engine.outcome import DONE
+from engine.provenance import provenance
 from engine.replay import replay_cell
 from engine.split import NondeterminismError, Split
 from engine.store import open_store
@@ -174,6 +175,13 @@ def test_ranks_with_other_weights_raise_the_alarm(monkeypatch):
     Split(0, 2).check_same(np.array([3]))
     with pytest.raises(NondeterminismError, match=r"different weights, by their digests \[\[4\], \[3\]\]"):
         Split(0, 2).check_same(np.array([4]))
+
+
+def test_ranks_of_other_gpus_are_refused():
+    here = provenance(torch.device("cpu"))
+    check_same_machines([here, here])
+    with pytest.raises(ValueError, match=r"rank 0 trains on CPU .*, this is NVIDIA A100 on rank 1: .*one GPU model"):
+        check_same_machines([here, here | {"device": "NVIDIA A100"}])
 
 
 def test_fsdp_is_refused_with_its_arithmetic(tmp_path):
