@@ -152,9 +152,9 @@ class Relation:
 
     @property
     def interval(self) -> str:
-        """In words; there is none of one seed's losses, of which nothing is resampled."""
+        """In words; there is none of two seeds, nor of one seed's losses, of which nothing is resampled."""
         if math.isnan(self.low):
-            return "no interval of one seed"
+            return f"no interval of {self.seeds} seed{'s' * (self.seeds > 1)}"
         return f"95% {self.low:.2f} to {self.high:.2f}"
 
 
@@ -204,9 +204,9 @@ def relation(
         drawn[some] = seed_mean(again, weights[some])
     drawn = drawn[np.isfinite(drawn)]
     ends: Any = (np.nan, np.nan)
-    if seeds > 1:
+    if seeds > 2:  # two seeds, resampled, say next to nothing of a third
         ends = resampled_interval(drawn, seeds)
-    elif by_item:
+    elif by_item and seeds == 1:
         ends = np.quantile(drawn, (0.025, 0.975))
     p = (1 + (np.abs(null) >= abs(found) - 1e-12).sum()) / (1 + draws)
     items, least = values.shape[-1] if by_item else 0, np.quantile(np.abs(null), 0.95)

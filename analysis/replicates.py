@@ -92,6 +92,7 @@ def resampled_interval(draws: np.ndarray, seeds: int, confidence: float = 0.95) 
     Percentiles, expanded as t with n - 2 degrees asks (Hesterberg 2015 takes n - 1: with 8 seeds an exponent's then
     holds the truth in 92% of maps). Jackknife values are not used for few seeds: a first crossing jumps across a dip,
     and their interval then holds the truth in 63% of maps of 8 seeds.
+    From 3 seeds on.
     Infinite values are bounds, and so is an end of the interval where a tail's share of the draws is infinite.
     """
     tail = special.ndtr(math.sqrt(seeds / (seeds - 1)) * special.stdtrit(seeds - 2, (1 - confidence) / 2))

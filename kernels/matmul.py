@@ -273,6 +273,8 @@ def stacked_matmul(
     tma = a.dtype == torch.bfloat16 and rows_whole
     tma_store = tma and n % 8 == 0
     a, b = (aligned(operand) if tma else dense_replicas(operand) for operand in (a, b))
+    if scale_R is not None:  # the gradient of a sum over replicas is one number seen R times
+        scale_R = scale_R.contiguous()
     block_a = (tile.block_k, tile.block_m) if form == "tn" else (tile.block_m, tile.block_k)
     block_b = (tile.block_n, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n)
     half_b = (tile.block_n // 2, tile.block_k) if form == "nt" else (tile.block_k, tile.block_n // 2)

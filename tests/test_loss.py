@@ -98,6 +98,16 @@ def test_no_supervised_target_is_zero_and_so_is_its_gradient(function):
     assert not any(g.any() for g in torch.autograd.grad(total, (x, weight)))
 
 
+def test_the_gradient_of_a_sum_over_replicas_is_that_of_each():
+    """Such a gradient is one number with a stride of 0."""
+    x, weight, targets, smoothing = make_inputs(3, 9, 16, 77)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    loss_R = linear_cross_entropy_op(x, weight, targets, smoothing, 0.0, True)[0]
+    summed = torch.autograd.grad(loss_R.sum(), (x, weight), retain_graph=True)
+    each = torch.autograd.grad(loss_R, (x, weight), torch.ones_like(loss_R))
+    assert all(torch.equal(one, other) for one, other in zip(summed, each, strict=True))
+
+
 def test_operator_is_well_registered():
     x, weight, targets, smoothing = make_inputs(2, 5, 8, 40)
     for gradient in (True, False):
