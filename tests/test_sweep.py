@@ -143,16 +143,16 @@ def test_what_a_launch_has_already_stored_stays_while_it_is_run_again(tmp_path, 
     writer.group["status"][:] = status
     writer.close()
     seen = []
-    write_chunk = Writer.write_chunk
+    write_chunks = Writer.write_chunks
 
-    def watched(self, chunk, block):
-        write_chunk(self, chunk, block)
+    def watched(self, blocks):
+        write_chunks(self, blocks)
         done = self.status == DONE
         assert np.isfinite(self.read("first_loss")[done]).all(), "a cell that says done has its numbers"
         seen.append(done.sum())
 
     monkeypatch.setattr("engine.launch.FLUSH", 0.0)
-    monkeypatch.setattr(Writer, "write_chunk", watched)
+    monkeypatch.setattr(Writer, "write_chunks", watched)
     assert_equal_bits(arrays(sweep(config, tmp_path / "s")), whole)
     assert len(seen) > 1 and seen[0] >= 11 and seen[-1] == 12
 
