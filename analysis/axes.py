@@ -5,7 +5,6 @@ import math
 import numpy as np
 
 from engine.grid import Axis
-from engine.hyper import long_name
 
 
 def places(axis: Axis) -> tuple[float, float]:
@@ -40,7 +39,7 @@ def ticks(axis: Axis) -> tuple[np.ndarray, list[str], str]:
     from matplotlib.ticker import MaxNLocator
 
     low, high = extent(axis)
-    log, words = axis.scale == "log", long_name(axis.name)
+    log, words = axis.scale == "log", axis.long_name
     first, last = (10.0**low, 10.0**high) if log else (low, high)
     decades = np.arange(math.ceil(low), math.floor(high) + 1)
     if log and len(decades) >= 3:

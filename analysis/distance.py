@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -23,7 +24,7 @@ from rich.table import Table
 from analysis.boundary import is_rate
 from analysis.classify import Labelling
 from analysis.panels import Picture, save, side_by_side, style
-from analysis.scores import BY_ITEM, TaskScores, stored_tasks
+from analysis.scores import BY_ITEM, stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
 from engine.outcome import Thresholds, measured, trains
@@ -33,6 +34,7 @@ DRAWS = 2000  # of seeds and items, and permutations
 FEWEST_CELLS = 8  # from which a correlation is told
 PAIRS = 2000  # of cells whose difference is looked at, at most
 LOSS = "held-out loss"
+OTHER_FORMS = ("core:", "letters:")  # ask the items of other tasks again, perhaps
 BLOCK = 2**23  # values that are drawn at once
 FREE = 1e-6  # share of the distance's ranks that the rate leaves free, below which it is the rate
 
@@ -148,6 +150,13 @@ class Relation:
     p: float  # of no relation, by permutation
     least: float  # 95% of the permutations stay below it: what these cells can tell from nothing
 
+    @property
+    def interval(self) -> str:
+        """In words; there is none of one seed's losses, of which nothing is resampled."""
+        if math.isnan(self.low):
+            return "no interval of one seed"
+        return f"95% {self.low:.2f} to {self.high:.2f}"
+
 
 def relation(
     name: str, distance: np.ndarray, given: np.ndarray, values: np.ndarray, by_item: bool, draws: int = DRAWS
@@ -194,10 +203,14 @@ def relation(
             again = correlation(freed(resampled, given), left)
         drawn[some] = seed_mean(again, weights[some])
     drawn = drawn[np.isfinite(drawn)]
-    low, high = resampled_interval(drawn, seeds) if seeds > 1 else np.quantile(drawn, (0.025, 0.975))
+    ends: Any = (np.nan, np.nan)
+    if seeds > 1:
+        ends = resampled_interval(drawn, seeds)
+    elif by_item:
+        ends = np.quantile(drawn, (0.025, 0.975))
     p = (1 + (np.abs(null) >= abs(found) - 1e-12).sum()) / (1 + draws)
     items, least = values.shape[-1] if by_item else 0, np.quantile(np.abs(null), 0.95)
-    return Relation(name, cells, seeds, items, float(plain), found, float(low), float(high), float(p), float(least))
+    return Relation(name, cells, seeds, items, float(plain), found, *map(float, (*ends, p, least)))
 
 
 def seed_mean(each: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -267,17 +280,16 @@ class Findings:
     left_out: tuple[str, ...]  # what is not told, and why
 
     def sentence(self) -> str:
-        """The findings in one sentence each."""
-        said = []
-        for each in self.relations:
-            seeds = f"{each.seeds} seeds" if each.seeds > 1 else "one seed, which is one draw"
-            verdict = "is told from none" if each.p < 0.05 else "is not told from none"
-            interval = f"[{each.low:.2f}, {each.high:.2f}], p = {each.p:.2g}"
-            said.append(
-                f"{each.name} against the distance to the border, free of log LR: rank correlation {each.partial:.2f} "
-                f"{interval}; it {verdict} ({each.cells} cells, {seeds}, which tell {each.least:.2f} or more from none)"
-            )
-        return ". ".join(said) + "." if said else ""
+        """The last of the relations, which is that of all tasks together where there are several, in one sentence."""
+        if not self.relations:
+            return ""
+        r = self.relations[-1]
+        seeds = f"{r.seeds} seeds" if r.seeds > 1 else "one seed, which is one draw"
+        verdict = "is told from none" if r.p < 0.05 else "is not told from none"
+        return (
+            f"{r.name} against the distance to the border, free of log LR: rank correlation {r.partial:.2f} "
+            f"({r.interval}), p = {r.p:.2g}; it {verdict}. {r.cells} cells over {seeds} tell {r.least:.2f} or more."
+        )
 
 
 def findings(store: Store, thresholds: Thresholds) -> Findings:
@@ -294,23 +306,28 @@ def findings(store: Store, thresholds: Thresholds) -> Findings:
     given, relations, resolutions, left_out = rate_ranks(grid), [], [], []
     shown: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     tasks = stored_tasks(store)
-    scored = np.logical_and.reduce([task.done for task in tasks]) if tasks else np.ones(store.run.shape, bool)
-    wanted: list[tuple[str, np.ndarray, TaskScores | None]] = [
-        (LOSS, np.where(scored & measured(store.labels(thresholds)), store.read("val_loss"), np.nan), None)
-    ]
-    wanted += [(task.task, task.read(task.measure), task) for task in tasks]
-    for name, values, task in wanted:
-        seeds = np.isfinite(values).any((1, 2))
-        known = np.isfinite(values[seeds]).all(0) & np.isfinite(distance) & seeds.any()
-        own, by_item = values[seeds][:, known].astype(float), False
-        if known.any():
-            shown[name] = distance[known], own
-        if task is not None and task.measures[task.measure] and known.any():
-            own, by_item = task.read(task.measure + BY_ITEM)[seeds][:, known].astype(float), True
-            if known.sum() > 1 and set(np.unique(own)) <= {0.0, 1.0}:
-                resolutions.append(resolution(name, own))
+    known = measured(store.labels(thresholds)) & np.isfinite(distance)
+    for task in tasks:
+        known &= task.done & np.isfinite(task.read(task.measure))
+    known &= np.isfinite(store.read("val_loss"))
+    seeds = known.any((1, 2))
+    cells = known[seeds].all(0) & seeds.any()
+    if not cells.any():
+        raise ValueError(f"{store.path} has no cell with a loss and a score of every task; expected some: score cells")
+    wanted = [(LOSS, store.read("val_loss")[seeds][:, cells].astype(float), False)]
+    for task in tasks:
+        by_item = task.measures[task.measure]
+        name = task.measure + (BY_ITEM if by_item else "")
+        wanted.append((task.task, task.at(name, cells)[seeds[: task.stored]].astype(float), by_item))
+    together = [values for name, values, by_item in wanted if by_item and not name.startswith(OTHER_FORMS)]
+    if len(together) > 1:
+        wanted.append((f"all {len(together)} tasks", np.concatenate(together, axis=-1), True))
+    for name, values, by_item in wanted:
+        shown[name] = distance[cells], values.mean(-1) if by_item else values
+        if by_item and cells.sum() > 1 and set(np.unique(values)) <= {0.0, 1.0}:
+            resolutions.append(resolution(name, values))
         try:
-            relations.append(relation(name, distance[known], given[:, known], own, by_item))
+            relations.append(relation(name, distance[cells], given[:, cells], values, by_item))
         except ValueError as error:
             left_out.append(str(error))
     return Findings(distance, tuple(relations), tuple(resolutions), shown, tuple(left_out))
@@ -328,7 +345,7 @@ def draw(found: Findings, store: Store, size: str, path: Path) -> Path:
             mean, spread = values.mean(0), values.std(0)
             axes.errorbar(distance, mean, spread if len(values) > 1 else None, fmt="o", ms=3, lw=0.6, color="#1f4e79")
             axes.axvline(0, color="#888888", lw=0.8)
-            words = f"\nρ {told.partial:.2f} [{told.low:.2f}, {told.high:.2f}], p {told.p:.2g}" if told else ""
+            words = f"\nρ {told.partial:.2f} ({told.interval}), p {told.p:.2g}" if told else ""
             axes.set_xlabel("decades inside the border" + words)
             axes.set_title(name)
             axes.spines[["top", "right"]].set_visible(False)
@@ -349,7 +366,7 @@ def table(found: Findings) -> Table:
         made.add_column(name, no_wrap=True)
     for r in found.relations:
         counts = str(r.cells), str(r.seeds), str(r.items or "")
-        interval, least = f"{r.low:.2f}..{r.high:.2f}", f"{r.least:.2f}"
+        interval, least = r.interval.removeprefix("95% "), f"{r.least:.2f}"
         made.add_row(r.name, *counts, f"{r.plain:.2f}", f"{r.partial:.2f}", interval, f"{r.p:.3g}", least)
     return made
 
@@ -365,8 +382,8 @@ def main() -> None:
             raise ValueError(f"{store.path}: {'; '.join(found.left_out)}")
         console = screen(soft_wrap=True)
         screen(width=130).print(table(found))
-        for each in found.resolutions:
-            console.print(each.sentence())
+        for sentence in (found.sentence(), *(each.sentence() for each in found.resolutions)):
+            console.print(sentence)
         for reason in found.left_out:
             console.print(reason)
         console.print(f"picture: {draw(found, store, options.size, options.path(store.figures / 'distance.png'))}")

@@ -15,21 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
-from analysis.classify import Labelling
 from analysis.recommend import recommend
 from analysis.scores import START, TaskScores, find_task, make_task, stored_tasks
 from analysis.tasks import CENTRED, Scored, Task, load_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import DONE, Thresholds, trains
-from engine.replay import place_of
+from engine.replay import check_text, language_setup, place_of
 from engine.store import Store, open_store
-from engine.store_v1 import StoreV1
 
 if TYPE_CHECKING:
     from engine.checkpoint import LoadedModel
@@ -111,7 +109,7 @@ RULES: dict[str, Callable[[Store], list[tuple[int, ...]]]] = {
 
 def groups_of(setup: "LanguageSetup", cells: np.ndarray) -> list[np.ndarray]:
     """Cells (flat indices) whose weights the machine's memory holds at once, those of one run together."""
-    ordered = setup.plan.work_in(cells).cells
+    ordered = setup.plan.work_in(cells).cells if len(cells) else cells
     memory = HOST_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = max(int(memory // (4 * setup.network.parameters)), 1)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -169,7 +167,7 @@ def score_cells(
     Raises:
         ValueError: a store whose weights no replay gives, other items under a task's name, weights that differ.
     """
-    check_store(store)
+    check_text(store)
     with closing(store.place.lock()):
         stored = {task.name: find_task(store, task) for task in tasks}
         wanted = {}
@@ -183,12 +181,12 @@ def score_cells(
             Evaluation(store, tasks, stored, wanted, device, say).run(missing)
 
 
-def check_store(store: Store) -> None:
-    """Raise ValueError where replay gives no weights."""
-    if isinstance(store, StoreV1):
-        raise ValueError(f"{store.path} has store format 1, whose cells are not replayed; sweep again to score them")
-    if not store.config.workload.keeps_weights:
-        raise ValueError(f"{store.path} is of network {store.config.network}, which reads no text; expected a language")
+class Weights(NamedTuple):
+    """Weights that are scored: of a start, or of cells (flat indices) that share a mark."""
+
+    model: "LoadedModel"
+    start: Start | None
+    cells: list[int]
 
 
 class Evaluation:
@@ -203,92 +201,87 @@ class Evaluation:
         device: str,
         say: Callable[[str], None],
     ) -> None:
-        from engine.api import prepare_stored
-        from engine.language import LanguageSetup
         from engine.provenance import provenance
 
-        self.store, self.tasks, self.stored, self.wanted, self.say = store, tasks, stored, wanted, say
-        setup = prepare_stored(store, device)
-        assert isinstance(setup, LanguageSetup)
-        if setup.network.export is None:
-            raise ValueError(f"network {store.config.network} has no logits and no checkpoint format; it has no scores")
-        self.setup = setup
-        self.where = {"provenance": provenance(setup.device)}
+        self.store, self.stored, self.wanted, self.say = store, stored, wanted, say
+        self.tasks = [task for task in tasks if wanted[task.name]]
+        self.setup = language_setup(store, device)
+        self.where = {"provenance": provenance(self.setup.device)}
         self.start_of: dict[int, Start] = {}
         self.starts: dict[tuple[Start, str], Scored] = {}
         self.cut: set[str] = set()
 
     def run(self, places: set[Place]) -> None:
-        """Score some cells."""
+        """Score some cells; the starts, which are written beside them, in the first stack."""
         flat = {int(np.ravel_multi_index(place, self.store.run.shape)): place for place in places}
         broken = self.store.read("nonfinite_step").ravel() >= 0
         self.start_of = starts_of(self.store, np.array(sorted(flat)))
         some = {start: cell for cell, start in self.start_of.items()}
-        self.score([(start, self.setup.start(cell)) for start, cell in some.items()], self.keep_starts)
+        weights = [Weights(self.setup.start(cell), start, []) for start, cell in some.items()]
+        for group in groups_of(self.setup, np.array([cell for cell in sorted(flat) if not broken[cell]], int)):
+            began = time.perf_counter()
+            weights += [Weights(model, None, own) for own, model in replayed(self.store, self.setup, group)]
+            release(self.setup.device)
+            self.say(f"{len(group)} cells trained again ({time.perf_counter() - began:.1f} s): the stored weights")
+            self.score(weights)
+            weights = []
+        self.score(weights)  # the starts, where all cells are broken
         lost = [cell for cell in flat if broken[cell]]
         if lost:
             self.say(f"{len(lost)} cells have weights that are not finite: they score nothing")
-        for task in self.tasks:
-            self.write([lost], task, [self.starts[next(iter(some)), task.name].nothing()])
-        for group in groups_of(self.setup, np.array([cell for cell in sorted(flat) if not broken[cell]], int)):
-            began = time.perf_counter()
-            found = list(replayed(self.store, self.setup, group))
-            release(self.setup.device)
-            self.say(f"{len(group)} cells trained again ({time.perf_counter() - began:.1f} s): the stored weights")
-            self.score(found, self.write)
+            for task in self.tasks:
+                self.write(task, dict.fromkeys(lost, self.starts[next(iter(some)), task.name].nothing()))
 
-    def keep_starts(self, starts: list[Start], task: Task, scored: list[Scored]) -> None:
-        """Remember what some starts score, and make the task's arrays."""
-        self.starts |= {(start, task.name): own for start, own in zip(starts, scored, strict=False)}
-        if self.stored[task.name] is None:
-            self.stored[task.name] = make_task(self.store, task, scored[0], self.where)
-
-    def write(self, cells: list[list[int]], task: Task, scored: list[Scored]) -> None:
-        """Write what some cells score of a task, those (flat indices) of one run's mark together."""
-        into, shape = self.stored[task.name], self.store.run.shape
-        assert into is not None
-        found = {}
-        for own, each in zip(cells, scored, strict=False):
-            for cell in own:
-                place = tuple(int(index) for index in np.unravel_index(cell, shape))
-                if place in self.wanted[task.name]:
-                    found[place] = each, self.starts[self.start_of[cell], task.name]
-        into.write(found)
-
-    def score(
-        self, models: list[tuple[Any, "LoadedModel"]], keep: Callable[[list[Any], Task, list[Scored]], None]
-    ) -> None:
-        """Score models, as many in a stack as fit, and hand those of a stack to `keep` with their keys."""
+    def score(self, weights: list[Weights]) -> None:
+        """Score weights on what is missing, as many in a stack as fit, and write what their cells score."""
         from engine.score import Scorer, stack_width
 
-        if not models:
+        if not weights:
             return
         precision, device = self.store.config.swept.precision, self.setup.device
-        width = stack_width(models[0][1], precision, device, len(models))
-        scorer = Scorer(models[0][1], width, precision, device)
-        for first in range(0, len(models), width):
-            some, began = models[first : first + width], time.perf_counter()
+        stacks = -(-len(weights) // stack_width(weights[0].model, precision, device, len(weights)))
+        width = -(-len(weights) // stacks)
+        scorer = Scorer(weights[0].model, width, precision, device)
+        for first in range(0, len(weights), width):
+            some, began = weights[first : first + width], time.perf_counter()
             for slot in range(width):  # a last stack that is not full repeats its last weights
-                scorer.load(slot, some[min(slot, len(some) - 1)][1].weights)
+                scorer.load(slot, some[min(slot, len(some) - 1)].model.weights)
             for task in self.tasks:
-                result = task.score(scorer, models[0][1].tokenizer)
+                result = task.score(scorer, weights[0].model.tokenizer)
                 if result.cut and task.name not in self.cut:
                     self.cut.add(task.name)
-                    self.say(
-                        f"{task.name}: {result.cut:,} requests longer than {scorer.context} tokens lost their first"
-                    )
-                keep([key for key, _ in some], task, result.scored)
+                    longer = f"{result.cut:,} requests longer than {scorer.context} tokens"
+                    self.say(f"{task.name}: {longer} cut on the left")
+                self.keep(task, some, result.scored)
             items, took = sum(task.items for task in self.tasks), time.perf_counter() - began
-            self.say(f"{first + len(some)} of {len(models)} weights scored on {items:,} items ({took:.1f} s)")
+            self.say(f"{first + len(some)} of {len(weights)} weights scored on {items:,} items ({took:.1f} s)")
         del scorer
         release(device)
+
+    def keep(self, task: Task, weights: list[Weights], scored: list[Scored]) -> None:
+        """Remember what starts score on a task, and write what cells do."""
+        if self.stored[task.name] is None:
+            self.stored[task.name] = make_task(self.store, task, scored[0], self.where)
+        pairs = list(zip(weights, scored, strict=False))  # a stack that is not full scores its last weights again
+        self.starts |= {(own.start, task.name): each for own, each in pairs if own.start is not None}
+        self.write(task, {cell: each for own, each in pairs for cell in own.cells})
+
+    def write(self, task: Task, scored: dict[int, Scored]) -> None:
+        """Write what some cells (flat indices) score, of those that are missing."""
+        into, shape, found = self.stored[task.name], self.store.run.shape, {}
+        assert into is not None
+        for cell, each in scored.items():
+            place = tuple(int(index) for index in np.unravel_index(cell, shape))
+            if place in self.wanted[task.name]:
+                found[place] = each, self.starts[self.start_of[cell], task.name]
+        into.write(found)
 
 
 # ---- the command
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Labelling):
+class Options:
     """What to score, and on what."""
 
     store: str  # path of the sweep's store
@@ -309,24 +302,25 @@ def scores_table(store: Store) -> Table:
     tasks = stored_tasks(store)
     for found in tasks:
         for measure in found.measures:
-            words = score_words(store, found.done, found.read(measure), found.read(START + measure), measure)
+            both = found.read(measure), found.read(START + measure)
+            words = score_words(store, found.done, *both, lower=found.is_lower_better(measure))
             made.add_row(found.task, measure, str(found.items), *words)
     for name, form in AGGREGATES.items():
         own = [found for found in tasks if found.task.startswith(form)]
         if len(own) > 1:
             done = np.logical_and.reduce([found.done for found in own])
             score, start = (np.mean([each.read(prefix + CENTRED) for each in own], axis=0) for prefix in ("", START))
-            words = score_words(store, done, score, start, CENTRED)
+            words = score_words(store, done, score, start, lower=False)
             made.add_row(f"{name}, {len(own)} tasks", CENTRED, "", *words)
     return made
 
 
-def score_words(store: Store, done: np.ndarray, score: np.ndarray, start: np.ndarray, measure: str) -> list[str]:
-    """Cells, start, best, median and the best cell of a measure, as texts."""
+def score_words(store: Store, done: np.ndarray, score: np.ndarray, start: np.ndarray, lower: bool) -> list[str]:
+    """Cells, start, best, median and the best cell of a measure, as texts; lower: whether that is better."""
     values = score[done]
     if not np.isfinite(values).any():
         return [str(len(values)), "", "", "", ""]
-    best = int((np.nanargmin if "perplexity" in measure else np.nanargmax)(values))
+    best = int((np.nanargmin if lower else np.nanargmax)(values))
     seed, *cell = np.argwhere(done)[best].tolist()
     where = ",".join(map(str, cell)) + (f" of seed {seed}" if store.run.replicates > 1 else "")
     numbers = (float(np.nanmean(start[done])), float(values[best]), float(np.nanmedian(values)))
@@ -339,7 +333,7 @@ def main() -> None:
     with user_errors():
         console = screen(soft_wrap=True)
         store = open_store(options.store)
-        check_store(store)
+        check_text(store)
         places = chosen_cells(store, options.cells, options.seeds)
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         tasks = load_tasks(names, options.tasks_from, options.limit, options.shots if options.shots >= 0 else None)

@@ -1,7 +1,7 @@
 """Results out of a store, one row a cell: `uv run analysis/export.py --store S --to cells.csv`.
 
 Columns: the replicate, every hyper-parameter that the sweep reads (swept or fixed), the label, whether the cell is the
-recommended one of its column, and every measurement that is one number a cell.
+recommended one of its column, every measurement that is one number a cell, and the scores of tasks, where there are.
 """
 
 if __name__ == "__main__" and not __package__:
@@ -15,6 +15,7 @@ import numpy as np
 
 from analysis.classify import Limits
 from analysis.recommend import Recommendation, recommend, why_not
+from analysis.scores import stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.config import hyper_names
 from engine.outcome import LABELS, Thresholds
@@ -56,7 +57,8 @@ def cell_table(store: Store, thresholds: Thresholds) -> "pyarrow.Table":
     label = pyarrow.DictionaryArray.from_arrays(codes, list(LABELS)).cast(pyarrow.string())
     best = np.broadcast_to(best_cells(store, thresholds), run.shape)
     measured = {name: store.read(name).ravel() for name, spec in store.specs.items() if not spec.by_step}
-    return pyarrow.table(columns | {"label": label, "best": best.ravel()} | measured)
+    scores = {f"{task.task}/{name}": task.read(name).ravel() for task in stored_tasks(store) for name in task.measures}
+    return pyarrow.table(columns | {"label": label, "best": best.ravel()} | measured | scores)
 
 
 def to_xarray(store: Store, thresholds: Thresholds | None = None) -> "xarray.Dataset":

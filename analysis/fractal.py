@@ -39,6 +39,7 @@ COMMANDS = {
     ),
     "replay": Command("engine.replay", "train one stored cell again and compare, bit for bit; save its weights"),
     "chat": Command("engine.chat", "talk to a cell, to several side by side, or to a checkpoint"),
+    "samples": Command("analysis.samples", "what cells write before and after training, kept for the report"),
     "recommend": Command("analysis.recommend", "which learning rate, for each budget, with its interval over seeds"),
     "zoom": Command("analysis.zoom", "train a part of a map again, denser, once or many times in a row"),
     "rules": Command(

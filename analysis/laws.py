@@ -38,11 +38,21 @@ class BestRates:
     index: np.ndarray  # [seed, col] of the lowest loss among the rates; 0 where nothing is finite
     loss: np.ndarray  # [seed, col] the lowest loss
     basins: np.ndarray  # [basin, 2, seed, col] lowest and highest rate of the range around it within BASINS nat
+    shape: np.ndarray  # [2, seed, col] bend and skew of each basin where it was fitted (`shape_at`)
 
     def some(self, seeds: np.ndarray, cols: slice = slice(None)) -> "BestRates":
         """Those of some seeds (bool [seed]) and columns."""
-        parts = (self.rate, self.edge, self.index, self.loss, self.basins)
+        parts = (self.rate, self.edge, self.index, self.loss, self.basins, self.shape)
         return BestRates(*(part[..., seeds, cols] for part in parts))
+
+    @property
+    def bias(self) -> np.ndarray:
+        """How far the mean over seeds of the log rate may lie from the truth for the grid being coarse [col].
+
+        A parabola through three points of a skewed basin misses its minimum by skew / bend.
+        """
+        (bend, skew), narrow = self.shape.sum(1), (self.shape[0] != 0).mean(0)
+        return narrow * np.divide(skew, bend, out=np.zeros(len(bend)), where=bend > 0)
 
 
 def best_rates(rates: np.ndarray, loss: np.ndarray) -> BestRates:
@@ -65,13 +75,16 @@ def best_rates(rates: np.ndarray, loss: np.ndarray) -> BestRates:
     filled = np.where(np.isfinite(loss), loss, np.inf)
     index, lowest = filled.argmin(1), filled.min(1)
     found, basins = np.full((seeds, columns), np.nan), np.full((len(BASINS), 2, seeds, columns), np.nan)
+    shape = np.zeros((2, seeds, columns))
     for seed, col in np.argwhere(np.isfinite(lowest)):
         curve, at = filled[seed, :, col], index[seed, col]
         ranges = [contiguous(curve <= lowest[seed, col] + nat, at) for nat in BASINS]
         basins[:, :, seed, col] = rates[np.array(ranges)]
-        found[seed, col] = math.exp(vertex(log_rate, curve, at, *ranges[0]))
+        near = fitted_range(curve, at, *ranges[0])
+        found[seed, col] = math.exp(vertex(log_rate, curve, at, *near))
+        shape[:, seed, col] = shape_at(log_rate, curve, at, *near)
     edge = np.where(index == 0, -1, np.where(index == len(rates) - 1, 1, 0))
-    return BestRates(found, np.where(np.isfinite(lowest), edge, 0), index, lowest, basins)
+    return BestRates(found, np.where(np.isfinite(lowest), edge, 0), index, lowest, basins, shape)
 
 
 def contiguous(holds: np.ndarray, at: int) -> tuple[int, int]:
@@ -81,19 +94,47 @@ def contiguous(holds: np.ndarray, at: int) -> tuple[int, int]:
     return int(before[-1]) + 1 if len(before) else 0, int(after[0]) - 1 if len(after) else len(holds) - 1
 
 
-def vertex(log_rate: np.ndarray, curve: np.ndarray, at: int, first: int, last: int) -> float:
-    """The log rate of the vertex of the parabola around index `at` of one curve [rate], inf where it broke."""
+def fitted_range(curve: np.ndarray, at: int, first: int, last: int) -> tuple[int, int]:
+    """First and last index of the rates that the parabola around index `at` of one curve [rate] is fitted to.
+
+    Args:
+        first, last: of the narrowest of BASINS.
+    """
     near, end = contiguous(np.isfinite(curve), at)
     # on a coarse grid second neighbours lie beyond the parabola: a cliff there would move the vertex by half a step
     below, above = contiguous(curve <= curve[at] + VERTEX_NAT, at)
-    first = max(min(first, at - 1, max(below, at - 2)), near)
-    last = min(max(last, at + 1, min(above, at + 2)), end)
+    return max(min(first, at - 1, max(below, at - 2)), near), min(max(last, at + 1, min(above, at + 2)), end)
+
+
+def vertex(log_rate: np.ndarray, curve: np.ndarray, at: int, first: int, last: int) -> float:
+    """The log rate of the vertex of the parabola through some rates around index `at` of one curve [rate]."""
     if last - first >= 2:
         x = log_rate[first : last + 1] - log_rate[at]
         bend, slope, _ = np.polyfit(x, curve[first : last + 1], 2)
         if bend > 0 and x[0] <= -slope / (2 * bend) <= x[-1]:
             return float(log_rate[at] - slope / (2 * bend))
     return float(log_rate[at])
+
+
+def shape_at(log_rate: np.ndarray, curve: np.ndarray, at: int, first: int, last: int) -> tuple[float, float]:
+    """Bend and skew of a basin that is fitted by the two neighbours of index `at`: nat per (log rate)^2, and nat per
+    log rate by which its cubic moves the vertex, times the bend.
+
+    The fourth point of the cubic is on the gentler side: the other may be a cliff, which says nothing of the minimum.
+    Wider fits have no skew, they are within the narrowest of BASINS.
+    """
+    if (first, last) != (at - 1, at + 1):
+        return 0.0, 0.0
+    padded = np.concatenate([[np.inf] * 2, curve, [np.inf] * 2])
+    sides = {at - 2: padded[at], at + 2: padded[at + 4]}
+    outer = min(sides, key=lambda place: sides[place])
+    x = log_rate[first : last + 1] - log_rate[at]
+    bend = float(np.polyfit(x, curve[first : last + 1], 2)[0])
+    if not math.isfinite(sides[outer]):
+        return bend, 0.0
+    some = [outer, at - 1, at, at + 1]
+    cubic = float(np.polyfit(log_rate[some] - log_rate[at], curve[some], 3)[0])
+    return bend, cubic * -x[0] * x[-1] / 2
 
 
 # ---- power laws
@@ -149,13 +190,19 @@ class Law:
         return float(10**self.exponent.value)
 
 
-def over_seeds(values: np.ndarray) -> Estimate:
-    """Mean +- t * s / sqrt(n) of one value a seed [seed]; no interval below FEWEST_SEEDS."""
+def over_seeds(values: np.ndarray, bias: float = 0.0) -> Estimate:
+    """Mean +- t * s / sqrt(n) of one value a seed [seed]; no interval below FEWEST_SEEDS.
+
+    Args:
+        bias: how far above the mean the truth may lie for another reason, or below where negative: the interval grows
+            by it on that side, and in quadrature on the other.
+    """
     values = values[np.isfinite(values)]
     n = len(values)
     mean = float(values.mean()) if n else math.nan
     half = float(-special.stdtrit(n - 1, 0.025) * values.std(ddof=1)) / math.sqrt(n) if n >= FEWEST_SEEDS else math.nan
-    return Estimate(mean, mean - half, mean + half)
+    low, high = (half + abs(bias) if side * bias > 0 else math.hypot(half, bias) for side in (-1, 1))
+    return Estimate(mean, mean - low, mean + high)
 
 
 def censored_fit(design: np.ndarray, value: np.ndarray, bound: np.ndarray) -> np.ndarray:
@@ -361,6 +408,11 @@ def safe_rates(rates: np.ndarray, loss: np.ndarray) -> Safe:
     return Safe(safe, rates[start], holding, seeds, float(share_at_least(seeds, seeds)))
 
 
+def within_decades(rates: np.ndarray, lowest: float) -> np.ndarray:
+    """Which rates lie in the DECADES from `lowest` on."""
+    return (rates >= lowest * (1 - 1e-9)) & (rates <= lowest * 10**DECADES * (1 + 1e-9))
+
+
 def sensitivity(rates: np.ndarray, loss: np.ndarray, initial: np.ndarray, lowest: float) -> np.ndarray:
     """E[min(loss, initial) - lowest loss] over DECADES of log rate from `lowest` on (arXiv:2309.14322).
 
@@ -383,7 +435,7 @@ def sensitivity(rates: np.ndarray, loss: np.ndarray, initial: np.ndarray, lowest
         )
     top = initial[:, None, None]
     capped = np.minimum(np.where(np.isfinite(loss), loss, top), top)
-    inside = (rates >= lowest * (1 - 1e-9)) & (rates <= highest * (1 + 1e-9))
+    inside = within_decades(rates, lowest)
     above = (capped - capped.min(1, keepdims=True))[:, inside]
     x = np.log10(rates[inside])
     return np.trapezoid(above, x, axis=1) / (x[-1] - x[0])

@@ -13,7 +13,6 @@ from analysis.dimension import LEAST_CELLS, Dimension, measure, nulls
 from analysis.recommend import Recommendation, recommend, why_not
 from engine.amount import amount_words, epochs_words, short_name
 from engine.grid import Grid
-from engine.hyper import long_name
 from engine.outcome import Thresholds, measured, trains
 from engine.store import Replicate, Store
 
@@ -66,7 +65,7 @@ class Map:
 def map_title(store: Replicate) -> str:
     """What a map sweeps on which network and data, in one line."""
     (rows, cols), data = store.grid.shape, data_name(store.store)
-    axes = f"{long_name(store.grid.y.name)} by {long_name(store.grid.x.name)}"
+    axes = f"{store.grid.y.long_name} by {store.grid.x.long_name}"
     return f"{store.config.title}{f' on {data}' if data else ''}: {axes}, {rows} x {cols} cells"
 
 

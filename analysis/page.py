@@ -12,7 +12,6 @@ from analysis.colours import CONVERGENCE_COLOURS, LABEL_COLOURS, SHARE_COLOURS, 
 from analysis.maps import Map, Trained
 from analysis.scores import stored_tasks
 from engine.grid import Axis
-from engine.hyper import long_name
 from engine.outcome import LABELS, MISSING
 from engine.store import Replicate
 
@@ -34,7 +33,7 @@ def axis_json(axis: Axis, values: np.ndarray) -> dict:
     """Name in words, values, and the drawn extent (log10 units for a log axis)."""
     low, high = extent(axis)
     return {
-        "name": long_name(axis.name),
+        "name": axis.long_name,
         "log": axis.scale == "log",
         "from": low,
         "to": high,

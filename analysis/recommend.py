@@ -23,7 +23,6 @@ from analysis.classify import Limits
 from analysis.trl import trl_arguments, trl_text
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
-from engine.hyper import long_name
 from engine.measure import MEASUREMENTS
 from engine.outcome import DONE, Thresholds, trains
 from engine.progress import clock
@@ -154,8 +153,9 @@ class Recommendation:
         """One column's answer."""
         from analysis import laws
 
-        lr, at = long_name(self.lr), f"{column.at:,.4g}" if column.at < 1e4 else f"{column.at:,.0f}"
-        where = f"For {at} {long_name(self.other)}" if self.by_tokens else f"At {long_name(self.other)} {at}"
+        lr, words = map(self.store.config.long_name, (self.lr, self.other))
+        at = f"{column.at:,.4g}" if column.at < 1e4 else f"{column.at:,.0f}"
+        where = f"For {at} {words}" if self.by_tokens else f"At {words} {at}"
         if tokens is not None and abs(tokens / column.at - 1) > 1e-3:
             where += f" (swept; the nearest to {tokens:,.0f})"
         if (epochs := self.epochs(column)) > 1:
@@ -188,7 +188,8 @@ class Recommendation:
         """The best cell's answer."""
         if self.best is None:
             return "No cell trains in all seeds"
-        values = ", ".join(f"{long_name(name)} {value:.4g}" for name, value in self.best.values.items())
+        called = self.store.config.long_name
+        values = ", ".join(f"{called(name)} {value:.4g}" for name, value in self.best.values.items())
         measure = MEASUREMENTS[self.store.config.workload.ranks]
         units = f" {measure.units}" if measure.units != "1" else ""
         draw = "one seed, which is one draw" if self.best.seeds == 1 else f"mean of {self.best.seeds} seeds"
@@ -213,10 +214,12 @@ class Recommendation:
         if done < cells:
             said.append(f"{done:,} of {cells:,} cells are measured; only whole columns are read.")
         from analysis.distance import distance_note
+        from analysis.samples import sample_notes
         from analysis.scores import score_notes
 
         scores = score_notes(self.store, self.cell())
-        return said + scores + (distance_note(self.store, self.cell()) if scores else [])
+        far = distance_note(self.store, self.cell()) if scores else []
+        return said + sample_notes(self.store, self.cell()) + scores + far
 
     def head(self) -> tuple[str, ...]:
         """Names of what `rows` has."""
@@ -408,7 +411,7 @@ def column_of(
     if not np.isfinite(mean).any():
         nowhere = ((math.nan, math.nan),) * len(laws.BASINS)
         return Column(at, index, seeds, nothing, 0, math.nan, 0, nowhere, math.nan, math.nan, math.nan)
-    estimate = laws.over_seeds(np.log(found.rate[:, 0]))
+    estimate = laws.over_seeds(np.log(found.rate[:, 0]), float(found.bias[0]))
     best = laws.Estimate(*(math.exp(each) for each in (estimate.value, estimate.low, estimate.high)))
     start, last = int(mean.argmin()), len(rates) - 1
     # a seed whose minimum lies on the edge bounds the mean: with half of them, or the mean's own, nothing else does
@@ -447,7 +450,7 @@ def law_of(found: "Turned", fits: "BestRates", whole: np.ndarray) -> str:
         return ""
     e = law.exponent
     return (
-        f"Ten times the {long_name(found.other.name)}, {law.ten_times:.2f} times the {long_name(found.lr.name)}: "
+        f"Ten times the {found.other.long_name}, {law.ten_times:.2f} times the {found.lr.long_name}: "
         f"exponent {e.value:.3f} [{e.low:.3f}, {e.high:.3f}] over {law.seeds} seeds, within the swept range."
     )
 

@@ -15,9 +15,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from analysis.boundary import map_edges
 from analysis.charts import Series, chart
@@ -25,17 +27,22 @@ from analysis.classify import Labelling, counts
 from analysis.colours import LABEL_COLOURS, MISSING_COLOUR
 from analysis.dimension import nulls, parse_fit
 from analysis.distance import cell_distances, findings
+from analysis.distance import table as relations_table
 from analysis.evaluate import scores_table
 from analysis.maps import Map, analyse
 from analysis.noise import depth_of, percent_words, read_noise, verdict
 from analysis.page import page_data
 from analysis.recommend import shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
-from analysis.scores import stored_tasks
+from analysis.samples import read_samples
+from analysis.scores import score_line, stored_tasks
+from engine.chat import cell_name
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
 from engine.store import Replicate, Store, open_map
 
+SAMPLE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+FORMS_IN_WORDS = {"chat": "the prompts are a user's messages.", "text": "the prompts are gone on with."}
 FILES = {kind: Path(__file__).with_name(f"report.{kind}") for kind in ("html", "css", "js")}
 
 
@@ -44,6 +51,12 @@ def table_html(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> s
     top = "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>" if head else ""
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>{top}{body}</table>"
+
+
+def rich_html(table: Table) -> str:
+    """A table that a command prints."""
+    rows = zip(*(list(column.cells) for column in table.columns), strict=True)
+    return table_html([tuple(map(str, row)) for row in rows], tuple(str(column.header) for column in table.columns))
 
 
 def dimension_html(found: Map) -> str:
@@ -152,16 +165,50 @@ def scores_html(store: Store, thresholds: Thresholds) -> str:
     """What cells score and what that has to do with the border, as a section; '' without scores."""
     if not stored_tasks(store):
         return ""
-    table = scores_table(store)
-    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
-    said = table_html([tuple(map(str, row)) for row in rows], tuple(str(column.header) for column in table.columns))
+    said = rich_html(scores_table(store))
     try:
         found = findings(store, thresholds)
+        said += rich_html(relations_table(found))
         words = [found.sentence(), *(each.sentence() for each in found.resolutions), *found.left_out]
     except ValueError as error:  # no border, or no probe
         words = [str(error)]
     said += "".join(f'<p class="soft">{escape(each)}</p>' for each in words if each)
     return f'<section aria-labelledby="scores"><h2 id="scores">Scores</h2><div class="scroll">{said}</div></section>'
+
+
+def samples_html(store: Store) -> str:
+    """What chosen cells write before and after training, with their losses, scores and commands, as a section; ''
+    without samples."""
+    samples = read_samples(store)
+    if samples is None:
+        return ""
+    parts, series = [], []
+    for colour, each in zip(cycle(SAMPLE_COLOURS), samples.cells, strict=False):
+        replicate, *cell = each.place
+        words = ["--store", str(store.path), "--row", str(cell[0]), "--col", str([*cell, 0][1])]
+        words += ["--replicate", str(replicate)] if replicate else []
+        again = shlex.join(["uv", "run", "engine/replay.py", *words])
+        name = f"{each.why}: {cell_name(store, each.place)}"
+        scores = [score_line(task, tuple(cell)) for task in stored_tasks(store)]
+        rows = list(zip(samples.prompts, each.start, each.end, strict=True))
+        parts += [
+            f'<h3><i class="swatch" style="background:{colour}"></i>{escape(name)}</h3>',
+            table_html(rows, ("prompt", "before training", "after")),
+            *[f'<p class="soft">{escape(line)}</p>' for line in scores if line],
+            f"<code>{escape(again)}</code><code>{escape(f'{again} --save-weights cell.safetensors')}</code>",
+        ]
+        if "losses" in store:
+            losses = store.read("losses", replicate, slice(cell[0], cell[0] + 1))[0][tuple(cell[1:])]
+            step = np.arange(1, len(losses) + 1)
+            series.append(Series("", step, np.nan_to_num(losses, posinf=0.0), colour))
+    drawn = any((each.y > 0).any() for each in series)
+    plot = chart(series, "step", "training loss") if drawn else ""
+    told = f"Greedy, at most {samples.tokens} tokens; " + FORMS_IN_WORDS[samples.form]
+    return (
+        '<section class="samples" aria-labelledby="samples"><h2 id="samples">Before and after</h2>'
+        f'<p class="soft">{told}</p>{plot}<div class="scroll" tabindex="0" role="group" aria-label="samples">'
+        f"{''.join(parts)}</div></section>"
+    )
 
 
 def labels_html(codes: np.ndarray) -> str:
@@ -201,6 +248,7 @@ def report_html(found: Map, labelling: Labelling, live: bool = False, distance: 
         "labels": labels_html(found.codes),
         "measured": measured_html(found),
         "dimension": dimension_html(found),
+        "samples": samples_html(store.store),
         "scores": scores_html(store.store, found.thresholds),
         "rules": rules_html(store.store, found.thresholds),
         "noise": noise_html(store, labelling),

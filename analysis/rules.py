@@ -23,7 +23,6 @@ from analysis.early_warning import FEWEST_RUNS, SIGNS, SURE, EarlyWarning, draw_
 from analysis.panels import Picture, legend_below, save, side_by_side, style
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
-from engine.hyper import long_name
 from engine.outcome import Thresholds, measured, trains
 from engine.store import Store, open_store
 
@@ -142,7 +141,8 @@ def rules(store: Store, thresholds: Thresholds) -> Rules:
 def sensitivity_of(
     rates: np.ndarray, loss: np.ndarray, start: np.ndarray, best: "BestRates"
 ) -> "tuple[Estimate, float] | None":
-    """LR sensitivity over the three decades around the median best rate, mean over columns; None where not swept."""
+    """LR sensitivity over the three decades around the median best rate, mean over columns; None where those have
+    not been swept by two rates."""
     from analysis import laws
 
     widest = math.log10(rates[-1] / rates[0])
@@ -150,6 +150,8 @@ def sensitivity_of(
     if widest < laws.DECADES or not np.isfinite(start).all() or not np.isfinite(middle):
         return None
     lowest = float(np.clip(middle / 10 ** (laws.DECADES / 2), rates[0], rates[-1] / 10**laws.DECADES))
+    if laws.within_decades(rates, lowest).sum() < 2:  # rates so coarse that the decades lie between two of them
+        return None
     return laws.over_seeds(laws.sensitivity(rates, loss, start, lowest).mean(1)), lowest
 
 
@@ -230,6 +232,10 @@ def sentences(r: Rules) -> list[tuple[str, str]]:
         said.append(("", f"published exponents, of opposite sign: {known}"))
     if r.critical is not None:
         said.append(("critical-rate law", law_words(r.critical, lr, other)))
+    if r.critical is not None and r.borders is not None:
+        unbounded, columns = int(np.isinf(r.borders.high[0]).sum()), len(r.borders.start)
+        if unbounded:
+            said.append(("", f"approximate, rather too wide: LR50 is open above in {unbounded} of {columns} columns"))
     if r.sensitivity is not None:
         value, lowest = r.sensitivity
         decades = f"{lowest:.2g} to {lowest * 10**laws.DECADES:.2g}"
@@ -280,7 +286,7 @@ def draw_rates(axes: "Axes", r: Rules) -> None:
             for marker, end, open_end in (("v", ends[0], low[inside] < bottom), ("^", ends[1], high[inside] > top)):
                 axes.plot(beside[open_end], end[open_end], marker, ms=3, color=colour)
             axes.plot(x[np.isinf(value)], np.full(np.isinf(value).sum(), top), "^", ms=4, color=colour)
-    axes.set(xscale="log", yscale="log", xlabel=long_name(r.found.other.name), ylabel=long_name(r.found.lr.name))
+    axes.set(xscale="log", yscale="log", xlabel=r.found.other.long_name, ylabel=r.found.lr.long_name)
     axes.set_title("Best, safe and critical rate")
     if handles := axes.get_legend_handles_labels()[0]:
         legend_below(axes, handles)
@@ -301,7 +307,7 @@ def draw(r: Rules, path: Path, size: str) -> Path:
     from matplotlib import rc_context
 
     count, seeds = (1 if r.early is None else 2), f"{r.seeds} seeds" if r.seeds > 1 else "one seed, one draw"
-    title = f"{long_name(r.found.lr.name).capitalize()} by {long_name(r.found.other.name)}, {seeds}"
+    title = f"{r.found.lr.long_name.capitalize()} by {r.found.other.long_name}, {seeds}"
     with rc_context(style(size)):
         figure, panels = side_by_side(count, size, title, f"{'. '.join(r.refused)}." if r.refused else "")
         draw_rates(panels[0], r)

@@ -63,6 +63,17 @@ class TaskScores:
         fill = self.specs[name].measurement.fill
         return np.pad(stored, [(0, missing)] + [(0, 0)] * (stored.ndim - 1), constant_values=fill)
 
+    def at(self, name: str, cells: np.ndarray) -> np.ndarray:
+        """Some cells (bool [row, col]) of an array [replicate, cell(, item)]; only their rows are read."""
+        array: Any = self.group[name]
+        rows = np.flatnonzero(cells.any(1)).tolist()
+        return np.concatenate([np.asarray(array[:, row])[:, cells[row]] for row in rows], axis=1)
+
+    @property
+    def stored(self) -> int:
+        """Replicates that the arrays hold; what was swept since has no scores."""
+        return int(self.group["status"].shape[0])  # type: ignore[union-attr]
+
     @property
     def done(self) -> np.ndarray:
         """Which cells are scored, bool [replicate, *cells]."""
@@ -72,6 +83,10 @@ class TaskScores:
     def measure(self) -> str:
         """The one that stands for the task: accuracy, that of length-normalised answers where there is one."""
         return next((name for name in ("acc_norm", "acc") if name in self.measures), next(iter(self.measures)))
+
+    def is_lower_better(self, measure: str) -> bool:
+        """Whether a lower value is the better one."""
+        return any(measure == name or measure.startswith(f"{name}_") for name in self.attributes["lower"])
 
     def check(self, task: Task) -> None:
         """Raise ValueError where other items were asked, or asked otherwise."""
@@ -128,6 +143,7 @@ def make_task(store: Store, task: Task, example: Scored, provenance: Mapping[str
     """The empty scores of a task: all of them or nothing."""
     measures = {name: name in example.items for name in example.total}
     attributes = {"task": task.name, "items": task.items, "digest": task.digest, "measures": measures}
+    attributes["lower"] = list(task.lower)
     attributes |= json.loads(json.dumps(dict(provenance)))
     whole = zarr.open_group(store.place.zarr(read_only=False), mode="r+", use_consolidated=False)
     whole.require_group(FOLDER)
@@ -168,7 +184,8 @@ def score_line(found: TaskScores, cell: tuple[int, ...]) -> str:
         return ""
     said = f"{found.task}: {measure} {np.nanmean(score):.3g}, {np.nanmean(start):.3g} before training"
     if found.measures[measure]:
-        pairs = [found.read(prefix + measure + BY_ITEM)[at][known] for prefix in ("", START)]
+        arrays: list[Any] = [found.group[prefix + measure + BY_ITEM] for prefix in ("", START)]
+        pairs = [np.asarray(array[at])[known[: found.stored]] for array in arrays]
         difference = np.nanmean(pairs[0] - pairs[1], axis=0)  # of each item
         half = 1.96 * difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.nan
         said += f" (difference {difference.mean():+.3g} ± {half:.2g} over {found.items} items)"

@@ -69,6 +69,10 @@ class Task(Protocol):
     def digest(self) -> str:
         """SHA-256 of what is asked and how it is scored."""
 
+    @property
+    def lower(self) -> Sequence[str]:
+        """Measures that are better the lower they are."""
+
     def score(self, scorer: "Scorer", tokenizer: Any) -> Result:
         """Ask every replica. Raises ValueError for an item that the tokenizer cannot express."""
 
@@ -207,6 +211,7 @@ class HarnessTask:
             task.build_all_requests(limit=self.limit, rank=0, world_size=1)
         asked = [(each.doc_id, each.idx, each.request_type, each.args) for each in task.instances]
         metrics = sorted(task.aggregation())
+        self.lower = sorted(name for name, higher in task.higher_is_better().items() if not higher)
         self.items = len({each.doc_id for each in task.instances})
         self.digest = digest_of([metrics, asked])
 
@@ -258,6 +263,7 @@ class Form:
     """(item, mean log-probability of a token of each request, whether each is greedy) -> whether it is right"""
     baseline: float
     """what guessing gets"""
+    lower: tuple[str, ...] = ()
 
     def score(self, scorer: "Scorer", tokenizer: Any) -> Result:
         """Ask every replica."""

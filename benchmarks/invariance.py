@@ -9,7 +9,7 @@ norm must have the same bits. Forms of a network:
     plain        batches that are not cut
     clip         gradients clipped to norm 0.05, which nearly all exceed, and every norm compared
     accumulate   gradients of two micro-batches added, beside slots that add one or three
-    lion, muon, normuon   that optimizer, on the matrices where it takes nothing else; not of smollm2
+    lion, muon, normuon   that optimizer, on the matrices where it takes nothing else
     dropout      a tenth of the residual stream's additions dropped
 
 Needs a CUDA GPU. Exit code 0 if everything is equal, 1 if not. Letters: R replica, T time, S step.
@@ -33,7 +33,9 @@ from engine.command import parse, screen, user_errors
 class Options:
     """What to compare."""
 
-    networks: str = "d4,d12,smollm2"  # of d4, d12, smollm2 (left out where its package is not installed)
+    # of d4, d12, smollm2 (left out where its package is not installed), and small ones with random weights: gpt2,
+    # llama, qwen2, qwen3, nanochat-2026-01, nanochat-2026-03
+    networks: str = "d4,d12,smollm2"
     precisions: str = "bf16,fp32"  # of bf16, tf32, fp32
     forms: str = "plain,clip,accumulate"  # of plain, clip, accumulate, lion, muon, normuon, dropout
     steps: int = 20  # of the subject
@@ -50,7 +52,7 @@ from rich.text import Text
 from torch import Tensor
 
 from benchmarks.arguments import check_positive
-from benchmarks.random_runs import network_of, random_corpus, trajectory
+from benchmarks.random_runs import SMALL, network_of, random_corpus, random_network, small_network, trajectory
 from benchmarks.throughput import names
 from benchmarks.timing import append_rows, ready
 from engine.config import Run, make_config, resolve
@@ -61,11 +63,13 @@ from engine.plan import Trajectory, plan_runs, slots_that_fit
 from engine.step import Trainer
 from kernels.gradient_norm import global_norm
 
-NETWORKS: dict[str, dict] = {
+SMALL_ONES: dict[str, dict] = {name: {"network": "pretrained"} for name in SMALL}
+NETWORKS: dict[str, dict] = SMALL_ONES | {
     "d4": {"depth": 4, "vocabulary": 4096},
     "d12": {"depth": 12, "vocabulary": 32768},
     "smollm2": {"network": "smollm2"},
 }
+CONTEXT = 128
 PRECISIONS = ("bf16", "tf32", "fp32")
 FORMS: dict[str, dict] = {
     "plain": {},
@@ -111,10 +115,19 @@ class NormTrainer(Trainer):
 
 def run_of(network: str, precision: str, form: str, device: str = "cuda") -> Run:
     """One network in one form, 1,024 tokens a step of the subject."""
-    shape = NETWORKS[network] | FORMS[form] | {"context": 128, "precision": precision}
+    shape = NETWORKS[network] | FORMS[form] | {"context": CONTEXT, "precision": precision}
     if "y" not in shape:
         shape["batch"] = SUBJECT_BATCH
     return resolve(make_config(**({"x": "tokens:log:4096:49152:2"} | shape)), device)
+
+
+def network_named(name: str, device: torch.device) -> Network:
+    """A network as a plain sweep has it, its initial weights made once a seed."""
+    if name in SMALL:
+        network = random_network(small_network(name, CONTEXT), device)
+    else:
+        network = network_of(run_of(name, "bf16", "plain", device.type), device)
+    return network._replace(initial=cache(network.initial))
 
 
 def masked_corpus(run: Run, vocabulary: int) -> Corpus:
@@ -195,7 +208,7 @@ def compare(
 ) -> Iterator[dict]:
     """A row for every stack: how many subjects it held, and what differed first."""
     run = run_of(name, precision, form, device.type)
-    corpus = masked_corpus(run, network.vocabulary)
+    network, corpus = network.grouped_for(run), masked_corpus(run, network.vocabulary)
     (alone,) = train(run, network, corpus, 1, [subject(run, options.steps)], device)
     assert np.isfinite(alone.losses).all()
     widths = list(WIDTHS)
@@ -265,8 +278,7 @@ def main() -> None:
         networks.remove("smollm2")
     device, rows = torch.device("cuda"), []
     for name in networks:
-        network = network_of(run_of(name, "bf16", "plain"), device)
-        network = network._replace(initial=cache(network.initial))
+        network = network_named(name, device)
         for precision in precisions:
             for form in forms:
                 mine = []

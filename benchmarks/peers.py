@@ -14,6 +14,9 @@ replica. Only how it is executed differs:
     jax_cudnn    the same with cuDNN's attention
     ours         engine.step.Trainer
 
+Of the published shapes of other families (--network) the engine's own network is trained, by torch's operators in
+place of its kernels.
+
 Letters: R replica, B batch, T time, D width, H heads, K head dim, V vocabulary, S step.
 """
 
@@ -27,6 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -46,6 +50,7 @@ class Options:
     precision: str = "bf16"  # bf16 or fp32
     seconds: float = 2.0  # time to spend on timed steps
     device: str = "cuda"  # cuda or cpu
+    network: str = ""  # gpt2-124m, qwen2.5-0.5b or llama-1b instead of such a GPT: eager, sequential and ours
 
 
 if __name__ == "__main__":
@@ -57,15 +62,17 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from benchmarks.arguments import check_positive
-from benchmarks.random_runs import filled_trainer, gpt_run, random_corpus, rates
+from benchmarks.random_runs import PUBLISHED, filled_trainer, random_corpus, random_network, rates, run_of
 from benchmarks.timing import copy_terabytes, milliseconds
+from engine.checkpoint.model import FAMILIES, ModelConfig, family_name, make_module
 from engine.data import batch_order
 from engine.models import rotary_tables
-from engine.models.gpt import NORM_EPS, ROTARY_BASE, GPTConfig, initial_weights
+from engine.models.gpt import NORM_EPS, ROTARY_BASE, GPTConfig
 from engine.ranks import choose_device
 from engine.step import capture, matmul_precision
 
 NAMES = ("ceilings", "eager", "sequential", "vmap", "jax", "jax_cudnn", "ours")
+OF_FAMILIES = ("eager", "sequential", "ours")
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
 STEPS = 1 << 15  # steps that a peer's batches and loss history are laid out for
 SCANNED = 8  # steps JAX runs in one call
@@ -75,7 +82,7 @@ BLOCKS = 5  # timed blocks; the median counts
 class Problem(NamedTuple):
     """What all peers train: shape of the network, first weights, corpus and the rows of every step."""
 
-    shape: GPTConfig
+    shape: ModelConfig
     weights: dict[str, Tensor]
     tokens_NT: np.ndarray
     targets_NT: np.ndarray
@@ -100,10 +107,12 @@ class Run(NamedTuple):
 def make_problem(options: Options) -> Problem:
     """The problem that `ours` trains too, as numpy arrays and CPU tensors."""
     width, heads = 64 * options.depth, options.depth
-    shape = GPTConfig(options.depth, width, heads, heads, options.context, options.vocabulary)
-    corpus = random_corpus(options.context, options.vocabulary)
+    shape: ModelConfig = GPTConfig(options.depth, width, heads, heads, options.context, options.vocabulary)
+    if options.network:
+        shape = PUBLISHED[options.network](options.context)
+    corpus = random_corpus(options.context, shape.vocabulary)
     rows_SB = batch_order(0, len(corpus.tokens), STEPS * options.batch).reshape(STEPS, options.batch)
-    weights = initial_weights(shape, 0)
+    weights = FAMILIES[family_name(shape)].module.initial_weights(shape, 0)
     return Problem(shape, weights, corpus.tokens, corpus.targets, rows_SB, rates(options.replicas))
 
 
@@ -126,6 +135,40 @@ def mean_loss(weights: dict[str, Tensor], tokens_BT: Tensor, targets_BT: Tensor,
     logits_BTV = functional.linear(norm(x_BTD), weights["unembedding.weight"]).float()
     logits_BTV = shape.softcap * torch.tanh(logits_BTV / shape.softcap)
     return functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten().long())
+
+
+def loss_of_module(shape: ModelConfig, device: torch.device) -> Callable[..., Tensor]:
+    """The mean loss of the engine's own network for one replica, as `mean_loss`, in plain torch."""
+    if device.type == "cuda":
+        replace_kernels()
+    network = make_module(shape, device)
+    hyper = {"label_smoothing": torch.zeros((), device=device)}
+    key_3 = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def mean(weights: dict[str, Tensor], tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        loss = torch.func.functional_call(network, weights, (tokens_BT, targets_BT, hyper, key_3))
+        return loss / targets_BT.numel()
+
+    return mean
+
+
+def replace_kernels() -> None:
+    """Put torch's operators in the place of all kernels of a forward in this process."""
+    names = ("activation", "attention", "embedding", "linear", "loss", "norm", "ordered_sum", "scaled_sum")
+    for module in [import_module(f"kernels.{name}") for name in names]:
+        for name in [each for each in vars(module) if each.endswith("_triton")]:
+            setattr(module, name, getattr(module, name.replace("_triton", "_reference")))
+    vars(import_module("kernels.attention"))["qkv_attention_triton"] = fused_attention
+
+
+def fused_attention(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm=False, eps=1e-6, window=None, qk_scale=1.0):
+    """`kernels.attention.qkv_attention` without norm and window, by torch's operators."""
+    assert not qk_norm and window is None and qk_scale == 1.0
+    heads_BHTK = qkv_BTC.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2)
+    q_BHTK, k_BGTK, v_BGTK = heads_BHTK.split([heads, kv_heads, kv_heads], dim=1)
+    q_BHTK, k_BGTK = (rotate(each, (cos_TK2, sin_TK2)) for each in (q_BHTK, k_BGTK))
+    mixed_BHTK = functional.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=True)
+    return mixed_BHTK.transpose(1, 2).flatten(2)
 
 
 def attention(qkv_BTC: Tensor, tables, norm, shape: GPTConfig) -> Tensor:
@@ -169,7 +212,13 @@ def adamw_(masters, weights, firsts, seconds, gradients, rate, count) -> None:
         weight.copy_(master)
 
 
-def torch_peer(problem: Problem, dtype: torch.dtype, device: torch.device, stacked: bool, compiled: bool) -> Run:
+def loss_of_gpt(shape: GPTConfig, device: torch.device, compiled: bool) -> Callable[..., Tensor]:
+    """`mean_loss` of the GPT, with the norm that suits best."""
+    tables = tuple(table.to(device) for table in rotary_tables(shape.context, shape.head_dim, ROTARY_BASE))
+    return partial(mean_loss, tables=tables, norm=open_norm if compiled else fused_norm, shape=shape)
+
+
+def torch_peer(options: Options, dtype: torch.dtype, device: torch.device, stacked: bool, compiled: bool) -> Run:
     """One replica, or a stack of them by vmap, in plain torch.
 
     On a GPU `compiled` means torch.compile and one CUDA graph of the whole step; a CPU runs the same
@@ -177,8 +226,8 @@ def torch_peer(problem: Problem, dtype: torch.dtype, device: torch.device, stack
     """
     # cuDNN's attention fails under vmap with torch.compile
     torch.backends.cuda.enable_cudnn_sdp(False)
+    problem = make_problem(options)
     replicas = len(problem.rates_R) if stacked else 1
-    shape = problem.shape
     masters = {}
     for name, values in problem.weights.items():
         values = values.to(device)
@@ -187,7 +236,6 @@ def torch_peer(problem: Problem, dtype: torch.dtype, device: torch.device, stack
     tokens_NT = torch.from_numpy(problem.tokens_NT).to(device)
     targets_NT = torch.from_numpy(problem.targets_NT).to(device)
     rows_SB = torch.from_numpy(problem.rows_SB).to(device)
-    tables = tuple(table.to(device) for table in rotary_tables(shape.context, shape.head_dim, ROTARY_BASE))
     rate = torch.tensor(problem.rates_R, dtype=torch.float32, device=device)
     step = torch.zeros((), dtype=torch.int64, device=device)
     history = torch.full((STEPS, replicas), torch.nan, device=device)
@@ -195,7 +243,10 @@ def torch_peer(problem: Problem, dtype: torch.dtype, device: torch.device, stack
     lists = list(masters.values())
 
     compile_ = partial(torch.compile, fullgraph=True, dynamic=False) if compiled and device.type == "cuda" else identity
-    one = partial(mean_loss, tables=tables, norm=open_norm if compiled else fused_norm, shape=shape)
+    if isinstance(problem.shape, GPTConfig):
+        one = loss_of_gpt(problem.shape, device, compiled)
+    else:
+        one = loss_of_module(problem.shape, device)
     loss_of = compile_(torch.func.vmap(one) if stacked else one)
     if compiled:
         firsts, seconds = [torch.zeros_like(m) for m in lists], [torch.zeros_like(m) for m in lists]
@@ -258,8 +309,12 @@ def torch_run(advance: Callable[[int], None], losses: Callable[[int], np.ndarray
 
 def ours(options: Options, device: torch.device) -> Run:
     """The project's own stack, as a sweep trains it."""
-    shape = options.depth, options.vocabulary, options.precision, options.context, options.batch
-    trainer = filled_trainer(gpt_run(*shape, device.type), options.replicas, device, STEPS)
+    shape = options.precision, options.context, options.batch, device.type
+    if options.network:
+        run, network = run_of(*shape, network="pretrained"), random_network(make_problem(options).shape, device)
+    else:
+        run, network = run_of(*shape, depth=options.depth, vocabulary=options.vocabulary), None
+    trainer = filled_trainer(run, options.replicas, device, STEPS, network)
 
     def losses(count: int) -> np.ndarray:
         # every slot took every step: none had stopped, so none was cheaper than it should be
@@ -388,11 +443,11 @@ def build(options: Options) -> Run:
         case "jax_cudnn":
             return jax_peer(make_problem(options), options.precision, "cudnn")
         case "eager":
-            return torch_peer(make_problem(options), dtype, device, stacked=False, compiled=False)
+            return torch_peer(options, dtype, device, stacked=False, compiled=False)
         case "sequential":
-            return torch_peer(make_problem(options), dtype, device, stacked=False, compiled=True)
+            return torch_peer(options, dtype, device, stacked=False, compiled=True)
         case "vmap":
-            return torch_peer(make_problem(options), dtype, device, stacked=True, compiled=True)
+            return torch_peer(options, dtype, device, stacked=True, compiled=True)
     raise AssertionError(options.peer)
 
 
@@ -442,6 +497,13 @@ def main() -> None:
             raise ValueError(f"peer is {options.peer!r}, expected one of {', '.join(NAMES)}")
         if options.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision is {options.precision!r}, expected bf16 or fp32")
+        if options.network and (
+            options.network not in PUBLISHED or options.peer not in ("eager", "sequential", "ours")
+        ):
+            raise ValueError(
+                f"network is {options.network!r} of peer {options.peer!r}, expected one of {', '.join(PUBLISHED)} of "
+                f"{', '.join(OF_FAMILIES)}"
+            )
         check_positive(options, "depth", "vocabulary", "replicas", "context", "batch", "seconds")
         choose_device("cuda" if options.peer == "ceilings" else options.device)
         if options.peer.startswith("jax") and not (find_spec("jax") and find_spec("optax")):

@@ -17,6 +17,7 @@ from engine.command import parse, user_errors
 class Options:
     """Which step to look at."""
 
+    network: str = ""  # a published shape in place of a gpt of --depth and --vocabulary, of benchmarks/random_runs.py
     depth: int = 4  # layers; width is 64 x depth
     vocabulary: int = 4096  # rows of the embedding
     replicas: int = 64  # R
@@ -32,7 +33,7 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks.arguments import check_positive
-from benchmarks.random_runs import filled_trainer, gpt_run
+from benchmarks.random_runs import PUBLISHED, filled_trainer, gpt_run, random_network, run_of
 from benchmarks.timing import append_rows, card, enqueued, ready
 from engine.ranks import choose_device
 
@@ -44,8 +45,16 @@ def main() -> None:
         check_positive(options, "depth", "vocabulary", "replicas", "context", "batch", "rows")
         ready("nvidia-smi")
         device = choose_device("cuda")
+        if options.network and options.network not in PUBLISHED:
+            raise ValueError(
+                f"got network {options.network!r}; expected one of {', '.join(PUBLISHED)}; change --network"
+            )
         shape = gpt_run(options.depth, options.vocabulary, options.precision, options.context, options.batch)
-    trainer = filled_trainer(shape, options.replicas, device)
+    network = None
+    if options.network:
+        shape = run_of(options.precision, options.context, options.batch, "cuda", network="pretrained")
+        network = random_network(PUBLISHED[options.network](options.context), device)
+    trainer = filled_trainer(shape, options.replicas, device, network=network)
     trainer.run(5)
     torch.cuda.synchronize()
     one_step = partial(trainer.run, 1)

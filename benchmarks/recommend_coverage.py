@@ -21,7 +21,7 @@ from benchmarks.coverage import BASINS, Interval, append_rows, coverage_rows
 
 SEEDS, SPREAD = 8, 0.2  # replicates, and the standard deviation of a seed's shift of the log rate
 NOISES = (0.003, 0.02)  # nat
-GRIDS = {48: (-3.0, 1.0), 32: (-4.0, 1.0), 16: (-6.0, -1.0)}  # rates -> decades swept; the last two are the defaults
+GRIDS = {48: (-3.0, 1.0), 32: (-4.0, 1.0), 16: (-6.0, -1.0), 10: (-4.0, 1.0)}  # rates -> decades; 32, 16: the defaults
 SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = BASINS | {
     "cliff": lambda z: 0.05 * z**2 + np.maximum(z - 1, 0) ** 2,
     "plateau": lambda z: 0.16 * np.log1p(z**2),

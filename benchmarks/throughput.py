@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.command import parse, screen, user_errors
 
@@ -29,7 +29,7 @@ from engine.command import parse, screen, user_errors
 class Options:
     """What to measure."""
 
-    networks: str = "d4,d8,d12,d20"  # of d4, d8, d12, d20
+    networks: str = "d4,d8,d12,d20"  # of d4, d8, d12, d20, gpt2-124m, qwen2.5-0.5b, llama-1b
     peers: str = "all"  # all (without jax_cudnn), none, or names: eager, sequential, vmap, jax, jax_cudnn
     replicas: str = ""  # numbers of replicas of our stack (default: the network's own)
     seconds: float = 1.5  # time spent on timed steps, each
@@ -40,14 +40,14 @@ class Options:
 if __name__ == "__main__":
     parse(Options, __doc__.split("\n\n")[0])  # before what takes seconds to import
 
-import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks.arguments import check_positive
+from benchmarks.random_runs import PUBLISHED
 from benchmarks.timing import append_rows, ready
-from engine.models import parameter_shapes
-from engine.models.gpt import GPT, GPTConfig, flops_per_token
+from engine.checkpoint.model import FAMILIES, ModelConfig, family_name, shapes_of
+from engine.models.gpt import GPTConfig
 
 PEERS = Path(__file__).with_name("peers.py")
 CONTEXT, BATCH = 128, 8
@@ -58,19 +58,26 @@ OTHERS = ("eager", "sequential", "vmap", "jax", "jax_cudnn")
 
 
 class Case(NamedTuple):
-    """A network, and the numbers of replicas to train."""
+    """A network, and the numbers of replicas to train: of our stack, and of others'."""
 
-    depth: int
-    vocabulary: int
+    shape: ModelConfig
     ours: tuple[int, ...]
-    stacked: tuple[int, ...]
+    stacked: tuple[int, ...] = ()
+
+
+def gpt_shape(depth: int, vocabulary: int) -> GPTConfig:
+    """The GPT that benchmarks/peers.py makes of a depth and a vocabulary."""
+    return GPTConfig(depth, 64 * depth, depth, depth, CONTEXT, vocabulary)
 
 
 CASES = {
-    "d4": Case(4, 4096, (1, 64, 128, 256), (256,)),
-    "d8": Case(8, 4096, (32,), (32,)),
-    "d12": Case(12, 32768, (4, 16), (16,)),
-    "d20": Case(20, 65536, (6, 7, 8), (4,)),
+    "d4": Case(gpt_shape(4, 4096), (1, 64, 128, 256), (256,)),
+    "d8": Case(gpt_shape(8, 4096), (32,), (32,)),
+    "d12": Case(gpt_shape(12, 32768), (4, 16), (16,)),
+    "d20": Case(gpt_shape(20, 65536), (6, 7, 8), (4,)),
+    "gpt2-124m": Case(PUBLISHED["gpt2-124m"](CONTEXT), (16,)),
+    "qwen2.5-0.5b": Case(PUBLISHED["qwen2.5-0.5b"](CONTEXT), (6,)),
+    "llama-1b": Case(PUBLISHED["llama-1b"](CONTEXT), (3,)),
 }
 
 
@@ -109,7 +116,7 @@ def plan(options: Options) -> dict[str, list[tuple[str, int]]]:
     return work
 
 
-def run_peer(peer: str, timeout: float, **arguments: float) -> dict:
+def run_peer(peer: str, timeout: float, **arguments: float | str) -> dict:
     """What a process of benchmarks/peers.py measured, or {"error": why it did not}."""
     command = [sys.executable, str(PEERS), "--peer", peer]
     for name, value in arguments.items():
@@ -125,24 +132,22 @@ def run_peer(peer: str, timeout: float, **arguments: float) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def roofline_ms(shape: GPTConfig, ceilings: dict[str, float]) -> float:
+def roofline_ms(shape: ModelConfig, ceilings: dict[str, float]) -> float:
     """Milliseconds a replica-step at least takes, its arithmetic and AdamW's traffic one after the other."""
     flops, moved = work_of(shape)
     return 1e3 * (flops / ceilings["flops"] + moved / ceilings["bytes"])
 
 
-def work_of(shape: GPTConfig) -> tuple[float, float]:
+def work_of(shape: ModelConfig) -> tuple[float, float]:
     """FLOPs and bytes of one replica-step."""
-    with torch.device("meta"):
-        parameters = sum(prod(sizes) for sizes in parameter_shapes(GPT(shape)).values())
+    parameters = sum(prod(sizes) for sizes in shapes_of(shape).values())
+    flops_per_token = FAMILIES[family_name(shape)].module.flops_per_token
     return flops_per_token(shape) * CONTEXT * BATCH, float(parameters * BYTES)
 
 
 def row_of(network: str, peer: str, replicas: int, result: dict, ceilings: dict[str, float]) -> dict:
     """A row of the table and of results/throughput.csv; ratios are put in by `with_ratios`."""
-    case = CASES[network]
-    width, heads = 64 * case.depth, case.depth
-    shape = GPTConfig(case.depth, width, heads, heads, CONTEXT, case.vocabulary)
+    shape = CASES[network].shape
     row = {"network": network, "peer": peer, "replicas": replicas}
     empty = (
         "replica_step_ms tokens_per_s tflops terabytes_per_s of_roofline_measured of_roofline_fixed peak_gib setup_s "
@@ -193,8 +198,9 @@ def table_of(network: str, rows: list[dict]) -> Table:
     """One network's rows for people."""
     case, first = CASES[network], rows[0]
     table = Table(
-        title=f"{network}: {64 * case.depth} wide, V {case.vocabulary:,}; {CONTEXT * BATCH:,} tokens a replica-step; "
-        f"measured ceilings {first['matmul_tflops']:.0f} TFLOP/s, {first['copy_terabytes_per_s']:.2f} TB/s",
+        title=f"{network}: {case.shape.width} wide, V {case.shape.vocabulary:,}; "
+        f"{CONTEXT * BATCH:,} tokens a replica-step; measured ceilings {first['matmul_tflops']:.0f} TFLOP/s, "
+        f"{first['copy_terabytes_per_s']:.2f} TB/s",
         title_justify="left",
     )
     columns = {
@@ -262,7 +268,8 @@ def main() -> None:
     for network, pairs in work.items():
         case, rows = CASES[network], []
         for peer, replicas in pairs:
-            shape = {"depth": case.depth, "vocabulary": case.vocabulary, "context": CONTEXT, "batch": BATCH}
+            shape: dict[str, Any] = {"context": CONTEXT, "batch": BATCH, "vocabulary": case.shape.vocabulary}
+            shape |= {"network": network} if network in PUBLISHED else {"depth": case.shape.depth}
             result = run_peer(peer, options.timeout, replicas=replicas, seconds=options.seconds, **shape)
             row = row_of(network, peer, replicas, result, ceilings)
             took = row["error"] or f"{row['replica_step_ms']:.4f} ms a replica-step, set-up {row['setup_s']:.1f} s"

@@ -19,7 +19,7 @@ from engine.config import SweepConfig, cells_of, make_config, resolve
 from engine.data.corpus import parse_mix
 from engine.dry_run import dry_run_table
 from engine.grid import Cells
-from engine.launch import train_missing
+from engine.launch import train_along, train_missing
 from engine.leases import Leases, remove_leases
 from engine.options import Finish, RunOptions
 from engine.outcome import DONE, NOT_COMPUTED
@@ -108,14 +108,17 @@ def run_sweep(
         raise ValueError(f"lease_seconds is {options.lease_seconds:g}; expected more than 0")
     if options.workers > 1 and rank.count > 1:
         raise ValueError("workers are processes started one by one, torchrun starts its own; leave out one of them")
-    workers = max(options.workers, rank.count)
+    together = getattr(config.training, "ddp", 1) != 1  # all ranks train one launch, not each its own
+    workers = max(options.workers, 1 if together else rank.count)
     asked = cells or cells_of(config)
     path = located(options.store) if options.store else default_store(config, asked)
     stored = open_resumable(path) if path.exists() else None
+    resuming = stored is not None
     if not options.dry_run:
         place_of(path).check_writable()
     rank.barrier()
     setup = prepare(config, asked, options, workers, stored)
+    check_same_machines(rank.gather(provenance(setup.device)))
     if stored is not None:
         check_same_run(path, stored.run, setup.run, changed_inputs(stored, setup.inputs, asked))
         check_same_arithmetic(stored, setup)
@@ -124,8 +127,9 @@ def run_sweep(
             screen().print(dry_run_table(setup, stored))
         return path
     if options.workers > 1 and (stored is None or stored.run.replicates < setup.run.replicates):
-        make_shared(setup, path, stored)
-        return run_sweep(config, options, finish, cells)
+        if not make_shared(setup, path, stored):
+            return run_sweep(config, options, finish, cells)  # as another worker has made it
+        stored = Store(path)
     # before the store is made: W&B may refuse
     identity = uuid4().hex if stored is None else stored.attributes.get("wandb_run", "")
     where = options.wandb, options.wandb_project, options.wandb_entity
@@ -133,20 +137,22 @@ def run_sweep(
     shared = options.workers > 1
     with closing(open_or_create(setup, path, stored, rank, identity, shared, options.lease_seconds)) as writer:
         if not options.quiet and rank.index == 0:
-            announce(setup, path, stored)
+            announce(setup, path, resuming)
         with hearing_signals():
             try:
-                if workers == 1:
-                    train_missing(setup, writer, None, 1, options.quiet, track)
+                if together and rank.index > 0:
+                    train_along(setup, writer)
+                elif workers == 1:
+                    writer.timed(*train_missing(setup, writer, None, 1, options.quiet, track))
                 else:
                     with closing(Leases(writer.place, worker_name(setup.device), options.lease_seconds)) as leases:
-                        train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
+                        took = train_missing(setup, writer, leases, workers, options.quiet or rank.index > 0, track)
                 rank.barrier()
             except KeyboardInterrupt as stop:
                 stop.add_note(kept(writer, workers) if rank.index == 0 else "")
                 raise
     found: Mapping[str, Any] = {}
-    if rank.index == 0 and (workers == 1 or last_to_leave(path, options.lease_seconds)) and finish is not None:
+    if rank.index == 0 and (workers == 1 or last_to_leave(path, took, options.lease_seconds)) and finish is not None:
         found = finish(path, options.wandb != "off")
     track.finish(path, found)
     return path
@@ -158,21 +164,25 @@ def kept(store: Store, workers: int) -> str:
     return f"{'at least ' if workers > 1 else ''}{done:,} of {planned:,} cells kept, the same command goes on"
 
 
-def make_shared(setup: Setup, path: Where, stored: Store | None) -> None:
-    """Make or enlarge the store of a sweep that several processes begin at once, unless another just has."""
+def make_shared(setup: Setup, path: Where, stored: Store | None) -> bool:
+    """Make or enlarge the store of a sweep that several processes begin at once; False where another just has."""
     with closing(place_of(path).creation_lock()):
-        if stored is not None or not path.exists():
+        mine = Store(path).run.replicates == stored.run.replicates if stored is not None else not path.exists()
+        if mine:
             open_or_create(setup, path, stored, Rank(0, 1), uuid4().hex).close()
+        return mine
 
 
-def last_to_leave(path: Where, seconds: float = LEASE_SECONDS) -> bool:
+def last_to_leave(path: Where, took: tuple[float, int], seconds: float = LEASE_SECONDS) -> bool:
     """Wait until every process that trains a shared sweep has ended; True for the one that is to draw it.
 
     Args:
+        took: of `train_missing`, which the store is told while nobody else writes to it.
         seconds: as `Place.lock`.
     """
     place = place_of(path)
     with closing(place.lock(wait=True, seconds=seconds)):
+        Writer(path).timed(*took)
         return remove_leases(place)
 
 
@@ -258,10 +268,21 @@ def check_same_arithmetic(stored: Store, setup: Setup) -> None:
         )
 
 
-def announce(setup: Setup, path: Where, stored: Store | None) -> None:
+def check_same_machines(ranks: list[dict]) -> None:
+    """Raise ValueError, on every rank, where one by its provenance computes with other arithmetic than the first."""
+    for index, own in enumerate(ranks):
+        other = other_arithmetic(ranks[0], own)
+        if other:
+            raise ValueError(
+                f"rank 0 trains {other} on rank {index}: their cells would have other bits; expected ranks of one GPU "
+                "model and one software stack"
+            )
+
+
+def announce(setup: Setup, path: Where, resuming: bool) -> None:
     """Say what is about to be trained, and how exact it is."""
     console = screen(stderr=True, soft_wrap=True)
-    doing = "resuming" if stored is not None else "sweeping"
+    doing = "resuming" if resuming else "sweeping"
     times = f", {setup.run.replicates} replicates," if setup.run.replicates > 1 else ""
     console.print(f"{doing} {setup.run.cells}{times} into {path} on {provenance(setup.device)['device']}")
     for line in setup.announce():

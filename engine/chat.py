@@ -22,15 +22,15 @@ from rich.table import Table
 from engine.command import parse, screen, user_errors, warn
 from engine.hyper import long_name
 from engine.outcome import LABELS, Thresholds
-from engine.replay import cell_models, language_setup, place_of
+from engine.replay import cell_models, check_text, language_setup, place_of
 from engine.sampling import Sampling
+from engine.tokenizer import PROMPTS, reply_prompt
 
 if TYPE_CHECKING:
     from engine.checkpoint import LoadedModel
     from engine.data import Corpus
     from engine.store import Store
 
-FORMS = ("auto", "chat", "text")
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """characters that would steer the terminal"""
@@ -99,8 +99,9 @@ def cell_speakers(store: "Store", places: Sequence[tuple[int, ...]], options: Op
         form = form_of(start.tokenizer, setup.corpus)
         check_prompt(start, form if options.form == "auto" else options.form, options.prompt)
         models = cell_models(store, setup, whole)
-        counted = f"{len(whole)} cell{'s' * (len(whole) > 1)} trained again"
-        screen(stderr=True, soft_wrap=True).print(f"{counted} ({time.perf_counter() - began:.1f} s)", style="dim")
+        counted = cell_name(store, whole[0]) if len(whole) == 1 else f"{len(whole)} cells"
+        took = f"; trained again ({time.perf_counter() - began:.1f} s)"
+        screen(stderr=True, soft_wrap=True).print(counted + took, style="dim")
     said = "no text: its loss is not finite since step {}"
     return [
         Speaker(cell_name(store, place), said.format(broken[place]) if broken[place] >= 0 else "", models.get(place))
@@ -110,8 +111,6 @@ def cell_speakers(store: "Store", places: Sequence[tuple[int, ...]], options: Op
 
 def form_of(tokenizer: Any, corpus: "Corpus | None") -> str:
     """Whether a network was taught to reply (chat): by its chat template, or by the data it was trained on here."""
-    from engine.tokenizer import reply_prompt
-
     taught = bool(tokenizer.chats)
     if tokenizer.chats is None and corpus is not None:
         prompt, _ = reply_prompt(tokenizer, [{"role": "user", "content": ""}])
@@ -122,10 +121,13 @@ def form_of(tokenizer: Any, corpus: "Corpus | None") -> str:
 # ---- asking
 
 
+def shown_text(text: str) -> str:
+    """A network's text without characters that would steer a terminal."""
+    return CONTROL.sub(UNFINISHED, text)
+
+
 def check_prompt(model: "LoadedModel", form: str, text: str) -> None:
     """Raise ValueError where a message alone does not fit the context; a text is cut."""
-    from engine.tokenizer import reply_prompt
-
     if form == "text":
         return
     prompt, _ = reply_prompt(model.tokenizer, [{"role": "user", "content": text}])
@@ -158,21 +160,20 @@ class Conversation:
 
     def prompt_of(self, replica: int) -> tuple[list[int], set[int]]:
         """What a speaker reads, and what ends its reply; the oldest messages are left out where they do not fit."""
-        from engine.tokenizer import reply_prompt, text_prompt
-
         messages = self.messages[replica]
         most = self.context - max(self.context // ROOM, 1)
-        if self.form == "text":
-            prompt, ends = text_prompt(self.tokenizer, "".join(message["content"] for message in messages))
-            if len(prompt) > most:
-                self.note = f"[only the last {most} of {len(prompt)} tokens are read: the context is {self.context}]"
-            return prompt[-most:], ends
         while True:
-            prompt, ends = reply_prompt(self.tokenizer, messages)
-            if len(messages) == 1 or 0 < len(prompt) <= most:
+            prompt, ends = PROMPTS[self.form](self.tokenizer, messages)
+            if 0 < len(prompt) <= most:
                 return prompt, ends
+            if self.form == "text" or len(messages) == 1:
+                break
             del messages[:2]
             self.note = f"[the oldest messages are no longer read: the context is {self.context} tokens]"
+        if self.form == "text":
+            self.note = f"[only the last {most} of {len(prompt)} tokens are read: the context is {self.context}]"
+            prompt = prompt[-most:]
+        return prompt, ends
 
     def ask(self, text: str) -> Iterator[list[str]]:
         """Every speaker's reply so far, longer from step to step; the last ones are remembered.
@@ -210,7 +211,7 @@ class Conversation:
         """A reply as text that no later token changes, with what is to be said about it."""
         text = self.tokenizer.decode(reply)
         text = text if done else text.rstrip(UNFINISHED)
-        return CONTROL.sub(UNFINISHED, text) + (f" {note}" if note else "")
+        return shown_text(text) + (f" {note}" if note else "")
 
 
 # ---- the command
@@ -272,8 +273,8 @@ def find_speakers(options: Options) -> tuple[list[Speaker], str]:
     """Who is asked, and the form in which. Raises ValueError where nobody is, or two are meant at once."""
     if bool(options.store) == bool(options.model):
         raise ValueError("expected --store with a cell, or --model with a checkpoint: give one of them")
-    if options.form not in FORMS:
-        raise ValueError(f"form is {options.form!r}; expected one of {', '.join(FORMS)}")
+    if options.form not in ("auto", *PROMPTS):
+        raise ValueError(f"form is {options.form!r}; expected one of auto, {', '.join(PROMPTS)}")
     if options.tokens < 1:
         raise ValueError(f"tokens is {options.tokens}; expected at least 1")
     options.check()
@@ -285,6 +286,7 @@ def find_speakers(options: Options) -> tuple[list[Speaker], str]:
     from engine.store import open_store
 
     store = open_store(options.store)
+    check_text(store)
     return cell_speakers(store, chosen_places(store, options), options)
 
 
@@ -300,13 +302,22 @@ def main() -> None:
             return
         form = taught if options.form == "auto" else options.form
         conversation = Conversation(models, form, options, options.device)
-        for text in prompts(options):
-            try:
-                show(conversation, speakers, text)
-            except ValueError as error:
-                if options.prompt:
-                    raise
-                warn(str(error))
+        try:
+            for text in prompts(options):
+                answer(conversation, speakers, text, once=bool(options.prompt))
+        except KeyboardInterrupt as stop:
+            stop.add_note("")  # nothing is lost that the same command would go on with
+            raise
+
+
+def answer(conversation: Conversation, speakers: Sequence[Speaker], text: str, once: bool) -> None:
+    """Show the replies to one prompt; one that cannot be answered ends a conversation only where it is all of it."""
+    try:
+        show(conversation, speakers, text)
+    except ValueError as error:
+        if once:
+            raise
+        warn(str(error))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import copy
+from difflib import get_close_matches
 from io import TextIOWrapper
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
@@ -84,8 +85,11 @@ class Parser(ArgumentParser):
     legal: Mapping[str, Iterable[str]] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and end the program with exit code 2."""
-        fail(f"{message}; --help lists the options")
+        """Print the line, with the option that was meant where one is near, and end the program with exit code 2."""
+        unknown = message.partition("unrecognized arguments: ")[2].split("=")[0].split()
+        near = get_close_matches(unknown[0], self._option_string_actions, 1) if unknown else []
+        meant = f" (is {near[0]} meant?)" if near else ""
+        fail(f"{message}{meant}; --help lists the options")
 
     def _preprocessing(self, *arguments: Any, **named: Any) -> None:
         """What simple_parsing makes of the dataclasses, plainest spellings first, and no option without its value."""
@@ -173,8 +177,11 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fail(str(error))
+    except OSError as error:
+        known = error.filename and error.strerror
+        fail(f"{error.filename} cannot be used ({error.strerror}); give another path" if known else str(error))
     except MemoryError as error:
         fail(f"the machine has not enough memory ({str(error) or 'an allocation failed'}); ask for less at once")
     except KeyboardInterrupt as stop:

@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.family import Family, family_of, spelt_out
 from engine.grid import Cells, Grid, Points
-from engine.hyper import HYPER_PARAMETERS, check_value, declared, rule_of, source
+from engine.hyper import HYPER_PARAMETERS, check_value, declared, long_name, rule_of, source
 from engine.measure import MEASUREMENTS
 from engine.workload import Workload, workload_of
 
@@ -58,6 +58,10 @@ class SweepConfig:
     def title(self) -> str:
         """The network in a few words."""
         return ", ".join(filter(None, (self.network, self.family.title(self.shape))))
+
+    def long_name(self, name: str) -> str:
+        """The words for a hyper-parameter's values in this sweep."""
+        return long_name(name, self.flat().get("count", ""))
 
     @property
     def workload(self) -> Workload:
@@ -189,7 +193,8 @@ def cells_of(config: SweepConfig) -> Cells:
             raise ValueError("points are given beside an axis; leave out --points, or --y and --x")
         return Points.read(config.swept.points)
     y, x = config.family.axes
-    return Grid.parse(config.swept.y or y, config.swept.x or x)
+    grid = Grid.parse(config.swept.y or y, config.swept.x or x)
+    return Grid(*(replace(axis, words=config.long_name(axis.name)) for axis in (grid.y, grid.x)))
 
 
 def resolve(config: SweepConfig, device: str, cells: Cells | None = None) -> Run:
@@ -311,19 +316,26 @@ PRESETS: dict[str, SweepConfig] = {
 }
 
 
-def fit_preset(preset: SweepConfig, width: int, groups: set[str]) -> SweepConfig:
+def fit_preset(preset: SweepConfig, width: int, groups: set[str], tied: Mapping[str, str]) -> SweepConfig:
     """A preset for a network of some width and parameter groups.
 
-    Values of groups that the network does not have are left out; nanochat's AdamW rates grow with
-    (width / 768)^-1/2.
+    Values and axes of groups that the network does not have are left out, but for those of a tied table's second group
+    (tied: it -> the first), which take the place of the first's: a table that is the head too learns at the head's
+    rate. nanochat's AdamW rates grow with (width / 768)^-1/2.
     """
     parents = preset.family.groups
     there = groups | {parents[group] for group in groups}
     hyper = {}
     for name, value in preset.hyper.items():
         base, _, group = name.partition(".")
-        if group and group not in there:
+        if group in tied.values():
+            continue
+        own = tied.get(group, group)
+        if own and own not in there:
             continue
         scaled = base == "lr" and group in NANOCHAT_SFT
-        hyper[name] = value * (width / WIDTH_OF_RATES) ** -0.5 if scaled else value
-    return replace(preset, hyper=hyper)
+        hyper[f"{base}.{own}" if own else base] = value * (width / WIDTH_OF_RATES) ** -0.5 if scaled else value
+    swept = preset.swept
+    for second, first in tied.items():
+        swept = replace(swept, **{axis: getattr(swept, axis).replace(f".{second}:", f".{first}:") for axis in "yx"})
+    return replace(preset, swept=swept, hyper=hyper)

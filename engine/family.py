@@ -63,6 +63,9 @@ LANGUAGE_AUTOMATIC = {"cpu": "fp32", "cuda": "bf16"}
 LANGUAGE_GROUPS = {"matrix": "", "attention": "matrix", "mlp": "matrix", "embedding": "", "unembedding": ""}
 NANOCHAT_GROUPS = ("value_embeddings", "residual_lambdas", "x0_lambdas", "smear")
 """those that only later generations of nanochat have"""
+VECTORS = "vector"
+"""norms' weights and biases, where an optimizer takes matrices only or something is given for them; elsewhere they go
+with the matrix that they feed or follow, and this group is their second"""
 
 
 # ---- gpt
@@ -185,7 +188,7 @@ FAMILIES: dict[str, Family] = {
         help="that of --model, a checkpoint",
         workload="language",
         options=PretrainedOptions,
-        groups=LANGUAGE_GROUPS | dict.fromkeys(NANOCHAT_GROUPS, ""),
+        groups=LANGUAGE_GROUPS | dict.fromkeys((*NANOCHAT_GROUPS, VECTORS), ""),
         precisions=LANGUAGE_PRECISIONS,
         automatic_precision=LANGUAGE_AUTOMATIC,
         axes=("lr:log:1e-6:1e-1:16", "tokens:log:2048:65536:16"),

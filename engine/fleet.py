@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None, finish: Finish | None = None) -
         order = Order(os.getcwd(), [*rest, "--store", chosen.store], chosen.at_most)
         with SCHEDULERS[chosen.scheduler](getattr(chosen, chosen.scheduler), order, chosen) as running:
             watch(path, options, running)
-        last_to_leave(path, options.lease_seconds)
+        last_to_leave(path, (0.0, 0), options.lease_seconds)
         if finish is not None and options.figures:
             finish(path, False)  # the workers, not this process, have W&B's run
 

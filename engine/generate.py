@@ -9,10 +9,12 @@ R replica, B row (a text), T time, S places of the buffers, V vocabulary, C chan
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 from engine.checkpoint import LoadedModel
 from engine.checkpoint.model import make_module
@@ -82,6 +84,8 @@ class Generator:
         torch.set_float32_matmul_precision("highest")
         self.context, self.device, self.sampling = model.config.context, device, sampling
         self.shape = len(weights), rows
+        # on a CPU one after another takes less time than a stack of small products (benchmarks/LOG.md)
+        self.stacked = device.type != "cpu"
         self.module = Continuation(make_module(model.config, device))
         self.weights = {
             f"network.{name}": torch.stack([own[name].float() for own in weights]).to(device) for name in weights[0]
@@ -96,12 +100,15 @@ class Generator:
 
     def forward(self, tokens_RBT: Tensor, last_RB: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [R, B, V] behind some tokens of each row, and what the tokens leave."""
-        module = self.module
 
         def one_replica(weights, tokens_BT, last_B, length_B, past):
-            return functional_call(module, weights, (tokens_BT, last_B, length_B, past))
+            return functional_call(self.module, weights, (tokens_BT, last_B, length_B, past))
 
-        return vmap(one_replica)(self.weights, tokens_RBT, last_RB, self.length_RB, self.past)
+        given = (self.weights, tokens_RBT, last_RB, self.length_RB, self.past)
+        if self.stacked:
+            return vmap(one_replica)(*given)
+        found = [one_replica(*tree_map(itemgetter(replica), given)) for replica in range(self.shape[0])]
+        return tree_map(lambda *own: torch.stack(own), *found)
 
     def make_room(self, places: int) -> None:
         """Buffers of at least so many places, with what is in them; their shapes are those of one token's rows."""
@@ -208,3 +215,25 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts begin with in common."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def replies(
+    generator: Generator, texts: Sequence[Sequence[Sequence[int]]], ends: Sequence[set[int]], most: int
+) -> list[list[tuple[list[int], bool]]]:
+    """What each replica writes behind its texts, of at most `most` tokens, and whether its logits stayed finite.
+
+    ends: ids that end a reply, for each text of a replica. Returns [R][B].
+    """
+    said: list[list[list[int]]] = [[[] for _ in own] for own in texts]
+    live = {(replica, row): True for replica, own in enumerate(texts) for row in range(len(own))}
+    finite = dict.fromkeys(live, True)
+    for tokens in generator.generate(texts, most):
+        for replica, row in [place for place, going in live.items() if going]:
+            token = tokens[replica][row]
+            finite[replica, row] = token != BROKEN
+            live[replica, row] = token != BROKEN and token not in ends[row]
+            if live[replica, row]:
+                said[replica][row].append(token)
+        if not any(live.values()):
+            break
+    return [[(text, finite[replica, row]) for row, text in enumerate(own)] for replica, own in enumerate(said)]

@@ -7,7 +7,7 @@ the rows, the x axis the columns; a sweep over a list of points takes any number
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Axis:
     points: int
     stored: np.ndarray | None = field(default=None, compare=False, repr=False)
     """the values a store holds, which are never computed again; None: those of the range"""
+    words: str = field(default="", compare=False, repr=False)
+    """what a sweep calls its values; '' as everywhere"""
 
     @classmethod
     def parse(cls, text: str) -> "Axis":
@@ -94,6 +96,11 @@ class Axis:
         else:
             values = np.linspace(self.low, self.high, self.points)
         return np.round(values) if rule_of(self.name).integer else values
+
+    @property
+    def long_name(self) -> str:
+        """The words for pictures."""
+        return self.words or long_name(self.name)
 
     def distinct(self, precision: str) -> bool:
         """Whether the kernels see all values apart."""
@@ -171,11 +178,13 @@ class Grid:
 
     def stored_as(self, read: Mapping[str, np.ndarray]) -> "Grid":
         """The same grid with the coordinates that a store holds."""
-        return Grid(*(Axis(a.name, a.scale, a.low, a.high, a.points, read[a.name]) for a in (self.y, self.x)))
+        return Grid(*(replace(axis, stored=read[axis.name]) for axis in (self.y, self.x)))
 
     def coordinates(self) -> dict[str, tuple[str, np.ndarray, dict[str, Any]]]:
         """Name -> (dimension, values, attributes) of what a store labels its cells with."""
-        return {a.name: (a.name, a.values, attributes_of(a.name) | {"scale": a.scale}) for a in (self.y, self.x)}
+        axes = (self.y, self.x)
+        said = {a.name: {"long_name": a.long_name, "units": rule_of(a.name).units, "scale": a.scale} for a in axes}
+        return {a.name: (a.name, a.values, said[a.name]) for a in axes}
 
     def __str__(self) -> str:
         return f"{self.y.points} x {self.x.points} cells: y {self.y}; x {self.x}"
@@ -238,18 +247,14 @@ class Points:
     def coordinates(self) -> dict[str, tuple[str, np.ndarray, dict[str, Any]]]:
         """Name -> (dimension, values, attributes) of what a store labels its cells with."""
         places: dict[str, Any] = {"point": ("point", np.arange(*self.shape), {"long_name": "point"})}
-        return places | {name: ("point", values, attributes_of(name)) for name, values in self.columns.items()}
+        said = {name: {"long_name": long_name(name), "units": rule_of(name).units} for name in self.columns}
+        return places | {name: ("point", values, said[name]) for name, values in self.columns.items()}
 
     def __str__(self) -> str:
         return f"{self.shape[0]} points of {', '.join(self.columns)}"
 
 
 Cells = Grid | Points
-
-
-def attributes_of(name: str) -> dict[str, Any]:
-    """What a store says of a hyper-parameter's values."""
-    return {"long_name": long_name(name), "units": rule_of(name).units}
 
 
 def distinct(name: str, values: np.ndarray, precision: str) -> bool:

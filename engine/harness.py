@@ -9,8 +9,11 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from engine.generate import BROKEN, Generator
+from engine.sampling import GREEDY
 from engine.score import Request, Scorer, cut_left, encode
 
+ROWS = {"cuda": 16, "cpu": 4}  # texts of each replica that are written at once
 LONGEST = 256  # tokens that are generated where a task does not say how many
 
 
@@ -48,29 +51,49 @@ class Asked:
     def generate(self, prompts: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
         """What every replica goes on with, greedily, up to what the task says ends it."""
         keys = [(text, repr(sorted(options.items()))) for text, options in prompts]
-        new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.texts}
-        if new:
-            context, tokens, most, stops = self.scorer.context, [], [], []
-            for text, options in new.values():
+        of_length: dict[int, dict[tuple[str, str], tuple[list[int], list[str]]]] = {}
+        for key, (text, options) in zip(keys, prompts, strict=True):
+            if key not in self.texts:
+                most = min(int(options.get("max_gen_toks", LONGEST)), self.scorer.context - 1)
                 until = options.get("until") or []
-                stops.append([until] if isinstance(until, str) else list(until))
-                most.append(min(int(options.get("max_gen_toks", LONGEST)), context - 1))
                 own = self.encode(text) or [self.tokenizer.bos]
-                self.cut += len(own) > context - most[-1]
-                tokens.append(own[-(context - most[-1]) :])
-
-            def ends(prompt: int, said: list[int]) -> bool:
-                text = self.tokenizer.decode(said)
-                return said[-1] in self.ending or any(stop in text for stop in stops[prompt])
-
-            said = self.scorer.generate(tokens, most, ends)
-            for index, key in enumerate(new):
-                self.texts[key] = [self.text_of(own[index], stops[index]) for own in said]
+                self.cut += len(own) > self.scorer.context - most
+                stops = [until] if isinstance(until, str) else list(until)
+                of_length.setdefault(most, {})[key] = own[most - self.scorer.context :], stops
+        for most, asked in of_length.items():
+            self.generate_alike(asked, most)
         return [self.texts[key] for key in keys]
+
+    def generate_alike(self, asked: dict[tuple[str, str], tuple[list[int], list[str]]], most: int) -> None:
+        """Texts of at most so many tokens behind prompts, which end at one of their stops, shorter prompts first."""
+        rows, replicas = ROWS[self.scorer.device.type], range(self.scorer.replicas)
+        generator = Generator(self.scorer.model, self.scorer.weights(), rows, GREEDY, self.scorer.device)
+        keys = sorted(asked, key=lambda key: len(asked[key][0]))
+        for start in range(0, len(keys), rows):
+            some = keys[start : start + rows]
+            given = [asked[key][0] for key in some]
+            said: list[list[list[int]]] = [[[] for _ in some] for _ in replicas]
+            live = {(replica, row) for replica in replicas for row in range(len(some))}
+            # rows that are missing repeat the last
+            for tokens in generator.generate([given + given[-1:] * (rows - len(some))] * len(replicas), most):
+                for replica, row in sorted(live):
+                    own, token = said[replica][row], tokens[replica][row]
+                    self.broken[replica] |= token == BROKEN
+                    if token in self.ending or token == BROKEN:
+                        live.discard((replica, row))
+                        continue
+                    own.append(token)
+                    text = self.tokenizer.decode(own)
+                    if any(stop in text for stop in asked[some[row]][1]):
+                        live.discard((replica, row))
+                if not live:
+                    break
+            for row, key in enumerate(some):
+                self.texts[key] = [self.text_of(said[replica][row], asked[key][1]) for replica in replicas]
 
     def text_of(self, said: list[int], stops: list[str]) -> str:
         """A continuation before what ended it."""
-        text = self.tokenizer.decode([token for token in said if token not in self.ending])
+        text = self.tokenizer.decode(said)
         for stop in filter(None, stops):
             text = text.split(stop)[0]
         return text

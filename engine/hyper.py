@@ -6,7 +6,7 @@ Flags, help texts, bounds, checks, axes, stored coordinates and the slots' devic
 """
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class HyperParameter:
     """those it is made of where each of them is given or has a default, and it is not given"""
     made: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.multiply
     """its value from theirs"""
+    counted: Mapping[str, str] = field(default_factory=dict)
+    """its `long_name` by what --count says a token is, where that is another"""
 
     @property
     def has_default(self) -> bool:
@@ -65,6 +67,7 @@ HYPER_PARAMETERS: dict[str, HyperParameter] = {
         high=1e15,
         in_kernel=False,
         follows=("unique_tokens", "epochs"),
+        counted={"supervised": "supervised tokens"},
     ),
     "unique_tokens": HyperParameter(
         "data",
@@ -77,6 +80,7 @@ HYPER_PARAMETERS: dict[str, HyperParameter] = {
         in_kernel=False,
         follows=("tokens", "epochs"),
         made=np.divide,
+        counted={"supervised": "unique supervised tokens"},
     ),
     "epochs": HyperParameter(
         "data",
@@ -168,10 +172,11 @@ def rule_of(name: str) -> HyperParameter:
     return rule
 
 
-def long_name(name: str) -> str:
-    """The words for pictures: `lr.mlp` is 'learning rate of mlp'."""
+def long_name(name: str, count: str = "") -> str:
+    """The words for pictures: `lr.mlp` is 'learning rate of mlp'. count: of the sweep's tokens, as --count says."""
     base, _, group = name.partition(".")
-    words = rule_of(name).long_name or base
+    rule = rule_of(name)
+    words = rule.counted.get(count) or rule.long_name or base
     return f"{words} of {group}" if group else words
 
 

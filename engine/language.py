@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from engine.checkpoint import LoadedModel
 from engine.command import warn
 from engine.config import Run
 from engine.data import Corpus, check_vocabulary, load_corpus
+from engine.family import VECTORS
 from engine.hyper import rule_of
 from engine.network import Network
 from engine.optim import OPTIMIZERS, by_group
 from engine.plan import Launch, Memory, Plan, Trajectory, Work
+from engine.split import split_over
 from engine.stack import spans_of
 from engine.step import Trainer, forward_names, frozen_parameters
 from engine.workload import COUNTS, Replay, check_steps
@@ -62,7 +65,7 @@ class LanguageSetup:
     @property
     def exact(self) -> str:
         """What a cell's bits depend on."""
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return "at any width"
         return "in the same wave" if self.wave else "in the same launch"
 
@@ -98,7 +101,7 @@ class LanguageSetup:
         Where the device's memory does not hold the slots, half as many go on: with what is not measured yet where
         cells are batch-invariant, else with the whole launch again. Raises ValueError where not even one fits.
         """
-        exact = batch_invariant(self.run, self.device, self.network)
+        exact = batch_invariant(self.run, self.device)
         left = self.to_train(launch, status)
         while len(left):
             todo = left
@@ -112,6 +115,10 @@ class LanguageSetup:
                 return
             except torch.OutOfMemoryError:
                 self.trainer = None
+            if self.run.config.training.ddp > 1:  # the others wait for this rank with all their slots
+                raise ValueError(
+                    f"{self.slots} replicas do not fit into this rank's memory; expected fewer: give --slots"
+                )
             self.halve_slots(exact)
 
     def halve_slots(self, exact: bool) -> None:
@@ -133,7 +140,7 @@ class LanguageSetup:
     def to_train(self, launch: Launch, status: np.ndarray) -> np.ndarray:
         """Those missing; where bits depend on the wave, the cells of every wave that misses some."""
         missing = self.plan.missing(launch, status)
-        if batch_invariant(self.run, self.device, self.network):
+        if batch_invariant(self.run, self.device):
             return missing
         waves = [cells_of(wave) for wave in self.waves(self.plan.cells_in(launch))]
         return np.sort(np.concatenate([missing[:0], *(cells for cells in waves if np.isin(cells, missing).any())]))
@@ -156,7 +163,7 @@ class LanguageSetup:
         Where cells are batch-invariant they alone are trained, else the waves that hold them, each until all of its
         own are measured.
         """
-        exact, left = batch_invariant(self.run, self.device, self.network), set(cells.tolist())
+        exact, left = batch_invariant(self.run, self.device), set(cells.tolist())
         waves = self.waves(cells) if exact else [w for each in self.launches for w in self.waves_with(each, left)]
         for wave in waves:
             trainer = self.new_trainer(min(self.slots, len(wave)) if exact else self.slots)
@@ -218,7 +225,7 @@ class LanguageSetup:
         if not len(work.runs):
             return 0.0
         training = self.run.config.training
-        micro = -(-self.plan.cost.ravel()[work.longest] / training.context // training.micro_batch).astype(int)
+        micro = -(-self.plan.cost.ravel()[work.longest] / training.context // rows_at_once(self.run)).astype(int)
         steps = np.sort(work.lengths * np.abs(micro))[::-1].tolist()
         slots = min(self.slots, len(steps))
         tokens = training.micro_batch * training.context
@@ -238,10 +245,17 @@ class LanguageSetup:
         if self.widest > self.slots:
             how = "each wave when the one before has ended" if self.wave else "and slots are refilled"
             lines.append(f"a launch is {self.widest} trajectories; {self.slots} replicas train at once, {how}")
-        tied = [n for n in frozen_parameters(self.run.config, self.network) if len(self.network.groups[n]) > 1]
-        for name in tied:
-            lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(self.network.groups[name])}")
-        if not batch_invariant(self.run, self.device, self.network):
+        frozen, groups = frozen_parameters(self.run.config, self.network), self.network.groups
+        for name in frozen:
+            if len(groups[name]) > 1 and VECTORS not in groups[name]:
+                lines.append(f"{name} is tied: it is frozen in its groups {' and '.join(groups[name])}")
+        vectors = [name for name, own in groups.items() if own[0] == VECTORS and name not in frozen]
+        if vectors:
+            optimizer = by_group(training.optimizer, self.run.config.family.groups)[VECTORS]
+            lines.append(f"{len(vectors)} norms and biases are the group {VECTORS}, trained by {optimizer}")
+        if training.ddp > 1:
+            lines.append(f"{training.ddp} ranks share every batch; a cell's bits are those of that number of ranks")
+        if not batch_invariant(self.run, self.device):
             lines.append("a cell's bits repeat when the runs beside it are run again: `replay` does that")
         return lines
 
@@ -268,9 +282,9 @@ def most_rows(made: Plan) -> int:
     return int((made.steps * made.run.column("batch")).max())
 
 
-def batch_invariant(run: Run, device: torch.device, network: Network) -> bool:
+def batch_invariant(run: Run, device: torch.device) -> bool:
     """Whether a cell's bits are the same at any number of replicas, or only beside the same others."""
-    return device.type == "cuda" and run.config.family.batch_invariant and network.batch_invariant
+    return device.type == "cuda" and run.config.family.batch_invariant
 
 
 def cells_of(runs: list[Trajectory]) -> np.ndarray:
@@ -289,7 +303,9 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
     Raises:
         ValueError: what the user gave cannot be trained; before any training.
     """
-    network = run.config.family.build(run.config, device)
+    split = split_over(run.config.training.ddp, device)
+    network = run.config.family.build(run.config, device).grouped_for(run)
+    run = with_date(run, network, stored)
     check_groups(run, network)
     check_batching(run, network)
     made = plan.plan_runs(run)
@@ -318,10 +334,12 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         made = plan.plan_runs(run)
         check_steps(run)
     check_unique(run, corpus)
-    exact = batch_invariant(run, device, network)
+    exact = batch_invariant(run, device)
     chunk_rows, rows = launch_rows(made, device, options.rows_per_launch, ranks, stored, exact)
     launches = plan.launches(made, chunk_rows, rows, exact)
     memory = memory_of(made, network, corpus, device)
+    if options.fsdp:
+        raise ValueError(no_fsdp(run, network, memory, memory_budget(device)))
     works = [made.work_in(made.cells_in(launch)) for launch in launches]
     widest = max(works, key=lambda work: len(work.runs))
     wave = 0
@@ -330,13 +348,30 @@ def prepare(run: Run, device: torch.device, options: Any, ranks: int, stored: An
         slots, wave = stored.attributes["slots"], stored.attributes.get("wave", 0)
         torch.set_num_threads(stored.attributes["provenance"]["threads"])
     else:
-        fit = plan.slots_that_fit(memory, memory_budget(device))
+        fit = split.least(plan.slots_that_fit(memory, memory_budget(device)))
         most = cpu_slots(works, network) if device.type == "cpu" else GPU_SLOTS
         slots = plan.even_slots(widest.lengths, min(options.slots or most, fit))
         wave = slots if device.type == "cpu" else 0
     return LanguageSetup(
         run, made, device, network, corpus, memory, chunk_rows, launches, slots, wave, len(widest.runs)
     )
+
+
+def with_date(run: Run, network: Network, stored: Any) -> Run:
+    """The run with the day that its chat template prints as today, so that its data are the same on any other.
+
+    It is the one given, the store's, or today's; the network's tokenizer takes it. Raises ValueError for a date that
+    nothing prints.
+    """
+    training = run.config.training
+    tokenizer: Any = network.tokenizer
+    if not tokenizer.dated:
+        if training.date:
+            raise ValueError(f"date is {training.date}, but no data of this network print it; leave it out")
+        return run
+    today = datetime.now(UTC).date().isoformat() if stored is None else stored.config.training.date
+    tokenizer.date = training.date or today
+    return replace(run, config=replace(run.config, training=replace(training, date=tokenizer.date)))
 
 
 def cpu_slots(works: list[Work], network: Network) -> int:
@@ -435,12 +470,32 @@ def check_batching(run: Run, network: Network) -> None:
         ) from error
 
 
+def no_fsdp(run: Run, network: Network, memory: Memory, budget: int) -> str:
+    """Why a replica's state is not sharded over ranks, and the arithmetic of it."""
+    gib, ranks = 2**30, int(os.environ.get("WORLD_SIZE", 1))
+    sharded = memory.shared + memory.state / ranks + memory.activations + memory.weights
+    return (
+        f"--fsdp: {run.config.title} has {memory.state / network.parameters:.1f} bytes of state a parameter, so one "
+        f"replica takes {memory.stack(1) / gib:.2f} GiB where this device offers {budget / gib:.2f}, and sharded would "
+        f"take {sharded / gib:.2f} on each of {ranks} ranks; expected a network that fits alone, since FSDP shards the "
+        "parameters that a module owns, and a stack's are slices of flat tensors under vmap, which DTensor has no rule "
+        "for: leave --fsdp out; where it does not fit, lower --depth, --context or --micro-batch, or take --optimizer "
+        "lion or sgd (4 bytes a parameter less)"
+    )
+
+
+def rows_at_once(run: Run) -> int:
+    """Rows of a batch that a micro-step takes, on all ranks that share it."""
+    return run.config.training.micro_batch * run.config.training.ddp
+
+
 def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device) -> Memory:
     """Bytes a stack needs on the device.
 
     A replica: fp32 master (with bf16 compute: bf16 weight and 16-bit remainder), its optimizers' fp32 state, a gradient
-    in the compute precision, an fp32 accumulator where batches are cut, its loss trace, its order of the data; frozen
-    parameters that are not shared. Shared: data, initial weights kept, frozen parameters otherwise.
+    in the compute precision (and its sum over ranks), an fp32 accumulator where batches are cut, its loss trace, its
+    order of the data; frozen parameters that are not shared. Shared: data, initial weights kept, frozen parameters
+    otherwise.
     """
     run, config = made.run, made.run.config
     compute = 2 if config.swept.precision == "bf16" else 4
@@ -452,10 +507,11 @@ def memory_of(made: Plan, network: Network, corpus: Corpus, device: torch.device
     same_seed = network.same_start or len(run.values("seed")) == 1
     shared_frozen = same_seed and len(run.values("init_scale")) == 1
     batch = int(run.values("batch").max())
-    accumulator = 4 if batch > config.training.micro_batch else 0
+    accumulator = 4 if batch > rows_at_once(run) else 0
+    gradients = compute if config.training.ddp == 1 else 2 * compute  # this rank's, and their sum
     states = sum(OPTIMIZERS[optimizers[span.group]].state_bytes(span.shape, span.rows) for span in spans)
     longest = int(made.steps.max())
-    state = trained * (4 + compute + accumulator) + states + 4 * (longest + most_rows(made) + batch)
+    state = trained * (4 + gradients + accumulator) + states + 4 * (longest + most_rows(made) + batch)
     state += 0 if shared_frozen else frozen * compute
     tokens = config.training.micro_batch * config.training.context
     activations = network.activation_bytes(tokens, compute)

@@ -15,16 +15,13 @@ from engine.leases import Leases
 from engine.locks import BEATS
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.plan import Chunk, Launch
+from engine.split import NondeterminismError
 from engine.store import Store, Writer, empty_block
 from engine.workload import Setup
 
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
 WAIT = 0.5  # seconds until a process that finds every missing chunk leased looks again, at first
 TURNS = 2  # launches that a process makes of its share of what is left
-
-
-class NondeterminismError(RuntimeError):
-    """Two machines that count as equal have trained one cell to different bits."""
 
 
 class LaunchBuffer:
@@ -61,8 +58,9 @@ class LaunchBuffer:
             else:
                 self.arrays[name].reshape(-1)[at] = value
         self.arrays["status"].reshape(-1)[at] = DONE
-        rows = np.unique(at * len(self.arrays["status"]) // len(self.cells))
-        self.dirty |= {chunk for chunk, own in self.slices.items() if ((rows >= own.start) & (rows < own.stop)).any()}
+        touched = np.zeros(len(self.arrays["status"]), bool)
+        touched[at * len(touched) // len(self.cells)] = True
+        self.dirty |= {chunk for chunk, own in self.slices.items() if touched[own].any()}
 
     def flush(self) -> None:
         """Write the chunks that have changed, but for those that another process has taken over meanwhile."""
@@ -171,16 +169,19 @@ def still_missing(status: np.ndarray, chunks: Iterable[Chunk]) -> list[Chunk]:
 
 def train_missing(
     setup: Setup, writer: Writer, leases: Leases | None, workers: int, quiet: bool, track: tracking.Tracking
-) -> None:
+) -> tuple[float, int]:
     """Train every cell that the store does not hold yet; what was trained is written, come what may.
 
     Args:
         leases: this process's, where others train the same sweep.
         workers: about how many processes there are.
+
+    Returns:
+        the seconds this took, and the cells that this process has trained.
     """
-    missing = missing_launches(setup, writer)
+    missing, trained = missing_launches(setup, writer), 0
     if not missing:
-        return
+        return 0.0, 0
     todo = iter(missing) if leases is None else leased_launches(setup, writer, leases, workers)
     tracked = track.run is not None
     with progress.Progress(setup, writer, missing, leases is not None, quiet, tracked) as watch:
@@ -191,6 +192,7 @@ def train_missing(
                 for results in setup.train(launch, writer.status, watch.work):
                     for cells, values in results:
                         buffer.put(cells, values)
+                        trained += len(cells)
                         watch.put(cells, values)
                     if time.monotonic() - written > FLUSH:
                         buffer.flush()
@@ -200,5 +202,14 @@ def train_missing(
                 buffer.flush()
             watch.launched(launch)
             track.launch(watch)
-    if leases is None:  # processes that share a sweep each know their own part alone
-        writer.timed(watch.seconds, watch.done)
+    return watch.seconds, trained
+
+
+def train_along(setup: Setup, store: Store) -> None:
+    """Train what a store lacks beside the first of the ranks that share every batch, which alone writes.
+
+    A launch's status is the same for all of them when they reach it: it changes by training that launch alone.
+    """
+    for launch in missing_launches(setup, store):
+        for _ in setup.train(launch, store.status, lambda trained, saved: None):
+            pass

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from engine.checkpoint import LoadedModel, load_model
 from engine.checkpoint.model import make_module
-from engine.config import SweepConfig
+from engine.config import Run, SweepConfig
 from engine.data import Tokenizer
+from engine.family import VECTORS
 from engine.models import Embedding, gpt, parameter_shapes
+from engine.optim import OPTIMIZERS, by_group
 from engine.tokenizer import ByteTokenizer
 
 
@@ -21,12 +23,11 @@ class Network(NamedTuple):
     module: `forward(tokens_BT, targets_BT, hyper, key) -> summed loss`, 0-dim fp32, parameters on the meta device;
     hyper holds the family's forward hyper-parameters, 0-dim fp32 each, key is (seed, step, first row of the batch),
     int64 [3]. shapes: of its parameters. groups: the groups of each, the one whose hyper-parameters it takes first; a
-    tied tensor has two.
+    tied tensor has two, and so has a vector (a norm's weight, a bias).
     initial: seed -> CPU weights. tokenizer: what its vocabulary stands for. flops_per_token: of training.
     activation_bytes: (tokens, bytes per element) -> bytes a replica. same_start: whether `initial` is the same for
     every seed. fused: rows (first, last + 1) of the matrices that lie in one parameter. loaded: the checkpoint it is
-    of. batch_invariant: whether its own operators are, where its family's may be. export: trained weights -> the model
-    to save, None where no checkpoint format has it.
+    of. export: trained weights -> the model to save, None where no checkpoint format has it.
     """
 
     module: nn.Module
@@ -40,7 +41,6 @@ class Network(NamedTuple):
     same_start: bool = False
     fused: Mapping[str, tuple[tuple[int, int], ...]] = {}
     loaded: LoadedModel | None = None
-    batch_invariant: bool = True
     export: Callable[[Mapping[str, Tensor]], LoadedModel] | None = None
 
     @property
@@ -57,6 +57,19 @@ class Network(NamedTuple):
     def in_groups(self, groups: list[str], parents: Mapping[str, str]) -> set[str]:
         """Parameters of some groups, or of groups whose parent is among them."""
         return {name for name, own in self.groups.items() if any(g in groups or parents.get(g) in groups for g in own)}
+
+    def grouped_for(self, run: Run) -> "Network":
+        """The network as a run groups it: its vectors by themselves where an optimizer takes matrices only, or where
+        the run names their group."""
+        optimizer = run.config.training.optimizer
+        chosen = by_group(optimizer, run.config.family.groups).values()
+        named = [part.partition("=")[0] for part in optimizer.split(",")]
+        named += [name.partition(".")[2] for name in run.given]
+        if VECTORS not in named and not any(OPTIMIZERS[each].matrices_only for each in chosen):
+            return self
+        return self._replace(
+            groups={name: tuple(sorted(own, key=lambda g: g != VECTORS)) for name, own in self.groups.items()}
+        )
 
 
 def load_pretrained(config: SweepConfig, device: torch.device | str) -> Network:
@@ -96,5 +109,4 @@ def describe(module: nn.Module, family, shape, initial, tokenizer) -> Network:
         family.flops_per_token(shape),
         partial(family.activation_bytes, shape),
         fused={name: rows for name, rows in fused.items() if rows},
-        batch_invariant=family.batch_invariant(shape),
     )

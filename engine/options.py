@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from io import StringIO
 from typing import Any
 
-from engine.command import fail, parser, spellings
+from engine.command import fail, parser, spellings, warn
 from engine.config import PRESETS, SweepConfig, Swept, fit_preset, hyper_names, make_config
-from engine.family import FAMILIES, family_of, spelt_out
+from engine.family import FAMILIES, VECTORS, family_of, spelt_out
 from engine.grid import Axis
 from engine.hyper import HYPER_PARAMETERS, rule_of
 from engine.optim import OPTIMIZERS
@@ -30,6 +30,7 @@ class RunOptions:
     device: str = "auto"  # cpu or cuda; auto: cuda if there is one
     rows_per_launch: str = "auto"  # grid rows trained at once; auto: about 16 runs on a CPU, all that fit on a GPU
     workers: int = 1  # processes that train this sweep together, each started by this command, on any machine
+    fsdp: bool = False  # shard a replica's state over ranks: says what it would take, since a stack cannot
     lease_seconds: float = 60.0  # of several workers: without a sign of life for so long one counts as lost
     slots: int = 0  # replicas trained at once (0: what fits; on a CPU, waves of half a minute)
     figures: bool = True  # draw the maps and print the summary at the end
@@ -78,7 +79,8 @@ def read_arguments(description: str, arguments: Sequence[str] | None = None) -> 
     reader.add_arguments(RunOptions, dest="options")
     found, unknown = reader.parse_known_args(given)
     if unknown:
-        fail(unknown_flag(unknown, network))
+        refuse_other_networks(unknown, network)
+        reader.error(f"unrecognized arguments: {' '.join(unknown)}")
     values = {name: value for name, value in vars(found).items() if name in every_name(family) and value is not None}
     parts = (found.swept, getattr(found, "shape", preset.shape), found.training)
     flat = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
@@ -95,8 +97,13 @@ def fit_to_checkpoint(preset: SweepConfig, model: str) -> SweepConfig:
 
     with redirect_stderr(StringIO()):  # what is said of a checkpoint is said once, where its sweep is prepared
         loaded = load_model(model or preset.shape.model)
-    groups = {loaded.family.parameter_groups(loaded.config, name)[0] for name in loaded.weights}
-    return fit_preset(preset, loaded.config.width, groups)
+    own = [loaded.family.parameter_groups(loaded.config, name) for name in loaded.weights]
+    groups = {first for first, *_ in own}
+    tied = {second: first for first, *rest in own for second in rest if second != VECTORS}
+    fitted = fit_preset(preset, loaded.config.width, groups, tied)
+    for second, first in tied.items():
+        warn(f"{first} and {second} are tied here: the recipe's values and axes of {second} are those of {first}")
+    return fitted
 
 
 def every_name(family: Any) -> list[str]:
@@ -143,8 +150,8 @@ def examples(network: str) -> str:
     return "\n".join(lines)
 
 
-def unknown_flag(unknown: list[str], network: str) -> str:
-    """What to say of flags that this network does not have."""
+def refuse_other_networks(unknown: list[str], network: str) -> None:
+    """End the program, in one line, for a flag that only other networks have."""
     flag = unknown[0].split("=")[0]
     name = flag.lstrip("-").replace("-", "_")
     having = [
@@ -154,5 +161,4 @@ def unknown_flag(unknown: list[str], network: str) -> str:
         or name in every_name(family)
     ]
     if having and network not in having:
-        return f"{flag} is for {' and '.join(having)}, not {network!r}; leave it out, or choose another --network"
-    return f"unrecognized arguments: {' '.join(unknown)}; --help lists the options"
+        fail(f"{flag} is for {' and '.join(having)}, not {network!r}; leave it out, or choose another --network")

@@ -312,10 +312,11 @@ def automatic_micro_batch(run: Run) -> int:
 
     A function of the configuration alone, never of the number of replicas or the free memory, so a
     cell's sums are cut at the same places whatever machine or launch trains it. Where the common
-    divisor is below 1,024 tokens, too few to fill a GPU, rows are masked instead.
+    divisor is below 1,024 tokens, too few to fill a GPU, rows are masked instead. Of the ranks that share
+    a batch, each has its part of it.
     """
     context = run.config.training.context
-    batches = run.values("batch").astype(int)
+    batches = -(-run.values("batch").astype(int) // run.config.training.ddp)
     divisor = int(np.gcd.reduce(batches))
     enough = max(1024 // context, 1)
     if divisor < enough:

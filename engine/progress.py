@@ -92,8 +92,8 @@ class Progress:
         recent = time.monotonic() - self.shown < SECONDS_A_LAUNCH and self.done_before + self.done < self.cells
         if self.live is None and not self.quiet and not recent:
             first, last = launch[0], launch[-1]
-            replicates = f"replicates {first.replicate}-{last.replicate}, " if self.setup.run.replicates > 1 else ""
-            self.say(f"{replicates}rows {first.start}-{last.stop - 1}: ")
+            seeds = f"replicate {span(first.replicate, last.replicate)}, " if self.setup.run.replicates > 1 else ""
+            self.say(f"{seeds}rows {span(first.start, last.stop - 1)}: ")
 
     def refresh(self) -> None:
         """Draw again, where the last drawing is old enough."""
@@ -167,6 +167,11 @@ class Progress:
         """Cells of each label so far."""
         codes = self.codes()
         return {name: int((codes == code).sum()) for code, name in enumerate(LABELS) if code != MISSING}
+
+
+def span(first: int, last: int) -> str:
+    """A range of whole numbers in words."""
+    return f"{first}" if first == last else f"{first} to {last}"
 
 
 def clock(seconds: float) -> str:

@@ -56,7 +56,8 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def cpu() -> dict[str, str]:

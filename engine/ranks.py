@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -25,6 +26,14 @@ class Rank:
             while not waiting.is_completed():
                 time.sleep(SECONDS_A_LOOK)
             waiting.wait()
+
+    def gather(self, own: Any) -> list[Any]:
+        """What every rank passes, by rank."""
+        if self.count == 1:
+            return [own]
+        every = [None] * self.count
+        distributed.all_gather_object(every, own)
+        return every
 
 
 def this_rank() -> Rank:

@@ -1,12 +1,14 @@
 """Train one stored cell again and compare, bit for bit: `uv run engine/replay.py --store S --row I --col J`.
 
 Where cells are batch-invariant (on a GPU) the cell trains alone, in a stack of one. Elsewhere its launch is run again
-until the cell has been measured. Exit code 0 if the cell is identical, 1 if not.
+until the cell has been measured. A cell whose batches were shared by ranks (--ddp) takes as many, started by torchrun.
+Exit code 0 if the cell is identical, 1 if not.
 """
 
 if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -69,13 +71,24 @@ def replay_cell(store: "Store", row: int, col: int, device: str, replicate: int 
     return prepare_stored(store, device).replay(int(np.ravel_multi_index(place, store.run.shape)))
 
 
+def check_text(store: "Store") -> None:
+    """Raise ValueError where a replay gives no weights that read and write text."""
+    from engine.store_v1 import StoreV1
+
+    if isinstance(store, StoreV1):
+        raise ValueError(
+            f"{store.path} has store format 1, whose cells are not replayed; sweep again for their weights"
+        )
+    if not store.config.workload.keeps_weights:
+        raise ValueError(f"{store.path} is of network {store.config.network}, which has no text; expected a language")
+
+
 def language_setup(store: "Store", device: str) -> "LanguageSetup":
     """What trains a store's cells again, where their weights write text. Raises ValueError where they do not."""
     from engine.api import prepare_stored
     from engine.language import LanguageSetup
 
-    if not store.config.workload.keeps_weights:
-        raise ValueError(f"{store.path} is of network {store.config.network}, which has no text; expected a language")
+    check_text(store)
     setup = prepare_stored(store, device)
     assert isinstance(setup, LanguageSetup)
     if setup.network.export is None:
@@ -158,6 +171,8 @@ def main() -> None:
             check_destination(options.save_weights)
         at = options.row, options.col
         replay = replay_cell(store, *at, options.device, options.replicate)
+        if int(os.environ.get("RANK", 0)):
+            return  # torchrun's others share the batches, the first one says what came out
         if options.save_weights:
             console.print(f"weights written to {options.save_weights}, {save_weights(options.save_weights, replay)}")
     difference = compare(store, *at, replay, options.replicate)

@@ -10,7 +10,8 @@ On a GPU a replica's scores do not depend on the others, as everywhere in the st
 Letters: R replica, B rows, T time, D width, V vocabulary, N positions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from engine.checkpoint.model import Method, make_module, shapes_of
 from engine.network import describe
 from engine.stack import Stack
 from engine.step import matmul_precision
+from kernels.ahead import compile_ahead
 from kernels.loss import IGNORED, logits_losses
 
 SHORTEST = 32  # tokens of the shortest padded row
@@ -127,7 +129,7 @@ class Scorer:
             model: of which the network and its longest context are taken.
             precision: bf16, tf32 or fp32.
         """
-        self.context, self.device, self.replicas = model.config.context, device, replicas
+        self.model, self.context, self.device, self.replicas = model, model.config.context, device, replicas
         self.precision = precision
         module = make_module(model.config, device)
         network = describe(module, model.family, model.config, lambda seed: model.weights, model.tokenizer)
@@ -135,6 +137,7 @@ class Scorer:
         self.stack = Stack(network, replicas, dtype, device)
         self.tokens = BATCH_TOKENS[device.type]
         self.whole = device.type == "cuda"  # a CPU computes no rows that are empty
+        self.compiled: set[int] = set()  # lengths whose kernels are there
         self.modules = {name: Method(module, name) for name in ("features", "logits_of")}
 
     def load(self, slot: int, weights: Mapping[str, Tensor]) -> None:
@@ -148,62 +151,54 @@ class Scorer:
         named = {f"network.{key}": view for key, view in views.items()}
         return vmap(lambda weights, own: functional_call(module, weights, (own,)))(named, x)
 
+    def features(self, tokens_BT: np.ndarray) -> Tensor:
+        """What each replica's head reads of the same tokens [R, B T, D]."""
+        tokens = torch.from_numpy(tokens_BT).to(self.device)
+        return self.call("features", tokens.expand(self.replicas, -1, -1)).flatten(1, 2)
+
+    def judge(self, features_RND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of some targets, and whether each is the likeliest token, [R, N] each."""
+        logits_RNV = self.call("logits_of", features_RND)
+        index_RN1 = targets_N.clamp(min=0)[:, None].expand(self.replicas, -1, 1)
+        return logits_losses(logits_RNV, targets_N), logits_RNV.gather(-1, index_RN1).squeeze(-1) >= logits_RNV.amax(-1)
+
+    def rehearse(self, length: int) -> None:
+        """A batch of empty rows and a slice of it, for the kernels that it takes."""
+        features_RND = self.features(np.zeros((max(self.tokens // length, 1), length), np.int64))
+        nothing_N = torch.zeros(SLICE, dtype=torch.int64, device=self.device)
+        self.judge(features_RND[:, nothing_N], nothing_N)
+
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> Answers:
         """Answers of every replica. Requests must fit the context (`cut_left`)."""
-        torch.set_float32_matmul_precision(matmul_precision(self.precision))
+        # fp32 products are the head's: of features and weights in bf16 those of tf32 are exact, and ten times as fast
+        torch.set_float32_matmul_precision("high" if self.precision == "bf16" else matmul_precision(self.precision))
+        planned = list(batches(requests, self.context, self.tokens, self.whole))
+        if self.device.type == "cuda":
+            new = {batch.tokens_BT.shape[1] for batch in planned} - self.compiled
+            compile_ahead(*(partial(self.rehearse, length) for length in sorted(new)))
+            self.compiled |= new
         owners, losses, hits = [], [], []
-        for batch in batches(requests, self.context, self.tokens, self.whole):
-            tokens_BT = torch.from_numpy(batch.tokens_BT).to(self.device)
-            features_RND = self.call("features", tokens_BT.expand(self.replicas, -1, -1)).flatten(1, 2)
+        for batch in planned:
+            features_RND = self.features(batch.tokens_BT)
             missing = -len(batch.at_N) % SLICE if self.whole else 0
             at_N = torch.from_numpy(np.pad(batch.at_N, (0, missing))).to(self.device)
             targets_N = torch.from_numpy(np.pad(batch.targets_N, (0, missing), constant_values=IGNORED)).to(self.device)
             for at, targets in zip(at_N.split(SLICE), targets_N.split(SLICE), strict=True):
-                logits_RNV = self.call("logits_of", features_RND[:, at])
-                index_RN1 = targets.clamp(min=0)[:, None].expand(self.replicas, -1, 1)
-                hits.append(logits_RNV.gather(-1, index_RN1).squeeze(-1) >= logits_RNV.amax(-1))
-                losses.append(logits_losses(logits_RNV, targets))
+                loss_RN, hit_RN = self.judge(features_RND[:, at], targets)
+                losses.append(loss_RN)
+                hits.append(hit_RN)
             owners.append(np.pad(batch.owner_N, (0, missing), constant_values=len(requests)))
         owner = np.concatenate(owners)
-        loss_RN, hit_RN = (torch.cat(each, 1).cpu().numpy() for each in (losses, hits))
-        sums = np.stack([np.bincount(owner, loss, len(requests) + 1) for loss in loss_RN.astype(np.float64)])
-        misses = np.stack([np.bincount(owner, ~hit, len(requests) + 1) for hit in hit_RN])
+        all_losses, all_hits = (torch.cat(each, 1).cpu().numpy() for each in (losses, hits))
+        sums = np.stack([np.bincount(owner, loss, len(requests) + 1) for loss in all_losses.astype(np.float64)])
+        misses = np.stack([np.bincount(owner, ~hit, len(requests) + 1) for hit in all_hits])
         return Answers(-sums[:, : len(requests)], misses[:, : len(requests)] == 0)
 
-    @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], most: Sequence[int], ends: Callable[[int, list[int]], bool]
-    ) -> list[list[list[int]]]:
-        """Greedy continuations [R][prompt], each computed anew at every token.
-
-        Args:
-            most: tokens of each continuation, at most; a prompt and its own fit the context.
-            ends: (prompt, its continuation so far) -> whether it ends there.
-        """
-        torch.set_float32_matmul_precision(matmul_precision(self.precision))
-        said: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(self.replicas)]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        longest = max((len(prompt) + own for prompt, own in zip(prompts, most, strict=True)), default=1)
-        size = max(self.tokens // padded_length(longest, self.context), 1)
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            live = {(slot, prompt) for slot in range(self.replicas) for prompt in chosen if most[prompt]}
-            while live:
-                rows = [[[*prompts[prompt], *own[prompt]] for prompt in chosen] for own in said]
-                time = padded_length(max(len(row) for own in rows for row in own), self.context)
-                tokens_RBT = torch.tensor([[[*row, *[0] * (time - len(row))] for row in own] for own in rows])
-                last_RB = torch.tensor([[len(row) - 1 for row in own] for own in rows], device=self.device)
-                features_RBTD = self.call("features", tokens_RBT.to(self.device))
-                index = last_RB[:, :, None, None].expand(-1, -1, 1, features_RBTD.shape[-1])
-                logits_RBV = self.call("logits_of", features_RBTD.gather(2, index).squeeze(2))
-                next_RB = logits_RBV.argmax(-1).cpu().numpy()
-                for slot, prompt in sorted(live):
-                    own = said[slot][prompt]
-                    own.append(int(next_RB[slot, chosen.index(prompt)]))
-                    if len(own) == most[prompt] or ends(prompt, own):
-                        live.discard((slot, prompt))
-        return said
+    def weights(self) -> list[dict[str, Tensor]]:
+        """Each replica's weights by name, as they lie in the stack."""
+        views = self.stack.views(self.stack.weight_RP, self.stack.spans)
+        return [{name: view[replica] for name, view in views.items()} for replica in range(self.replicas)]
 
 
 def stack_width(model: LoadedModel, precision: str, device: torch.device, wanted: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
 from engine.config import Run, SweepConfig
@@ -33,6 +34,7 @@ from engine.plan import Mark, Trajectory, start_names
 from engine.schedule import SCHEDULES, multiplier
 from engine.scheduler import Ready, Scheduler
 from engine.sharpness import critical_sharpness
+from engine.split import Buckets, split_over
 from engine.stack import Flat, Span, Stack, parameter_of
 from kernels.accumulate import accumulate_
 from kernels.ahead import compile_ahead
@@ -117,7 +119,8 @@ class Trainer:
         self.targets = torch.from_numpy(corpus.targets).to(device)
         self.supervised = torch.from_numpy(corpus.supervised).to(device)
         self.micro_batch = training.micro_batch
-        accumulates = self.largest_batch > self.micro_batch
+        self.split = split_over(training.ddp, device)
+        accumulates = self.largest_batch > self.micro_batch * self.split.count
         self.accumulator_RP = torch.zeros(self.stack.weight_RP.shape, device=device) if accumulates else None
         self.clips = bool((run.column("clip") > 0).any())
 
@@ -140,6 +143,8 @@ class Trainer:
         compute_bound = device.type == "cuda" and network.parameters >= COMPUTE_BOUND
         beside = compute_bound and any(map(self.overlaps, self.stack.spans)) and not self.clips
         self.optimizer_stream = torch.cuda.Stream(device, priority=LOW) if beside else None
+        sums = device.type == "cuda" and self.split.count > 1
+        self.sum_stream = torch.cuda.Stream(device, priority=HIGH) if sums else None
         forward = forward_names(run)
         self.probe = Probe(
             self.stack, corpus, network.tokenizer.token_bytes, self.micro_batch, family.row_losses, forward, device
@@ -169,7 +174,7 @@ class Trainer:
         """The micro-batch of every slot: tokens, targets [R, B, T], and the targets of its whole batch [R]."""
         first_R = self.step_R * self.batch_R
         offset_B = torch.arange(self.micro_batch, device=self.device)
-        within_RB = self.micro_R[:, None] * self.micro_batch + offset_B
+        within_RB = self.first_row()[:, None] + offset_B
         rows_RB = self.rows(first_R, within_RB)
         tokens_RBT = self.tokens[rows_RB]
         outside_RB = within_RB >= self.batch_R[:, None]
@@ -177,6 +182,10 @@ class Trainer:
         whole_B = torch.arange(self.largest_batch, device=self.device).expand(self.slots, -1)
         counts_RB = self.supervised[self.rows(first_R, whole_B)].masked_fill(whole_B >= self.batch_R[:, None], 0)
         return tokens_RBT, targets_RBT, counts_RB.sum(1)
+
+    def first_row(self) -> Tensor:
+        """The place in each slot's batch of the first row of this rank's micro-batch, int64 [R]."""
+        return (self.micro_R * self.split.count + self.split.index) * self.micro_batch
 
     def rows(self, first_R: Tensor, within_RB: Tensor) -> Tensor:
         """Corpus rows at some places of each slot's current batch, int64 [R, B]."""
@@ -208,34 +217,42 @@ class Trainer:
             return piece
 
         batch = tokens_RBT, targets_RBT, forward_R, self.keys(), count_R
-        spans = self.stack.spans
-        if self.optimizer_stream is None:
-            sum_R, gradients = self.stack.losses_and_gradients(*batch)
-            left = dict(enumerate(gradients))
+        spans, beside = self.stack.spans, self.optimizer_stream
+        place_of = {span.name: place for place, span in enumerate(spans)}
+        main = torch.cuda.current_stream() if self.device.type == "cuda" else None
+        left: dict[int, Tensor] = {}
+        kept: list[Tensor] = []  # keep alive until the streams join: the allocator may reuse it
+
+        def ready(span: Span, gradient: Tensor) -> None:
+            source = self.sum_stream or main
+            if source is None or beside is None or not self.overlaps(span):
+                left[place_of[span.name]] = gradient
+                return
+            kept.append(gradient)
+            beside.wait_stream(source)
+            with torch.cuda.stream(beside):
+                self.update({place_of[span.name]: accumulated(span, gradient)}, span.group, steps[span.group])
+
+        if self.split.count == 1:
+            sum_R = self.stack.losses_and_gradients(*batch, ready)[0]
         else:
-            main, beside = torch.cuda.current_stream(), self.optimizer_stream
-            place_of = {span.name: place for place, span in enumerate(spans)}
-            kept = []  # keep alive until the streams join: the allocator may reuse it
-
-            def update_beside(span: Span, gradient: Tensor) -> None:
-                if self.overlaps(span):
-                    kept.append(gradient)
-                    beside.wait_stream(main)
-                    with torch.cuda.stream(beside):
-                        self.update({place_of[span.name]: accumulated(span, gradient)}, span.group, steps[span.group])
-
-            sum_R, gradients = self.stack.losses_and_gradients(*batch, update_beside)
+            buckets = Buckets(self.split, ready, self.sum_stream)
+            sum_R = self.stack.losses_and_gradients(*batch, buckets.add)[0]
+            buckets.flush()
+            if main and self.sum_stream:
+                main.wait_stream(self.sum_stream)
+            (sum_R,) = self.split.sums([sum_R])
+        if main and beside:
             main.wait_stream(beside)
-            del kept
-            left = {place: each for place, each in enumerate(gradients) if not self.overlaps(spans[place])}
-        left = {place: accumulated(spans[place], gradient) for place, gradient in left.items()}
+        kept.clear()
+        left = {place: accumulated(spans[place], left[place]) for place in sorted(left)}
         if self.clips:
             scale_R = self.clip_scale(list(left.values()))
             steps = {group: step._replace(scale_R=scale_R) for group, step in steps.items()}
         for group, step in steps.items():
             own = {place: gradient for place, gradient in left.items() if spans[place].group == group}
             self.update(own, group, step)
-        del gradients, left
+        left.clear()
 
         self.loss_R.copy_(torch.where(active_R, torch.where(fresh_R, sum_R, self.loss_R + sum_R), self.loss_R))
         loss_R = self.loss_R / count_R
@@ -254,7 +271,7 @@ class Trainer:
 
     def keys(self) -> Tensor:
         """What random numbers of this micro-step are keyed by: seed, step and first row of the batch, int64 [R, 3]."""
-        return torch.stack([self.seeds_R, self.step_R, self.micro_R * self.micro_batch], 1)
+        return torch.stack([self.seeds_R, self.step_R, self.first_row()], 1)
 
     def steps_of_groups(self, hyper_R: dict[str, Tensor], update_R: Tensor) -> dict[str, Step]:
         """What each parameter group's optimizer needs for the slots whose batch is complete, clipping left out."""
@@ -337,13 +354,14 @@ class Trainer:
 
     def micro_steps(self, trajectory: Trajectory) -> int:
         """Micro-steps a batch of a trajectory."""
-        return -(-int(trajectory.hyper["batch"]) // self.micro_batch)
+        return -(-int(trajectory.hyper["batch"]) // (self.micro_batch * self.split.count))
 
     def measure(self, ready: list[Ready]) -> list[Measured]:
         """Measure slots at their marks; a slot that is no longer finite is measured for all that remain."""
         slots = torch.tensor([each.slot for each in ready], device=self.device)
         probes = self.probe.of_slots(slots, self.hyper_R, self.graphs)
         digests = self.stack.digest(slots).cpu().numpy().view(np.uint64)
+        self.split.check_same(digests)
         traces = self.losses_RS[slots].cpu().numpy()
         wanted = measurements_of(self.run_of)
         measured = []
@@ -462,6 +480,8 @@ def capture(
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=sharing.pool() if sharing else None, stream=side):
+    pool = sharing.pool() if sharing else None
+    mode = "thread_local" if distributed.is_initialized() else "global"  # NCCL's threads look at their events meanwhile
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=mode):
         step()
     return graph

@@ -484,7 +484,9 @@ class Writer(Store):
         self.config, self.run = run.config, run
 
     def timed(self, seconds: float, cells: int) -> None:
-        """Add to what training took: what more replicates would cost follows from it."""
+        """Add to what training took, if anything: what more replicates would cost follows from it."""
+        if not cells:
+            return
         before = self.attributes.get("took", {"seconds": 0.0, "cells": 0})
         took = {"seconds": before["seconds"] + seconds, "cells": before["cells"] + cells}
         self.attributes["took"] = took

@@ -4,6 +4,7 @@ Both classes offer the same things:
 
     name, vocabulary        what the digest of a corpus names; ids are below `vocabulary`
     calls                   whether there are marks for an assistant's python calls and their outputs
+    dated                   whether what it writes of a conversation holds today's date, which `date` then fixes
     padding                 the id that fills an unfinished row (never a target)
     chats                   whether networks that it comes with reply in roles; None: if their data taught them
     bos, eos                the id before a text that nothing else stands before; the id that ends a reply
@@ -60,33 +61,38 @@ def letters_of_tokens(backend: Tokenizer, vocabulary: int, marks: Iterable[int])
 def reply_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
     """Tokens behind which an assistant's reply begins, and the ids that end one.
 
-    They are what the tokenizer writes before and behind a reply that stands for the one to come. A rendering that does
-    not show that reply, being cut before it, gives an empty prompt.
+    They are what the tokenizer writes before and behind a reply that stands for the one to come. Where it cuts
+    conversations that are long, so that a longer reply changes nothing, the prompt is empty.
     """
-    tokens, supervised = tokenizer.render([*messages, {"role": "assistant", "content": REPLY}])
+    (tokens, supervised), (longer, _) = (
+        tokenizer.render([*messages, {"role": "assistant", "content": reply}]) for reply in (REPLY, f"{REPLY} {REPLY}")
+    )
+    if len(tokens) == len(longer):
+        return [], set()
     learned = np.flatnonzero(supervised)
     breaks = np.flatnonzero(np.diff(learned) > 1)
-    first = int(learned[breaks[-1] + 1 if len(breaks) else 0]) if len(learned) else 0
-    if REPLY not in tokenizer.decode(tokens[first:].tolist()):
-        return [], set()
+    first = int(learned[breaks[-1] + 1 if len(breaks) else 0])
     inside = set(tokenizer.encode(REPLY))
     return tokens[:first].tolist(), {int(tokens[learned[-1]]), tokenizer.eos, tokenizer.padding} - inside
 
 
-def text_prompt(tokenizer: Any, text: str) -> tuple[list[int], set[int]]:
-    """Tokens of a document that begins with a text, and the ids that end one."""
+def text_prompt(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
+    """Tokens of a document that begins with the messages' contents, and the ids that end one."""
+    text = "".join(message["content"] for message in messages)
     own, (document, _) = tokenizer.encode(text), tokenizer.document(text)
     opening = [tokenizer.bos] if document[0] == tokenizer.bos else []
-    return [*opening, *own] or [tokenizer.bos], {int(token) for token in document[len(opening) + len(own) :]} | {
-        tokenizer.eos,
-        tokenizer.padding,
-    }
+    closing = {int(token) for token in document[len(opening) + len(own) :]}
+    return [*opening, *own] or [tokenizer.bos], closing | {tokenizer.eos, tokenizer.padding}
+
+
+PROMPTS = {"chat": reply_prompt, "text": text_prompt}
+"""how a network is asked: by messages in roles, or to go on with a text"""
 
 
 class ByteTokenizer:
     """UTF-8 bytes 0-255, then the marks of nanochat's conversations."""
 
-    name, calls, chats = "bytes", False, None
+    name, calls, chats, dated = "bytes", False, None, False
     vocabulary = BYTE_VOCABULARY
     bos, user_start, user_end, assistant_start, assistant_end = range(256, 256 + len(BYTE_MARKS))
     padding, eos = bos, assistant_end
@@ -144,7 +150,7 @@ class SmolLM2Tokenizer:
     rendered string cannot say which tokens are replies; a test compares it with the file's own.
     """
 
-    name, calls, chats = "smollm2", False, True
+    name, calls, chats, dated = "smollm2", False, True, False
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
     def __init__(self, tokens: Sequence[str], merges: Sequence[str]):

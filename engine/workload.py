@@ -4,8 +4,10 @@ Everything outside asks the workload, through `Workload` before anything is load
 `workload_of` is the one place that chooses. Nothing here imports torch.
 """
 
+import datetime
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -132,6 +134,7 @@ class LanguageOptions:
     data_config: str = ""  # configuration name of a folder's or a hub's data set
     split: str = "train"  # split of a folder's or a hub's data set
     packing: str = "cut"  # cut: documents end to end, cut every context; best-fit: whole documents, rows filled up
+    date: str = ""  # what a chat template prints as today, YYYY-MM-DD (default: the day the store is made)
     data_rows: int = 16384  # sequences taken from the data, always the same ones (0: all of them)
     validation_rows: int = 0  # held-out sequences of the probe (0: as many as cost 0.15 of training)
     optimizer: str = "adamw"  # %(legal)s; by parameter group: adamw,matrix=muon
@@ -139,6 +142,8 @@ class LanguageOptions:
     count: str = "tokens"  # what tokens and unique_tokens count: %(legal)s (only those that are learned)
     schedule: str = "constant"  # %(legal)s (wsd: warm-up, stable, decay; linear: to zero)
     micro_batch: int = 0  # sequences a forward pass; larger batches accumulate gradients (0: chosen from the batches)
+    # ranks that share every batch, as many as torchrun started if no number is given; bits depend on how many
+    ddp: int = field(default=1, metadata={"custom_args": {"nargs": "?", "const": 0}})
 
 
 COUNTS = {"tokens": "", "supervised": "supervised"}
@@ -184,7 +189,7 @@ def resolve_language(run: "Run", device: str) -> "Run":
     from engine.plan import automatic_micro_batch
 
     training = run.config.training
-    for name, low in (("context", 1), ("micro_batch", 0), ("validation_rows", 0), ("data_rows", 0)):
+    for name, low in (("context", 1), ("micro_batch", 0), ("validation_rows", 0), ("data_rows", 0), ("ddp", 0)):
         at_least(name, getattr(training, name), low)
     if not training.data.strip():
         raise ValueError("data is empty; expected chitchat, a file, a folder or a hub name")
@@ -193,12 +198,34 @@ def resolve_language(run: "Run", device: str) -> "Run":
             raise ValueError(f"freeze has {group!r}; expected some of {', '.join(run.config.family.groups)}")
     expect("packing", training.packing, ("cut", "best-fit"))
     expect("count", training.count, tuple(COUNTS))
+    if training.date:
+        check_date(training.date)
     check_schedule(run)
     if not COUNTS[training.count]:
         check_steps(run)
     data = training.data if training.data == "chitchat" else resolved_data(training.data)
-    training = replace(training, data=data, micro_batch=training.micro_batch or automatic_micro_batch(run))
+    training = replace(training, data=data, ddp=training.ddp or ranks_started())
+    run = replace(run, config=replace(run.config, training=training))
+    training = replace(training, micro_batch=training.micro_batch or automatic_micro_batch(run))
     return replace(run, config=replace(run.config, training=training))
+
+
+def ranks_started() -> int:
+    """The ranks of torchrun. Raises ValueError where there is but one process."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        raise ValueError("--ddp shares every batch among ranks, but one process was started; start it with torchrun")
+    return ranks
+
+
+def check_date(text: str) -> None:
+    """Raise ValueError for anything but a day as YYYY-MM-DD."""
+    try:
+        day = datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        day = ""
+    if day != text:
+        raise ValueError(f"date is {text!r}; expected a day as YYYY-MM-DD, for example 2026-11-25")
 
 
 def resolved_data(data: str) -> str:

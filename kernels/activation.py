@@ -1,6 +1,7 @@
-"""The activations of the two MLPs: SwiGLU on a fused gate/up projection, and squared ReLU.
+"""The activations of the MLPs: SwiGLU on a fused gate/up projection, squared ReLU, and GELU behind a bias.
 
-R replica, F MLP width. Elementwise, so the kernels need not tell replicas apart.
+R replica, N rows of one replica, F MLP width. Elementwise, so the kernels need not tell replicas apart, but for the
+bias, whose gradient is an ordered sum over a replica's rows.
 """
 
 import torch
@@ -9,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.stacking import custom_operator, fold_vmap
+from kernels.ordered_sum import column_sums_op
+from kernels.stacking import custom_operator, dense_replicas, fold_vmap
 
 BLOCK = 1024  # elements a program holds at once
 
@@ -28,6 +30,14 @@ def relu2(x: Tensor) -> Tensor:
     return relu2_reference(x) if x.device.type == "cpu" else relu2_triton(x)
 
 
+def bias_gelu(x: Tensor, bias_F: Tensor) -> Tensor:
+    """GELU of x + bias by its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415), as GPT-2 has it.
+
+    x: [..., F], bias_F: [F]. Returns [..., F] in the dtype of x; float32 inside.
+    """
+    return bias_gelu_reference(x, bias_F) if x.device.type == "cpu" else bias_gelu_triton(x, bias_F)
+
+
 def swiglu_triton(gate_up: Tensor) -> Tensor:
     """`swiglu` on the Triton kernels whatever the device."""
     if gate_up.shape[-1] % 2:
@@ -40,6 +50,13 @@ def relu2_triton(x: Tensor) -> Tensor:
     return relu2_op(x[None]).squeeze(0)
 
 
+def bias_gelu_triton(x: Tensor, bias_F: Tensor) -> Tensor:
+    """`bias_gelu` on the Triton kernels whatever the device."""
+    if bias_F.shape != x.shape[-1:]:
+        raise ValueError(f"bias_gelu got a bias {tuple(bias_F.shape)}, expected ({x.shape[-1]},): one value a channel")
+    return bias_gelu_op(x.reshape(1, -1, x.shape[-1]), bias_F[None]).reshape(x.shape)
+
+
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """`swiglu` in plain differentiable torch."""
     gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
@@ -49,6 +66,12 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 def relu2_reference(x: Tensor) -> Tensor:
     """`relu2` in plain differentiable torch."""
     return F.relu(x).square()
+
+
+def bias_gelu_reference(x: Tensor, bias_F: Tensor) -> Tensor:
+    """`bias_gelu` in plain differentiable torch."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x.to(wide) + bias_F, approximate="tanh").to(x.dtype)
 
 
 @fold_vmap
@@ -83,7 +106,7 @@ def _(dy, gate_up):
     return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
 
 
-def _swiglu_save(ctx, inputs, output):
+def _save_inputs(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
@@ -91,7 +114,7 @@ def _swiglu_backward(ctx, dy):
     return swiglu_backward_op(dy, *ctx.saved_tensors)
 
 
-swiglu_op.register_autograd(_swiglu_backward, setup_context=_swiglu_save)
+swiglu_op.register_autograd(_swiglu_backward, setup_context=_save_inputs)
 
 
 @fold_vmap
@@ -123,15 +146,76 @@ def _(dy, x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _relu2_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _relu2_backward(ctx, dy):
     return relu2_backward_op(dy, *ctx.saved_tensors)
 
 
-relu2_op.register_autograd(_relu2_backward, setup_context=_relu2_save)
+relu2_op.register_autograd(_relu2_backward, setup_context=_save_inputs)
+
+
+@fold_vmap
+@custom_operator("fractal::bias_gelu")
+def bias_gelu_op(x_RNF: Tensor, bias_RF: Tensor) -> Tensor:
+    """`bias_gelu` of R replicas."""
+    return _bias_gelu(x_RNF, bias_RF, None)
+
+
+@bias_gelu_op.register_fake
+def _(x_RNF, bias_RF):
+    return torch.empty_like(x_RNF, memory_format=torch.contiguous_format)
+
+
+@custom_operator("fractal::bias_gelu_backward")
+def bias_gelu_backward_op(dy_RNF: Tensor, x_RNF: Tensor, bias_RF: Tensor) -> Tensor:
+    """The gradient of x + bias [R, N, F]."""
+    return _bias_gelu(x_RNF, bias_RF, dy_RNF)
+
+
+@bias_gelu_backward_op.register_fake
+def _(dy_RNF, x_RNF, bias_RF):
+    return torch.empty_like(x_RNF, memory_format=torch.contiguous_format)
+
+
+def _bias_gelu(x_RNF, bias_RF, dy_RNF):
+    """The forward, or with dy the backward."""
+    R, N, width = x_RNF.shape
+    y_RNF = torch.empty_like(x_RNF, memory_format=torch.contiguous_format)
+    bias_RF = dense_replicas(bias_RF)
+    dy_RNF = None if dy_RNF is None else dy_RNF.contiguous()
+    _bias_gelu_kernel[(R * N, triton.cdiv(width, BLOCK))](
+        x_RNF.contiguous(), bias_RF, dy_RNF, y_RNF, bias_RF.stride(0), N=N, WIDTH=width, BLOCK=BLOCK
+    )
+    return y_RNF
+
+
+def _bias_gelu_backward(ctx, dy_RNF):
+    dx_RNF = bias_gelu_backward_op(dy_RNF, *ctx.saved_tensors)
+    return dx_RNF, column_sums_op(dx_RNF)
+
+
+bias_gelu_op.register_autograd(_bias_gelu_backward, setup_context=_save_inputs)
+
+
+@triton.jit
+def _bias_gelu_kernel(
+    x_ptr, bias_ptr, dy_ptr, y_ptr, bias_stride, N: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program (row of a replica, block of its channels): x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), which is
+    x (1 + tanh u) / 2; with dy, dy times its derivative."""
+    ROOT: tl.constexpr = 0.7978845608028654
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(x_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + row // N * bias_stride + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(2.0 * ROOT * (x + 0.044715 * x * x * x))
+    if dy_ptr is None:
+        y = x * sigmoid
+    else:
+        slope = 2.0 * ROOT * (1.0 + 3.0 * 0.044715 * x * x)
+        dy = tl.load(dy_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        y = dy * (sigmoid + x * sigmoid * (1.0 - sigmoid) * slope)
+    tl.store(y_ptr + row * WIDTH + column, y, mask=inside)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_blocks import backward_blocks, forward_blocks
-from kernels.rotary import load_rotated, load_rows, store_rows, store_unrotated
+from kernels.rotary import load_rotated, load_rows, store_rows, store_unrotated, visible
 from kernels.stacking import custom_operator, dense_replicas, dot_precision, fold_vmap
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -36,21 +36,23 @@ def qkv_attention(
     kv_heads: int,
     qk_norm: bool = False,
     eps: float = 1e-6,
+    window: int | None = None,
+    qk_scale: float = 1.0,
 ) -> Tensor:
     """Causal self-attention of one replica, straight from its fused qkv projection.
 
     q and k are rotated (half-split: y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin), then, if
     `qk_norm`, divided by their root mean square over the head dimension (no weight, `eps` inside
-    the root); softmax scale 1 / sqrt(K); query heads share kv heads in groups of H / G.
+    the root); both are multiplied by `qk_scale`; softmax scale 1 / sqrt(K); query heads share kv heads in
+    groups of H / G. A token sees itself and the `window` tokens before it, None: all of them.
 
     qkv_BTC: [B, T, (H + 2 G) K]; cos_TK2, sin_TK2: float32 [T, K / 2]. Returns [B, T, H K] in the
     dtype of qkv. On a GPU: bfloat16 or float32 (float32 products as
     `torch.get_float32_matmul_precision` says), T <= 4096, even K <= 128; ValueError otherwise.
     """
-    _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads)
-    if qkv_BTC.device.type == "cpu":
-        return qkv_attention_reference(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
-    return qkv_attention_triton(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps)
+    _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, window)
+    form = qkv_attention_reference if qkv_BTC.device.type == "cpu" else qkv_attention_triton
+    return form(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, qk_norm, eps, window, qk_scale)
 
 
 def qkv_attention_triton(
@@ -61,9 +63,12 @@ def qkv_attention_triton(
     kv_heads: int,
     qk_norm: bool = False,
     eps: float = 1e-6,
+    window: int | None = None,
+    qk_scale: float = 1.0,
 ) -> Tensor:
     """`qkv_attention` on the Triton kernels whatever the device."""
-    o_RBTD, _ = attention_op(qkv_BTC[None], cos_TK2[None], sin_TK2[None], heads, kv_heads, qk_norm, eps)
+    tables = cos_TK2[None], sin_TK2[None]
+    o_RBTD, _ = attention_op(qkv_BTC[None], *tables, heads, kv_heads, qk_norm, eps, window, qk_scale)
     return o_RBTD.squeeze(0)
 
 
@@ -75,6 +80,8 @@ def qkv_attention_reference(
     kv_heads: int,
     qk_norm: bool = False,
     eps: float = 1e-6,
+    window: int | None = None,
+    qk_scale: float = 1.0,
 ) -> Tensor:
     """`qkv_attention` in plain differentiable torch, at least float32 inside."""
     B, T, C = qkv_BTC.shape
@@ -89,9 +96,11 @@ def qkv_attention_reference(
         k_BTGK = k_BTGK * torch.rsqrt(k_BTGK.square().mean(-1, keepdim=True) + eps)
     # The query heads of one kv head are stacked along time: one matrix product a kv head.
     q_BGNK = q_BTHK.transpose(1, 2).reshape(B, kv_heads, group * T, K)
-    scores_BGNT = q_BGNK @ k_BTGK.permute(0, 2, 3, 1) * K**-0.5
-    later_TT = torch.ones(T, T, dtype=torch.bool, device=qkv_BTC.device).triu(1)
-    scores_BHTT = scores_BGNT.reshape(B, heads, T, T).masked_fill(later_TT, float("-inf"))
+    scores_BGNT = q_BGNK @ k_BTGK.permute(0, 2, 3, 1) * (qk_scale**2 * K**-0.5)
+    time_T = torch.arange(T, device=qkv_BTC.device)
+    age_TT = time_T[:, None] - time_T
+    hidden_TT = (age_TT < 0) | (age_TT > (T if window is None else window))
+    scores_BHTT = scores_BGNT.reshape(B, heads, T, T).masked_fill(hidden_TT, float("-inf"))
     probabilities_BGNT = scores_BHTT.softmax(-1).reshape(B, kv_heads, group * T, T)
     o_BGNK = probabilities_BGNT @ v_BTGK.transpose(1, 2)
     o_BTHK = o_BGNK.reshape(B, heads, T, K).transpose(1, 2)
@@ -104,7 +113,7 @@ def _rotate_reference(x_BTHK, cos_TK2, sin_TK2):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads):
+def _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads, window):
     T, C = qkv_BTC.shape[-2:]
     K = C // (heads + 2 * kv_heads)
     if heads % kv_heads or K * (heads + 2 * kv_heads) != C or K % 2:
@@ -117,6 +126,8 @@ def _check(qkv_BTC, cos_TK2, sin_TK2, heads, kv_heads):
             f"attention got rotary tables {tuple(cos_TK2.shape)} and {tuple(sin_TK2.shape)}, "
             f"expected ({T}, {K // 2}): cut them to the context and half the head dim"
         )
+    if window is not None and window < 0:
+        raise ValueError(f"attention got a window of {window}, expected at least 0, or None: a token sees itself")
     if qkv_BTC.device.type == "cpu":
         return
     if qkv_BTC.dtype not in DTYPES or T > MAX_TIME or K > MAX_HEAD_DIM:
@@ -136,6 +147,8 @@ def attention_op(
     kv_heads: int,
     qk_norm: bool,
     eps: float,
+    window: int | None = None,
+    qk_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`qkv_attention` of R replicas, o [R, B, T, H K], and its logsumexp [R, B, H, T] to base 2."""
     R, B, T, C = qkv_RBTC.shape
@@ -143,7 +156,7 @@ def attention_op(
     o_RBTD = qkv_RBTC.new_empty(R, B, T, heads * K)
     logsumexp_RBHT = qkv_RBTC.new_empty(R, B, heads, T, dtype=torch.float32)
     qkv_RBTC, tables = qkv_RBTC.contiguous(), _tables(cos_RTK2, sin_RTK2)
-    shape = _shape(B, T, K, heads, kv_heads, qk_norm)
+    shape = _shape(B, T, K, heads, kv_heads, qk_norm, window, qk_scale)
     if one_block(qkv_RBTC.dtype) >= T:
         tiles = forward_tiles(T, K, qkv_RBTC.dtype)
         grid = (R * B * kv_heads * triton.cdiv(T, tiles["BLOCK_Q"]),)
@@ -154,7 +167,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(qkv_RBTC, cos_RTK2, sin_RTK2, heads, kv_heads, qk_norm, eps):
+def _(qkv_RBTC, cos_RTK2, sin_RTK2, heads, kv_heads, qk_norm, eps, window=None, qk_scale=1.0):
     R, B, T, C = qkv_RBTC.shape
     o_RBTD = qkv_RBTC.new_empty(R, B, T, C // (heads + 2 * kv_heads) * heads)
     return o_RBTD, qkv_RBTC.new_empty(R, B, heads, T, dtype=torch.float32)
@@ -172,6 +185,8 @@ def attention_backward_op(
     kv_heads: int,
     qk_norm: bool,
     eps: float,
+    window: int | None = None,
+    qk_scale: float = 1.0,
 ) -> Tensor:
     """The gradient of qkv [R, B, T, C]."""
     R, B, T, C = qkv_RBTC.shape
@@ -179,7 +194,7 @@ def attention_backward_op(
     dqkv_RBTC = torch.empty_like(qkv_RBTC, memory_format=torch.contiguous_format)
     qkv_RBTC, do_RBTD = qkv_RBTC.contiguous(), do_RBTD.contiguous()
     tables = _tables(cos_RTK2, sin_RTK2)
-    shape = _shape(B, T, K, heads, kv_heads, qk_norm)
+    shape = _shape(B, T, K, heads, kv_heads, qk_norm, window, qk_scale)
     half = half_block(T, K, heads, kv_heads, qkv_RBTC.dtype)
     if half:
         tiles = cut_tiles((half, half, 4, 1), T, K)
@@ -208,7 +223,7 @@ def _attention_save(ctx, inputs, output):
 
 
 def _attention_backward(ctx, do_RBTD, _):
-    return attention_backward_op(do_RBTD, *ctx.saved_tensors, *ctx.settings), *[None] * 6
+    return attention_backward_op(do_RBTD, *ctx.saved_tensors, *ctx.settings), *[None] * (2 + len(ctx.settings))
 
 
 attention_op.register_autograd(_attention_backward, setup_context=_attention_save)
@@ -219,8 +234,11 @@ def _tables(cos_RTK2, sin_RTK2):
     return cos_RTK2, sin_RTK2, cos_RTK2.stride(0), sin_RTK2.stride(0)
 
 
-def _shape(B, T, K, heads, kv_heads, qk_norm):
-    return {"B": B, "T": T, "K": K, "H": heads, "G": kv_heads, "QK_NORM": qk_norm, "SCALE": 1 / math.sqrt(K)}
+def _shape(B, T, K, heads, kv_heads, qk_norm, window, qk_scale):
+    sizes = {"B": B, "T": T, "K": K, "H": heads, "G": kv_heads, "QK_NORM": qk_norm}
+    # a window of T is none: no code of the kernels asks for it
+    window = T if window is None or window >= T - 1 else window
+    return sizes | {"SCALE": qk_scale * qk_scale / math.sqrt(K), "WINDOW": window}
 
 
 def one_block(dtype):
@@ -284,6 +302,7 @@ def _attention_forward_kernel(
     G: tl.constexpr,
     QK_NORM: tl.constexpr,
     SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -316,7 +335,7 @@ def _attention_forward_kernel(
         q1, q2, _q = load_rotated(qkv_ptr + head * K, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
         s = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
-        s = tl.where(k_time[None, :] <= q_time[:, None], s, float("-inf"))
+        s = tl.where(visible(k_time[None, :], q_time[:, None], T, WINDOW), s, float("-inf"))
         largest = tl.max(s, 1) * (SCALE * LOG2E)
         p = tl.exp2(s * (SCALE * LOG2E) - largest[:, None])
         total = tl.sum(p, 1)
@@ -343,6 +362,7 @@ def _attention_backward_kernel(
     G: tl.constexpr,
     QK_NORM: tl.constexpr,
     SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -384,12 +404,13 @@ def _attention_backward_kernel(
             s = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
             s = tl.dot(k2, tl.trans(q2), s, input_precision=PRECISION)
             p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[None, :])
-            p = tl.where(k_time[:, None] <= q_time[None, :], p, 0.0)
+            seen = visible(k_time[:, None], q_time[None, :], T, WINDOW)
+            p = tl.where(seen, p, 0.0)
             p = p.to(v.dtype)
             dv = tl.dot(p, do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             delta = tl.sum(p * dp, 0)
-            ds = tl.where(k_time[:, None] <= q_time[None, :], p * (dp - delta[None, :]), 0.0).to(v.dtype)
+            ds = tl.where(seen, p * (dp - delta[None, :]), 0.0).to(v.dtype)
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
             dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
             dq1 = tl.dot(tl.trans(ds), k1, input_precision=PRECISION) * SCALE
@@ -405,7 +426,7 @@ def _attention_backward_kernel(
 @triton.jit
 def _pair(
     k1, k2, v, q1, q2, do, logsumexp, delta, k_time, q_time,
-    SCALE: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    T: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p and the scores' gradient ds [keys, queries] of one block of keys and one of queries, in the dtype of v."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -414,8 +435,8 @@ def _pair(
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[None, :])
     ds = p * (dp - delta[None, :])
-    if DIAGONAL:
-        seen = k_time[:, None] <= q_time[None, :]
+    if DIAGONAL or WINDOW < T:
+        seen = visible(k_time[:, None], q_time[None, :], T, WINDOW)
         p = tl.where(seen, p, 0.0)
         ds = tl.where(seen, ds, 0.0)
     return p.to(v.dtype), ds.to(v.dtype)
@@ -449,6 +470,7 @@ def _attention_backward_head_kernel(
     G: tl.constexpr,
     QK_NORM: tl.constexpr,
     SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -481,7 +503,7 @@ def _attention_backward_head_kernel(
     do, logsumexp, delta = _load_upstream(o_ptr, do_ptr, logsumexp_ptr, late, T, K, H * K, FULL)
     k1, k2, k_scale = load_rotated(k_ptr, cos_ptr, sin_ptr, late, eps, T, K, C, HALF, QK_NORM)
     v = load_rows(v_ptr, late, T, K, C, FULL)
-    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, late, late, SCALE, True, PRECISION)
+    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, late, late, T, SCALE, WINDOW, True, PRECISION)
     store_rows(tl.dot(p, do, input_precision=PRECISION), dv_ptr, late, T, K, C, FULL)
     dk1 = tl.dot(ds, q1, input_precision=PRECISION) * SCALE
     dk2 = tl.dot(ds, q2, input_precision=PRECISION) * SCALE
@@ -491,7 +513,7 @@ def _attention_backward_head_kernel(
     # late queries, early keys
     k1, k2, k_scale = load_rotated(k_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
     v = load_rows(v_ptr, early, T, K, C, FULL)
-    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, late, SCALE, False, PRECISION)
+    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, late, T, SCALE, WINDOW, False, PRECISION)
     dv = tl.dot(p, do, input_precision=PRECISION)
     dk1 = tl.dot(ds, q1, input_precision=PRECISION)
     dk2 = tl.dot(ds, q2, input_precision=PRECISION)
@@ -501,7 +523,7 @@ def _attention_backward_head_kernel(
     # early queries, early keys
     q1, q2, q_scale = load_rotated(q_ptr, cos_ptr, sin_ptr, early, eps, T, K, C, HALF, QK_NORM)
     do, logsumexp, delta = _load_upstream(o_ptr, do_ptr, logsumexp_ptr, early, T, K, H * K, FULL)
-    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, early, SCALE, True, PRECISION)
+    p, ds = _pair(k1, k2, v, q1, q2, do, logsumexp, delta, early, early, T, SCALE, WINDOW, True, PRECISION)
     store_rows(tl.dot(p, do, dv, input_precision=PRECISION), dv_ptr, early, T, K, C, FULL)
     dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION) * SCALE
     dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION) * SCALE

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.rotary import load_rotated, load_rows, store_rows, store_unrotated
+from kernels.rotary import load_rotated, load_rows, store_rows, store_unrotated, visible
 from kernels.stacking import dot_precision
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -176,7 +176,7 @@ def _halves(y):
 def _attention_turn_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, turned_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    QK_NORM: tl.constexpr, SCALE: tl.constexpr,
+    QK_NORM: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     FIRST: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Program (row, block of times): q and k of all heads from FIRST on."""
@@ -199,9 +199,21 @@ def _attention_turn_kernel(
 
 
 @triton.jit
+def _key_blocks(block, T: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """For a block of queries: the first key that one of them sees, the first that all see, and the diagonal's first."""
+    first = block * BLOCK_Q // BLOCK_K * BLOCK_K
+    edge, whole = 0, 0
+    if WINDOW < T:
+        edge = max(0, block * BLOCK_Q - WINDOW) // BLOCK_K * BLOCK_K
+        whole = min(first, tl.cdiv(max(0, (block + 1) * BLOCK_Q - 1 - WINDOW), BLOCK_K) * BLOCK_K)
+    return edge, whole, first
+
+
+@triton.jit
 def _forward_loop(
     q, o, largest, total, k_ptr, v_ptr, row, k_head, v_head, q_time, start, stop,
-    SCALE: tl.constexpr, BLOCK_K: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    T: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a block of queries over the keys in [start, stop)."""
     for at in range(start, stop, BLOCK_K):
@@ -209,7 +221,8 @@ def _forward_loop(
         v = _tile(v_ptr, row, v_head, at, BLOCK_K, P)
         s = tl.dot(q, k.T, input_precision=PRECISION)
         if MASKED:
-            s = tl.where((at + tl.arange(0, BLOCK_K))[None, :] <= q_time[:, None], s, float("-inf"))
+            k_time = at + tl.arange(0, BLOCK_K)
+            s = tl.where(visible(k_time[None, :], q_time[:, None], T, WINDOW), s, float("-inf"))
         previous = largest
         largest = tl.maximum(previous, tl.max(s, 1) * (SCALE * LOG2E))
         p = tl.exp2(s * (SCALE * LOG2E) - largest[:, None])
@@ -223,7 +236,7 @@ def _forward_loop(
 def _attention_blocks_forward_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, k_ptr, v_ptr, o_ptr, logsumexp_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    QK_NORM: tl.constexpr, SCALE: tl.constexpr,
+    QK_NORM: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (row, query head, block of queries); k_ptr: turned keys, v_ptr: the whole projection."""
@@ -245,15 +258,20 @@ def _attention_blocks_forward_kernel(
     o = tl.zeros([BLOCK_Q, P], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    first = block * BLOCK_Q // BLOCK_K * BLOCK_K
+    edge, whole, first = _key_blocks(block, T, WINDOW, BLOCK_Q, BLOCK_K)
     o, largest, total = _forward_loop(
-        q, o, largest, total, k_ptr, v_ptr, row, kv_head, H + G + kv_head, q_time, 0, first,
-        SCALE, BLOCK_K, P, False, PRECISION,
+        q, o, largest, total, k_ptr, v_ptr, row, kv_head, H + G + kv_head, q_time, whole, first,
+        T, SCALE, WINDOW, BLOCK_K, P, False, PRECISION,
     )  # fmt: skip
     o, largest, total = _forward_loop(
         q, o, largest, total, k_ptr, v_ptr, row, kv_head, H + G + kv_head, q_time, first, min(T, (block + 1) * BLOCK_Q),
-        SCALE, BLOCK_K, P, True, PRECISION,
+        T, SCALE, WINDOW, BLOCK_K, P, True, PRECISION,
     )  # fmt: skip
+    if WINDOW < T:  # last: by now every query has seen a key, itself, so that none of its maxima is infinite
+        o, largest, total = _forward_loop(
+            q, o, largest, total, k_ptr, v_ptr, row, kv_head, H + G + kv_head, q_time, edge, whole,
+            T, SCALE, WINDOW, BLOCK_K, P, True, PRECISION,
+        )  # fmt: skip
     store_rows(o / total[:, None], o_ptr + wide * T * H * K + head * K, q_time, T, K, H * K, P)
     tl.store(logsumexp_ptr + (wide * H + head) * T + q_time, largest + tl.log2(total), mask=q_time < T)  # base 2
 
@@ -261,7 +279,8 @@ def _attention_blocks_forward_kernel(
 @triton.jit
 def _queries_loop(
     q, do, dq, logsumexp, delta, k_ptr, v_ptr, row, k_head, v_head, q_time, start, stop,
-    SCALE: tl.constexpr, BLOCK_K: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    T: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_K: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, summed over the keys in [start, stop)."""
     for at in range(start, stop, BLOCK_K):
@@ -272,7 +291,8 @@ def _queries_loop(
         p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[:, None])
         ds = p * (dp - delta[:, None])
         if MASKED:
-            ds = tl.where((at + tl.arange(0, BLOCK_K))[None, :] <= q_time[:, None], ds, 0.0)
+            k_time = at + tl.arange(0, BLOCK_K)
+            ds = tl.where(visible(k_time[None, :], q_time[:, None], T, WINDOW), ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -282,7 +302,7 @@ def _attention_blocks_queries_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, k_ptr, v_ptr, o_ptr, do_ptr, logsumexp_ptr, delta_ptr,
     dqkv_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    QK_NORM: tl.constexpr, SCALE: tl.constexpr,
+    QK_NORM: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (row, query head, block of queries): dq, and delta = sum(do * o) for the keys."""
@@ -310,15 +330,20 @@ def _attention_blocks_queries_kernel(
     tl.store(delta_ptr + q_time, delta, mask=q_time < T)
     logsumexp = tl.load(logsumexp_ptr + q_time, mask=q_time < T, other=0.0)
     dq = tl.zeros([BLOCK_Q, P], tl.float32)
-    first = block * BLOCK_Q // BLOCK_K * BLOCK_K
+    edge, whole, first = _key_blocks(block, T, WINDOW, BLOCK_Q, BLOCK_K)
     dq = _queries_loop(
-        q, do, dq, logsumexp, delta, k_ptr, v_ptr, row, k_head, v_head, q_time, 0, first,
-        SCALE, BLOCK_K, P, False, PRECISION,
+        q, do, dq, logsumexp, delta, k_ptr, v_ptr, row, k_head, v_head, q_time, whole, first,
+        T, SCALE, WINDOW, BLOCK_K, P, False, PRECISION,
     )  # fmt: skip
     dq = _queries_loop(
         q, do, dq, logsumexp, delta, k_ptr, v_ptr, row, k_head, v_head, q_time, first, min(T, (block + 1) * BLOCK_Q),
-        SCALE, BLOCK_K, P, True, PRECISION,
+        T, SCALE, WINDOW, BLOCK_K, P, True, PRECISION,
     )  # fmt: skip
+    if WINDOW < T:
+        dq = _queries_loop(
+            q, do, dq, logsumexp, delta, k_ptr, v_ptr, row, k_head, v_head, q_time, edge, whole,
+            T, SCALE, WINDOW, BLOCK_K, P, True, PRECISION,
+        )  # fmt: skip
     dq1, dq2 = _halves(dq * SCALE)
     # Loaded again for the norm's gradient rather than held in registers through the loops.
     q1, q2, q_scale = load_rotated(q_ptr, cos_ptr, sin_ptr, q_time, eps, T, K, C, HALF, QK_NORM)
@@ -329,8 +354,8 @@ def _attention_blocks_queries_kernel(
 @triton.jit
 def _keys_loop(
     k, v, dk, dv, q_ptr, do_ptr, logsumexp_ptr, delta_ptr, row, head, k_time, start, stop,
-    T: tl.constexpr, SCALE: tl.constexpr, BLOCK_Q: tl.constexpr, P: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    T: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr, P: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, summed over the queries of one head in [start, stop).
 
@@ -346,11 +371,12 @@ def _keys_loop(
         dp = tl.dot(v, do.T, input_precision=PRECISION)
         p = tl.exp2(s * (SCALE * LOG2E) - logsumexp[None, :])
         if MASKED:
-            p = tl.where(k_time[:, None] <= q_time[None, :], p, 0.0)
+            seen = visible(k_time[:, None], q_time[None, :], T, WINDOW)
+            p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if MASKED:  # a masked p of 0 times a gradient that is not finite
-            ds = tl.where(k_time[:, None] <= q_time[None, :], ds, 0.0)
+            ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -359,7 +385,7 @@ def _keys_loop(
 def _attention_blocks_keys_kernel(
     qkv_ptr, cos_ptr, sin_ptr, cos_stride, sin_stride, q_ptr, do_ptr, logsumexp_ptr, delta_ptr, dqkv_ptr, eps,
     B: tl.constexpr, T: tl.constexpr, K: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    QK_NORM: tl.constexpr, SCALE: tl.constexpr,
+    QK_NORM: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (row, kv head, block of keys): dk and dv, summed over query heads and times."""
@@ -385,17 +411,26 @@ def _attention_blocks_keys_kernel(
     # Queries on the diagonal end with the first whole block of queries behind this block of keys.
     first = block * BLOCK_K // BLOCK_Q * BLOCK_Q
     later = min(T, tl.cdiv((block + 1) * BLOCK_K, BLOCK_Q) * BLOCK_Q)
+    whole, stop = T, T
+    if WINDOW < T:  # from `whole` on some queries are too late for the first key, from `stop` on all for the last
+        whole = max(later, min(T, (block * BLOCK_K + WINDOW + 1) // BLOCK_Q * BLOCK_Q))
+        stop = min(T, (block + 1) * BLOCK_K + WINDOW)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         vectors_at = (wide * H + head) * T
         dk, dv = _keys_loop(
             k, v, dk, dv, q_ptr, do_ptr, logsumexp_ptr + vectors_at, delta_ptr + vectors_at, row, head, k_time,
-            first, later, T, SCALE, BLOCK_Q, P, True, PRECISION,
+            first, later, T, SCALE, WINDOW, BLOCK_Q, P, True, PRECISION,
         )  # fmt: skip
         dk, dv = _keys_loop(
             k, v, dk, dv, q_ptr, do_ptr, logsumexp_ptr + vectors_at, delta_ptr + vectors_at, row, head, k_time,
-            later, T, T, SCALE, BLOCK_Q, P, False, PRECISION,
+            later, whole, T, SCALE, WINDOW, BLOCK_Q, P, False, PRECISION,
         )  # fmt: skip
+        if WINDOW < T:
+            dk, dv = _keys_loop(
+                k, v, dk, dv, q_ptr, do_ptr, logsumexp_ptr + vectors_at, delta_ptr + vectors_at, row, head, k_time,
+                whole, stop, T, SCALE, WINDOW, BLOCK_Q, P, True, PRECISION,
+            )  # fmt: skip
     store_rows(dv, dqkv_ptr + v_at, k_time, T, K, C, P)
     dk1, dk2 = _halves(dk * SCALE)
     k1, k2, k_scale = load_rotated(qkv_ptr + k_at, cos_ptr, sin_ptr, k_time, eps, T, K, C, HALF, QK_NORM)

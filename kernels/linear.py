@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from kernels.matmul import stacked_matmul
-from kernels.norm import check_norm, rms_norm_op, rms_norm_reference, sum_and_norm_backward
+from kernels.norm import check_norm, layer_norm_reference, norm_op, one, rms_norm_reference, sum_and_norm_backward
 from kernels.stacking import custom_operator, fold_vmap
 
 
@@ -27,15 +27,20 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def linear_add_norm(
-    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    weight_OI: Tensor,
+    residual: Tensor,
+    norm_O: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_bias_O: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(y), y) of y = residual + x W^T: the residual stream is updated, and read by its next user.
+    """(norm(y), y) of y = residual + x W^T: the residual stream is updated, and read by its next user.
 
-    residual [..., O]; norm_O and eps as in `rms_norm`; the rest as `linear`. The residual add is fused
-    into the GEMM's epilogue and rounded once; its gradient into the norm's backward.
+    residual [..., O]; norm_O and eps as in `rms_norm`, with norm_bias_O as in `layer_norm`; the rest as `linear`. The
+    residual add is fused into the GEMM's epilogue and rounded once; its gradient into the norm's backward.
     """
     form = linear_add_norm_reference if x.device.type == "cpu" else linear_add_norm_triton
-    return form(x, weight_OI, residual, norm_O, eps)
+    return form(x, weight_OI, residual, norm_O, eps, norm_bias_O)
 
 
 def linear_relu2(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -69,12 +74,17 @@ def linear_triton(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def linear_add_norm_triton(
-    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    weight_OI: Tensor,
+    residual: Tensor,
+    norm_O: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_bias_O: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_add_norm` on the Triton kernels whatever the device."""
-    check_norm(residual, norm_O)
-    norm_RO = None if norm_O is None else norm_O[None]
-    normed, y = linear_add_norm_op(_tokens(x), weight_OI[None], _tokens(residual), norm_RO, eps)
+    check_norm(residual, norm_O, norm_bias_O)
+    operands = _tokens(x), weight_OI[None], _tokens(residual)
+    normed, y = linear_add_norm_op(*operands, one(norm_O), one(norm_bias_O), eps)
     return _one(normed, x), _one(y, x)
 
 
@@ -88,8 +98,8 @@ def relu2_mlp_norm_triton(
 ) -> tuple[Tensor, Tensor]:
     """`relu2_mlp_norm` on the Triton kernels whatever the device."""
     check_norm(residual, norm_D)
-    norm_RD = None if norm_D is None else norm_D[None]
-    normed, y, _ = relu2_mlp_norm_op(_tokens(x), up_FD[None], down_DF[None], _tokens(residual), norm_RD, eps)
+    operands = _tokens(x), up_FD[None], down_DF[None], _tokens(residual)
+    normed, y, _ = relu2_mlp_norm_op(*operands, one(norm_D), eps)
     return _one(normed, x), _one(y, x)
 
 
@@ -99,11 +109,18 @@ def linear_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def linear_add_norm_reference(
-    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    weight_OI: Tensor,
+    residual: Tensor,
+    norm_O: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_bias_O: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_add_norm` in plain differentiable torch."""
     y = residual + functional.linear(x, weight_OI)
-    return rms_norm_reference(y, norm_O, eps), y
+    if norm_O is None or norm_bias_O is None:
+        return rms_norm_reference(y, norm_O, eps), y
+    return layer_norm_reference(y, norm_O, norm_bias_O, eps), y
 
 
 def linear_relu2_reference(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -171,29 +188,35 @@ linear_op.register_autograd(_linear_backward, setup_context=_save_operands)
 @fold_vmap
 @custom_operator("fractal::linear_add_norm")
 def linear_add_norm_op(
-    x_RNI: Tensor, weight_ROI: Tensor, residual_RNO: Tensor, norm_RO: Tensor | None, eps: float
+    x_RNI: Tensor,
+    weight_ROI: Tensor,
+    residual_RNO: Tensor,
+    norm_RO: Tensor | None,
+    norm_bias_RO: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """`linear_add_norm` of R replicas, both results [R, N, O]."""
     y_RNO = stacked_matmul(x_RNI, weight_ROI, "nt", "add", residual_RNO)
-    return rms_norm_op(y_RNO, norm_RO, eps), y_RNO
+    return norm_op(y_RNO, norm_RO, norm_bias_RO, eps), y_RNO
 
 
 @linear_add_norm_op.register_fake
-def _(x_RNI, weight_ROI, residual_RNO, norm_RO, eps):
+def _(x_RNI, weight_ROI, residual_RNO, norm_RO, norm_bias_RO, eps):
     y_RNO = torch.empty_like(residual_RNO, memory_format=torch.contiguous_format)
     return torch.empty_like(y_RNO), y_RNO
 
 
 def _linear_add_norm_save(ctx, inputs, output):
-    x_RNI, weight_ROI, _, norm_RO, ctx.eps = inputs
+    x_RNI, weight_ROI, _, norm_RO, norm_bias_RO, ctx.eps = inputs
+    ctx.centred = norm_bias_RO is not None
     ctx.save_for_backward(x_RNI, weight_ROI, norm_RO, output[1])
     ctx.set_materialize_grads(False)  # the last layer's y goes nowhere: no zeros to read for it
 
 
 def _linear_add_norm_backward(ctx, dnormed_RNO, dy_RNO):
     x_RNI, weight_ROI, norm_RO, y_RNO = ctx.saved_tensors
-    dy_RNO, dnorm_RO = sum_and_norm_backward(dnormed_RNO, dy_RNO, y_RNO, norm_RO, ctx.eps)
-    return *gradients(ctx, dy_RNO, x_RNI, weight_ROI), dy_RNO, dnorm_RO, None
+    dy_RNO, *dnorm = sum_and_norm_backward(dnormed_RNO, dy_RNO, y_RNO, norm_RO, ctx.centred, ctx.eps)
+    return *gradients(ctx, dy_RNO, x_RNI, weight_ROI), dy_RNO, *dnorm, None
 
 
 linear_add_norm_op.register_autograd(_linear_add_norm_backward, setup_context=_linear_add_norm_save)
@@ -231,7 +254,7 @@ def relu2_mlp_norm_op(
     """`relu2_mlp_norm` of R replicas, [R, N, D] twice, and the hidden units [R, N, F], which the backward reads."""
     hidden_RNF = stacked_matmul(x_RND, up_RFD, "nt", "relu2")
     y_RND = stacked_matmul(hidden_RNF, down_RDF, "nt", "add", residual_RND)
-    return rms_norm_op(y_RND, norm_RD, eps), y_RND, hidden_RNF
+    return norm_op(y_RND, norm_RD, None, eps), y_RND, hidden_RNF
 
 
 @relu2_mlp_norm_op.register_fake
@@ -248,7 +271,7 @@ def _relu2_mlp_norm_save(ctx, inputs, output):
 
 def _relu2_mlp_norm_backward(ctx, dnormed_RND, dy_RND, _):
     x_RND, up_RFD, down_RDF, norm_RD, y_RND, hidden_RNF = ctx.saved_tensors
-    dy_RND, dnorm_RD = sum_and_norm_backward(dnormed_RND, dy_RND, y_RND, norm_RD, ctx.eps)
+    dy_RND, dnorm_RD, _ = sum_and_norm_backward(dnormed_RND, dy_RND, y_RND, norm_RD, False, ctx.eps)
     dh_RNF = _matmul_op(dy_RND, down_RDF, "nn", "relu2_backward", hidden_RNF)
     dx_RND = _matmul_op(dh_RNF, up_RFD, "nn")
     dup_RFD = _matmul_op(dh_RNF, x_RND, "tn")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.linear import gradients
 from kernels.matmul import stacked_matmul
+from kernels.ordered_sum import row_sums
 from kernels.stacking import custom_operator, fold_vmap
 
 IGNORED = -100
@@ -210,16 +211,6 @@ def _cross_entropy_kernel(
         tl.store(loss_ptr + token, lse - ((1 - smoothing) * hit + smoothing * mean))
 
 
-@triton.jit
-def _sum_kernel(values_ptr, sum_ptr, tokens, BLOCK: tl.constexpr):
-    replica = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, tokens, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(values_ptr + replica * tokens + at, mask=at < tokens, other=0.0)
-    tl.store(sum_ptr + replica, tl.sum(total, axis=0))
-
-
 def cross_entropy_(
     logits_RNV: Tensor, targets_RN: Tensor, smoothing_R: Tensor, softcap: float, gradient: bool, rows: int = 1
 ) -> Tensor:
@@ -229,7 +220,6 @@ def cross_entropy_(
     """
     replicas, tokens, vocabulary = logits_RNV.shape
     loss_RN = torch.empty((replicas, tokens), dtype=torch.float32, device=logits_RNV.device)
-    sums = torch.empty(replicas * rows, dtype=torch.float32, device=logits_RNV.device)
     one_block = vocabulary <= IN_REGISTERS
     block = triton.next_power_of_2(vocabulary) if one_block else BLOCK
     _cross_entropy_kernel[(replicas * tokens,)](
@@ -237,8 +227,7 @@ def cross_entropy_(
         IGNORED, SOFTCAP=softcap, GRADIENT=gradient, BLOCK=block, ONE_BLOCK=one_block, EVEN=vocabulary % block == 0,
         num_warps=max(1, min(block // 512, 8)),
     )  # fmt: skip
-    _sum_kernel[(replicas * rows,)](loss_RN, sums, tokens // rows, BLOCK=1024, num_warps=4)
-    return sums
+    return row_sums(loss_RN.view(replicas * rows, -1))
 
 
 @fold_vmap

@@ -50,6 +50,15 @@ def store_unrotated(
 
 
 @triton.jit
+def visible(k_time, q_time, T: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys a query sees: those up to itself, not more than WINDOW before it (T: all)."""
+    seen = k_time <= q_time
+    if WINDOW < T:
+        seen = seen & (q_time - k_time <= WINDOW)
+    return seen
+
+
+@triton.jit
 def load_rows(x_ptr, time, T, K, ROW, FULL):
     column = tl.arange(0, FULL)
     inside = (time < T)[:, None] & (column < K)[None, :]

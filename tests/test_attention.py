@@ -29,15 +29,15 @@ def rotary_tables(T, K, dtype=torch.float32):
     return angle.cos().to(DEVICE, dtype), angle.sin().to(DEVICE, dtype)
 
 
-def bind(function, T, K, heads, kv_heads, qk_norm, dtype=torch.float32):
+def bind(function, T, K, heads, kv_heads, qk_norm, dtype=torch.float32, **more):
     cos, sin = rotary_tables(T, K, dtype)
-    return partial(function, cos_TK2=cos, sin_TK2=sin, heads=heads, kv_heads=kv_heads, qk_norm=qk_norm)
+    return partial(function, cos_TK2=cos, sin_TK2=sin, heads=heads, kv_heads=kv_heads, qk_norm=qk_norm, **more)
 
 
-def check_against_float64(R, B, T, H, G, K, qk_norm, dtype, tolerance):
+def check_against_float64(R, B, T, H, G, K, qk_norm, dtype, tolerance, **more):
     qkv = normal(0, R, B, T, (H + 2 * G) * K, dtype=dtype)
-    operator = bind(qkv_attention_triton, T, K, H, G, qk_norm)
-    reference = bind(qkv_attention_reference, T, K, H, G, qk_norm, torch.float64)
+    operator = bind(qkv_attention_triton, T, K, H, G, qk_norm, **more)
+    reference = bind(qkv_attention_reference, T, K, H, G, qk_norm, torch.float64, **more)
     assert_close_to_float64(operator, reference, [qkv], tolerance)
 
 
@@ -56,7 +56,24 @@ def test_matches_float64(R, T, H, G, K, qk_norm):
     check_against_float64(R, 1, T, H, G, K, qk_norm, torch.float32, 1e-6)  # measured: 3e-7 at most
 
 
-def test_plain_torch_attention_agrees():
+# fp32's blocks have 32 times: contexts of one block, of a pair of half blocks, of two shared blocks, and of several
+@pytest.mark.parametrize(("T", "H", "G"), [(23, 2, 1), (50, 1, 1), (50, 2, 1), (110, 2, 1)])
+@pytest.mark.parametrize("window", [0, 7, 33, 80])
+def test_windows_match_float64(T, H, G, window):
+    check_against_float64(1, 1, T, H, G, 16, True, torch.float32, 1e-6, window=window, qk_scale=1.2)  # measured: 4e-7
+
+
+def test_a_window_that_covers_the_context_is_none():
+    qkv = normal(4, 2, 1, 50, 48)
+    whole, covered, shorter = (
+        torch.func.vmap(bind(qkv_attention_triton, 50, 16, 1, 1, True, window=window))(qkv) for window in (None, 49, 48)
+    )
+    assert torch.equal(whole, covered) and not torch.equal(whole, shorter)
+    torch.testing.assert_close(whole[:, :, :49], shorter[:, :, :49])  # keys in another order
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_plain_torch_attention_agrees(window):
     """The reference itself, against torch's attention on separately rotated heads."""
     B, T, H, G, K = 2, 9, 4, 2, 8
     qkv = normal(1, B, T, (H + 2 * G) * K, dtype=torch.float64)
@@ -70,17 +87,19 @@ def test_plain_torch_attention_agrees():
     def norm(x):
         return torch.nn.functional.rms_norm(x, (K,), eps=1e-6)
 
-    o = torch.nn.functional.scaled_dot_product_attention(
-        norm(rotate(q)), norm(rotate(k)), v, is_causal=True, enable_gqa=True
-    )
+    seen = torch.ones(T, T, dtype=torch.bool, device=DEVICE).tril().triu(-T if window is None else -window)
+    q, k = 1.5 * norm(rotate(q)), 1.5 * norm(rotate(k))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
     expected = o.transpose(1, 2).reshape(B, T, H * K)
-    torch.testing.assert_close(qkv_attention_reference(qkv, cos, sin, H, G, True), expected)
+    got = qkv_attention_reference(qkv, cos, sin, H, G, True, window=window, qk_scale=1.5)
+    torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("T", "H"), [(9, 2), (40, 1), (70, 1)])  # 40: pairs of half blocks; 70: a longer context
-def test_batch_invariant(T, H):
+def test_batch_invariant(T, H, window):
     qkv = normal(2, 5, 1, T, (H + 2) * 16)
-    assert_batch_invariant(bind(qkv_attention_triton, T, 16, H, 1, True), [qkv])
+    assert_batch_invariant(bind(qkv_attention_triton, T, 16, H, 1, True, window=window), [qkv])
 
 
 def test_each_replica_may_have_its_own_rotary_tables():
@@ -101,7 +120,7 @@ def test_a_strided_projection_and_another_mapped_dimension():
 
 
 def test_operators_are_well_registered():
-    qkv, settings = normal(9, 2, 1, 8, 64), (2, 1, True, 1e-6)
+    qkv, settings = normal(9, 2, 1, 8, 64), (2, 1, True, 1e-6, 3, 1.2)
     cos, sin = (table.expand(2, -1, -1).contiguous() for table in rotary_tables(8, 16))
     checked = [qkv, cos, sin]  # the tables take no gradient
     o, logsumexp = attention_op(*checked, *settings)
@@ -115,6 +134,8 @@ def test_refuses_channels_and_tables_that_do_not_fit():
         qkv_attention(normal(0, 1, 8, 50), cos, sin, 1, 1)
     with pytest.raises(ValueError, match="rotary tables"):
         qkv_attention(normal(0, 1, 9, 48), cos, sin, 1, 1)
+    with pytest.raises(ValueError, match="a window of -1, expected at least 0"):
+        qkv_attention(normal(0, 1, 8, 48), cos, sin, 1, 1, window=-1)
 
 
 @pytest.mark.gpu
@@ -143,6 +164,27 @@ def test_refuses_channels_and_tables_that_do_not_fit():
 def test_bf16_matches_float64(T, H, G, K, qk_norm):
     # bf16 keeps 8 bits: each of qkv's products, p and ds is rounded once, 2^-9 relative.
     check_against_float64(2, 2, T, H, G, K, qk_norm, torch.bfloat16, 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("T", "H", "G", "K", "window"),
+    [
+        (64, 9, 3, 64, 20),
+        (127, 2, 2, 64, 40),
+        (128, 2, 1, 128, 100),
+        (512, 2, 2, 64, 1),
+        (1000, 9, 3, 64, 333),
+        (1000, 2, 2, 128, 512),
+        (2048, 6, 6, 128, 768),
+        (300, 4, 2, 20, 70),
+    ],
+)
+def test_bf16_windows_match_float64_and_are_batch_invariant(T, H, G, K, window):
+    more = {"window": window, "qk_scale": 1.2}
+    check_against_float64(2, 1, T, H, G, K, True, torch.bfloat16, 1e-2, **more)  # as above, scores 1.44 times as large
+    qkv = normal(6, 5, 1, T, (H + 2 * G) * K, dtype=torch.bfloat16)
+    assert_batch_invariant(bind(qkv_attention_triton, T, K, H, G, True, **more), [qkv])
 
 
 @pytest.mark.gpu

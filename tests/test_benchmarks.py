@@ -1,6 +1,7 @@
 """The benchmarks compare like with like: every peer trains the same network; rows and ratios are right."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,13 +19,18 @@ from benchmarks import (
     profile_step,
     random_runs,
     slots,
+    text,
     throughput,
     timing,
     tune,
 )
 from engine import provenance
+from engine.checkpoint.model import shapes_of
 from engine.config import make_config, resolve
-from engine.models.gpt import GPTConfig
+from engine.models import rotary_tables
+from engine.models.gpt import GPTConfig, initial_weights
+from engine.tokenizer import ByteTokenizer
+from kernels.attention import qkv_attention_reference
 
 CPU = torch.device("cpu")
 STEPS = 8
@@ -57,6 +63,34 @@ def test_every_peer_trains_the_network_that_we_train(peer, precision, tolerance,
     np.testing.assert_allclose(theirs, ours[precision][:, : theirs.shape[1]], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", random_runs.PUBLISHED)
+def test_the_sequential_loop_of_a_published_shape_trains_what_we_train(name, monkeypatch):
+    shape = random_runs.PUBLISHED[name](16)
+    kv_heads = {"kv_heads": 2} if hasattr(shape, "kv_heads") else {}
+    small = replace(shape, depth=1, width=32, heads=4, mlp_width=48, vocabulary=320, **kv_heads)
+    monkeypatch.setitem(random_runs.PUBLISHED, name, lambda context: small)
+    found = {}
+    for peer in ("eager", "sequential", "ours"):
+        options = peers.Options(peer, replicas=1, context=16, batch=4, precision="fp32", device="cpu", network=name)
+        run = peers.build(options)
+        run.advance(STEPS)
+        found[peer] = run.losses(STEPS)
+    for peer in ("eager", "sequential"):
+        np.testing.assert_allclose(found[peer], found["ours"], rtol=0, atol=1e-5)  # sums in another order
+
+
+@pytest.mark.parametrize(("name", "millions"), [("gpt2-124m", 124.4), ("qwen2.5-0.5b", 494.0), ("llama-1b", 1235.8)])
+def test_published_shapes_have_their_published_sizes(name, millions):
+    shape = random_runs.PUBLISHED[name](1024)
+    assert sum(int(np.prod(sizes)) for sizes in shapes_of(shape).values()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_torchs_fused_attention_is_ours():
+    qkv, (cos, sin) = torch.randn(2, 16, 6 * 8), rotary_tables(16, 8, 1e4)
+    expected = qkv_attention_reference(qkv, cos, sin, 4, 1)
+    torch.testing.assert_close(peers.fused_attention(qkv, cos, sin, 4, 1), expected)
+
+
 def test_the_replicas_of_the_comparison_differ(ours):
     first, last = ours["fp32"][0], ours["fp32"][-1]
     assert (first == first[0]).all() and np.ptp(last) > 0.1
@@ -64,9 +98,9 @@ def test_the_replicas_of_the_comparison_differ(ours):
 
 @pytest.mark.parametrize(("name", "milliseconds"), [("d4", 0.085), ("d8", 0.51), ("d12", 2.20), ("d20", 9.26)])
 def test_roofline_of_the_networks(name, milliseconds):
-    case = throughput.CASES[name]
-    shape = GPTConfig(case.depth, 64 * case.depth, case.depth, case.depth, throughput.CONTEXT, case.vocabulary)
-    assert throughput.roofline_ms(shape, throughput.FIXED) == pytest.approx(milliseconds, rel=0.01)
+    assert throughput.roofline_ms(throughput.CASES[name].shape, throughput.FIXED) == pytest.approx(
+        milliseconds, rel=0.01
+    )
 
 
 def test_rows_keep_failures_and_compare_with_the_best_of_each_peer():
@@ -102,15 +136,11 @@ def test_plot_and_plan(tmp_path):
         throughput.plan(throughput.Options(networks="d5"))
 
 
-@pytest.mark.parametrize("form", invariance.FORMS)
-def test_a_subject_is_found_in_every_slot_and_has_its_bits_again_in_a_used_one(form):
-    shape = {"depth": 1, "vocabulary": 320, "context": 16, "precision": "fp32"} | invariance.FORMS[form]
-    shape |= {} if "y" in shape else {"batch": 8}
-    run = resolve(make_config(**({"x": "tokens:log:2048:4096:2"} | shape)), "cpu")
-    network = random_runs.network_of(run, CPU)
+def check_subjects(run, network, norms):
+    """A subject is measured in every slot it has, and a second time in a used one."""
     corpus = invariance.masked_corpus(run, network.vocabulary)
     (alone,) = invariance.train(run, network, corpus, 1, [invariance.subject(run, 10)], CPU)
-    assert np.isfinite(alone.losses).all() and len(alone.norms) == (10 if form == "clip" else 0)
+    assert np.isfinite(alone.losses).all() and len(alone.norms) == (10 if norms else 0)
     assert np.isfinite(alone.norms).all()
     # a CPU's bits are the same at the same width only
     again = list(invariance.train(run, network, corpus, 1, invariance.neighbours(run, 1, 10), CPU))
@@ -119,6 +149,22 @@ def test_a_subject_is_found_in_every_slot_and_has_its_bits_again_in_a_used_one(f
     assert sorted(other.slot for other in beside) == [0, 1, 2, 4]
     for other in beside:
         np.testing.assert_allclose(other.losses, alone.losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", invariance.FORMS)
+def test_a_subject_is_found_in_every_slot_and_has_its_bits_again_in_a_used_one(form):
+    shape = {"depth": 1, "vocabulary": 320, "context": 16, "precision": "fp32"} | invariance.FORMS[form]
+    shape |= {} if "y" in shape else {"batch": 8}
+    run = resolve(make_config(**({"x": "tokens:log:2048:4096:2"} | shape)), "cpu")
+    check_subjects(run, random_runs.network_of(run, CPU), norms=form == "clip")
+
+
+@pytest.mark.parametrize(("name", "form"), [*zip(random_runs.SMALL, ["clip", "muon"] * 3, strict=True)])
+def test_every_family_of_checkpoints_is_compared_alike(name, form, monkeypatch):
+    monkeypatch.setattr(invariance, "CONTEXT", 16)
+    run = invariance.run_of(name, "fp32", form, "cpu")
+    network = random_runs.random_network(random_runs.small_network(name, 16, 32, 320), CPU)
+    check_subjects(run, network.grouped_for(run), norms=form == "clip")
 
 
 def test_one_changed_bit_is_a_difference():
@@ -138,9 +184,22 @@ def test_slots_are_counted_and_their_time_adds_up():
     assert parts == pytest.approx(row["total_s"], abs=0.01) and row["held_out_s"] > 0
 
 
+def test_text_is_timed_and_compared(tmp_path):
+    from engine.checkpoint import save_model
+
+    config = GPTConfig(depth=1, width=16, heads=1, kv_heads=1, context=64, vocabulary=320)
+    weights = {name: 10 * weight for name, weight in initial_weights(config, 0).items()}
+    save_model(str(tmp_path / "m"), config, weights, ByteTokenizer())
+    rows = text.measure(text.Options(model=str(tmp_path / "m"), tokens=8, replicas=3, device="cpu"))
+    assert [row["replicas"] for row in rows] == [1, 1, 1, 3]
+    assert [row["agree"] for row in rows] == [8, "", 8, 8]
+    assert all(row["tokens"] == 8 and row["tokens_per_second"] > 0 for row in rows)
+    assert text.agreeing([1, 2, 3], [1, 5, 3]) == 1
+
+
 @pytest.mark.parametrize(
     "benchmark",
-    [fractal, invariance, peers, power, profile_step, slots, throughput, tune],
+    [fractal, invariance, peers, power, profile_step, slots, text, throughput, tune],
     ids=lambda module: module.__name__.split(".")[1],
 )
 def test_without_a_gpu_a_benchmark_is_one_line(benchmark, monkeypatch, capsys):
@@ -161,6 +220,8 @@ def test_without_a_gpu_kernels_are_not_timed(module, monkeypatch, capsys):
         (slots, ["--slots", "0", "--device", "cpu"], "slots is 0, expected more than 0; change --slots"),
         (slots, ["--rows", "-1", "--device", "cpu"], "rows is -1"),
         (slots, ["--device", "tpu"], "device is 'tpu'; expected auto, cpu or cuda"),
+        (text, ["--tokens", "0", "--device", "cpu"], "tokens is 0, expected more than 0; change --tokens"),
+        (text, ["--model", "nowhere", "--device", "cpu"], "nowhere does not exist"),
         (peers, ["--replicas", "0", "--device", "cpu"], "replicas is 0"),
         (peers, ["--precision", "fp16", "--device", "cpu"], "precision is 'fp16', expected bf16 or fp32"),
         (peers, ["--peer", "flax"], "peer is 'flax'"),

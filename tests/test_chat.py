@@ -12,8 +12,9 @@ from tiny import sweep, tiny
 from engine.chat import form_of, main
 from engine.checkpoint import load_model
 from engine.config import make_config
-from engine.replay import language_setup, replay_cell, save_weights
+from engine.replay import check_text, replay_cell, save_weights
 from engine.store import Store
+from engine.store_v1 import StoreV1
 from engine.tokenizer import REPLY, ByteTokenizer, reply_prompt, text_prompt
 
 MARKS = ByteTokenizer
@@ -94,6 +95,19 @@ def test_a_text_goes_on_behind_its_last_tokens(saved, monkeypatch, capsys):
     assert "[only the last 24 of 75 tokens are read: the context is 32]" in capsys.readouterr().err
 
 
+def test_an_interrupted_conversation_has_nothing_to_go_on_with(saved, monkeypatch, capsys):
+    def interrupted(options):
+        yield "the cat"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.chat.prompts", interrupted)
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", saved, "--tokens", "2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and out and not err
+
+
 def test_a_reply_does_not_steer_the_terminal(saved, monkeypatch, capsys):
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, tokens: "\x1b[2J\x9b1m" + "é\n" * len(tokens))
     text = said(monkeypatch, capsys, "--model", saved, "--prompt", "a", "--tokens", "2")
@@ -138,10 +152,14 @@ def known_cells(saved: str):
     return lambda store, places, options: ([Speaker("cell", "", load_model(saved)) for _ in places], "chat")
 
 
-def test_a_network_without_text_is_refused():
+def test_a_store_without_text_is_refused():
     paper = SimpleNamespace(path="S", config=make_config(network="two_layer"))
     with pytest.raises(ValueError, match="S is of network two_layer, which has no text"):
-        language_setup(paper, "cpu")
+        check_text(paper)
+    old = object.__new__(StoreV1)
+    old.path = "S"
+    with pytest.raises(ValueError, match="S has store format 1, whose cells are not replayed"):
+        check_text(old)
 
 
 def test_bytes_are_taught_their_form_by_the_data(tmp_path, store):
@@ -169,5 +187,8 @@ def test_a_prompt_is_all_that_stands_before_a_reply():
     assert ends == {MARKS.assistant_end, MARKS.bos}
     asked = [{"role": "user", "content": REPLY}]
     assert tokenizer.decode(reply_prompt(tokenizer, asked)[0]).count(REPLY) == 1
-    assert text_prompt(tokenizer, "ab") == ([MARKS.bos, 97, 98], {MARKS.assistant_end, MARKS.bos})
-    assert text_prompt(tokenizer, "") == ([MARKS.bos], {MARKS.assistant_end, MARKS.bos})
+    assert text_prompt(tokenizer, [{"role": "user", "content": "ab"}]) == (
+        [MARKS.bos, 97, 98],
+        {MARKS.assistant_end, MARKS.bos},
+    )
+    assert text_prompt(tokenizer, []) == ([MARKS.bos], {MARKS.assistant_end, MARKS.bos})

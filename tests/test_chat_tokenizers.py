@@ -15,8 +15,8 @@ from engine.checkpoint import load_model
 from engine.checkpoint.hub_tokenizer import HubTokenizer
 from engine.checkpoint.nanochat_tokenizer import MARKS, NanochatTokenizer, read_pickle
 from engine.checkpoint.tokenizer_files import load_tokenizer
-from engine.data import IGNORED, load_corpus
-from engine.tokenizer import ByteTokenizer
+from engine.data import IGNORED, corpus, load_corpus
+from engine.tokenizer import REPLY, ByteTokenizer, reply_prompt
 
 tiktoken = pytest.importorskip("tiktoken", reason="package tiktoken, the reference, is not installed")
 transformers = pytest.importorskip("transformers", reason="package transformers, the reference, is not installed")
@@ -286,6 +286,13 @@ THINKING = (  # as Qwen3: an empty thought before the last reply only
     "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LLAMA31 = (  # as Llama 3.1 and later
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+    "{%- endif %}{%- endif %}"
+    "<|im_start|>system\nToday Date: {{ date_string }}<|im_end|>" + CHATML
+)
+CLOCK = "<|im_start|>system\nIt is {{ strftime_now('%Y-%m-%d') }}.<|im_end|>" + CHATML
 DEAF = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}\n{% endif %}{% endfor %}"
 SHOUTING = CHATML.replace("m['content']", "m['content'] | upper")
 CONVERSATION = [
@@ -308,6 +315,37 @@ def hub_tokenizer(folder, template):
     fast.chat_template = template
     fast.save_pretrained(folder)
     return HubTokenizer(folder)
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATING])
+def test_conversations_encoded_together_are_those_encoded_alone(tmp_path, template, monkeypatch):
+    tokenizer = hub_tokenizer(tmp_path, template)
+    talks = [CONVERSATION[: 2 * (n % 2) + 2] + [CONVERSATION[0]] * (n % 3) for n in range(9)]
+    together = tokenizer.encode_all([tokenizer.write(talk) for talk in talks])
+    for (ids, mask), talk in zip(together, talks, strict=True):
+        alone, alone_mask = tokenizer.render(talk)
+        assert ids.tolist() == alone.tolist() and mask.tolist() == alone_mask.tolist()
+    lines = [json.dumps({"messages": talk}) for talk in talks] + [json.dumps({"text": "the cat"})]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    digests = set()
+    for size in (1, 4, 64):
+        monkeypatch.setattr(corpus, "TOGETHER", size)
+        digests.add(load_corpus(str(tmp_path / "talks.jsonl"), None, "train", tokenizer, 16, 2).digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(("template", "says"), [(LLAMA31, "Today Date: 03 Feb 2025"), (CLOCK, "It is 2025-02-03.")])
+def test_a_template_prints_the_date_that_it_is_given(tmp_path, template, says):
+    tokenizer = hub_tokenizer(tmp_path, template)
+    assert tokenizer.dated and says not in tokenizer.decode(tokenizer.render(CONVERSATION)[0])
+    tokenizer.date = "2025-02-03"
+    ids, mask = tokenizer.render(CONVERSATION)
+    assert says in tokenizer.decode(ids)
+    assert tokenizer.decode(ids[mask]) == "On the mat. the cat<|im_end|> It's there 🙂 <|im_end|>"
+    marked = hub_tokenizer(tmp_path, template.replace(CHATML, GENERATING))
+    marked.date = "2025-02-03"
+    assert says in tokenizer.decode(marked.render(CONVERSATION)[0])
+    assert not hub_tokenizer(tmp_path, CHATML).dated
 
 
 @pytest.mark.parametrize(
@@ -458,6 +496,33 @@ def test_published_templates_are_masked_as_transformers_masks_them_by_marks(tmp_
         assert ids.tolist() == judged["input_ids"]
         assert mask.tolist() == [bool(each) for each in judged["assistant_masks"]]
         assert 0 < mask.sum() < len(mask)
+
+
+@pytest.mark.parametrize("spaces", [False, True], ids=["bytes", "spaces"])
+@pytest.mark.parametrize("name", ["QWEN2", "LLAMA3", "SMOLLM2", "ZEPHYR", "MISTRAL", "MISTRAL3", "THINKING"])
+def test_what_stands_before_a_reply_is_the_templates_own_prompt(tmp_path, name, spaces):
+    tokenizer = trained_tokenizer(tmp_path, globals()[name].replace("<{{", "{{").replace("}}>", "}}"), spaces)
+    for talk in (TALKS[0][:3], TALKS[2][:1], [{"role": "user", "content": REPLY}]):
+        prompt, ends = reply_prompt(tokenizer, talk)
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        assert prompt == tokenizer.backend.apply_chat_template(talk, **options)["input_ids"]
+        ids, mask = tokenizer.render([*talk, {"role": "assistant", "content": "the mat"}])
+        last = int(ids[mask][-1])
+        assert last in ends and tokenizer.eos in ends and not ends.intersection(tokenizer.encode("the mat is there"))
+
+
+def test_what_stands_before_a_reply_of_nanochat_and_smollm2(tokenizer):
+    prompt, ends = reply_prompt(tokenizer, CONVERSATION[:3])
+    assert tokenizer.decode(prompt) == (
+        "<|bos|><|user_start|>Where is the cat?<|user_end|><|assistant_start|>On the mat. the cat<|assistant_end|>"
+        "<|user_start|>On the mat. the cat<|user_end|><|assistant_start|>"
+    )
+    assert ends == {tokenizer.eos, tokenizer.padding}
+    assert reply_prompt(tokenizer, [{"role": "user", "content": "a b " * 2000}]) == ([], set()), "cut before the reply"
+    smollm2 = load_model("smollm2").tokenizer
+    prompt, ends = reply_prompt(smollm2, CONVERSATION[:1])
+    assert smollm2.decode(prompt).endswith("<|im_start|>user\nWhere is the cat?<|im_end|>\n<|im_start|>assistant\n")
+    assert ends == {smollm2.end, smollm2.boundary}
 
 
 @pytest.mark.parametrize("template", [CHATML, GENERATING], ids=["spans", "generation marks"])

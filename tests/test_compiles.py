@@ -16,6 +16,7 @@ import torch
 from benchmarks.random_runs import gpt_run, network_of, random_corpus
 from benchmarks.tune import problems
 from engine import step
+from engine.checkpoint.model import make_module
 from engine.config import resolve
 from engine.evaluate import WHOLE_STACK
 from engine.models import llama
@@ -23,6 +24,7 @@ from engine.network import describe
 from engine.tokenizer import ByteTokenizer
 from kernels import adamw, muon
 from kernels.accumulate import accumulate_triton_
+from kernels.activation import bias_gelu_backward_op, bias_gelu_op
 from kernels.adamw import adamw_triton_
 from kernels.ahead import compile_ahead
 from kernels.attention import attention_backward_op, attention_op
@@ -31,6 +33,9 @@ from kernels.gradient_norm import global_norm_triton
 from kernels.matmul import stacked_matmul
 from kernels.momentum import MomentumScalars, momentum_step_triton_
 from kernels.newton_schulz import newton_schulz_triton
+from kernels.norm import add_norm_op, norm_backward_op
+from kernels.ordered_sum import column_sums_op
+from kernels.scaled_sum import scaled_sum_backward_op, scaled_sum_op
 from kernels.split_master import NAN_BITS
 from kernels.tiles import TUNED, tile_key
 
@@ -54,7 +59,8 @@ LONG_KERNELS |= {"_attention_blocks_queries_kernel", "_attention_blocks_keys_ker
 
 def use_kernels():
     """Operators by their kernels on the CPU too."""
-    for name in ("activation", "attention", "digest", "embedding", "linear", "loss", "norm"):
+    names = ("activation", "attention", "digest", "embedding", "linear", "loss", "norm", "ordered_sum", "scaled_sum")
+    for name in names:
         module = import_module(f"kernels.{name}")
         for operator in [name.removesuffix("_triton") for name in vars(module) if name.endswith("_triton")]:
             setattr(module, f"{operator}_reference", getattr(module, f"{operator}_triton"))
@@ -73,9 +79,8 @@ def compile_step(kind):
     network, context = network_of(run, cpu), run.config.training.context
     if kind == "llama":
         shape = llama.LlamaConfig(2, 576, 9, 3, 1536, context, 4096)
-        with torch.device("meta"):
-            module = llama.Llama(shape, cpu)
-        network = describe(module, llama, shape, lambda seed: llama.initial_weights(shape, seed), ByteTokenizer())
+        weights = partial(llama.initial_weights, shape)
+        network = describe(make_module(shape, cpu), llama, shape, weights, ByteTokenizer())
     made = step.Trainer(run, network, random_corpus(context, network.vocabulary), 2, cpu, 16, 16)
     check_compiled(
         made.micro_step, partial(made.probe.piece, WHOLE_STACK), lambda: made.stack.digest(torch.tensor([1]))
@@ -105,12 +110,33 @@ def compile_attention():
     check_compiled(*[partial(attention_both_ways, *shape) for shape in LONG_CONTEXTS])
 
 
-def attention_both_ways(T, heads, kv_heads, K):
+def attention_both_ways(T, heads, kv_heads, K, window=None):
     qkv = torch.empty(2, 1, T, (heads + 2 * kv_heads) * K, dtype=torch.bfloat16)
     table = torch.empty(2, T, K // 2)
-    settings = (heads, kv_heads, True, 1e-6)
+    settings = (heads, kv_heads, True, 1e-6, window)
     o, logsumexp = attention_op(qkv, table, table, *settings)
     attention_backward_op(o, qkv, table, table, o, logsumexp, *settings)
+
+
+def compile_families():
+    shapes = [(128, 4, 4, 64), (128, 2, 1, 32), (512, 2, 2, 64)]
+    check_compiled(family_kernels, *[partial(attention_both_ways, *shape, window=shape[0] // 3) for shape in shapes])
+
+
+def family_kernels():
+    """What GPT-2, Qwen2 and the later generations of nanochat add to a step, forward and backward; windows apart."""
+    for dtype, D in ((torch.bfloat16, 768), (torch.float32, 130)):
+        x, vector, scale = (torch.empty(shape, dtype=dtype) for shape in ((2, 64, D), (2, D), (2, 64)))
+        column_sums_op(x)
+        bias_gelu_op(x, vector)
+        bias_gelu_backward_op(x, x, vector)
+        add_norm_op(x, x, vector, vector, 1e-5)
+        norm_backward_op(x, x, x, vector, True, 1e-5)
+        whole = x.view(2, 1, -1), scale[:, :1]
+        for term, factor in (whole, (x, scale)):
+            for terms in ((term, factor, term, factor), (term, None, term, factor), (term, factor, None, None)):
+                scaled_sum_op(*terms)
+                scaled_sum_backward_op(term, *(terms if terms[1] is not None else (None, *terms[1:])))
 
 
 def compile_optimizers():
@@ -158,6 +184,13 @@ def test_every_tuned_product_compiles_for_an_h100(tmp_path):
 
 def test_attention_of_long_contexts_compiles_for_an_h100(tmp_path):
     assert set(pretend_gpu.run("test_compiles", "compile_attention", tmp_path).split()) == LONG_KERNELS
+
+
+def test_what_other_families_add_compiles_for_an_h100(tmp_path):
+    names = {"_sum_rows_kernel", "_add_blocks_kernel", "_sum_kernel", "_bias_gelu_kernel", "_norm_forward_kernel"}
+    names |= {"_norm_backward_kernel", "_scaled_sum_kernel", "_scaled_sum_backward_kernel", "_attention_forward_kernel"}
+    names |= {"_attention_backward_kernel", "_attention_backward_head_kernel", *LONG_KERNELS}
+    assert set(pretend_gpu.run("test_compiles", "compile_families", tmp_path).split()) == names
 
 
 def test_every_optimizers_kernels_and_dropout_compile_for_an_h100(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import setup, tiny
 
-from engine.config import PRESETS, Run, make_config, resolve
+from engine.config import PRESETS, Run, cells_of, make_config, resolve
 from engine.family import FAMILIES
 from engine.hyper import HYPER_PARAMETERS, sources
 from engine.language import check_matrices
@@ -227,3 +227,10 @@ def test_a_vector_is_no_matrix(tmp_path):
         ValueError, match=r"of group 'mlp' takes matrices .* but norm is no matrix, its shape is \(4,\)"
     ):
         check_matrices(run, network, {"mlp": "muon"}, set())
+
+
+def test_an_axis_of_tokens_says_what_is_counted():
+    for count, words in (("tokens", "training tokens"), ("supervised", "supervised tokens")):
+        cells = cells_of(make_config(count=count, x="tokens:log:1e3:1e4:4"))
+        assert (cells.x.long_name, cells.y.long_name) == (words, "learning rate")
+        assert cells.coordinates()["tokens"][2]["long_name"] == words

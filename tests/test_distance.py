@@ -131,7 +131,7 @@ def scored(tmp_path_factory):
     store = sweep(tiny(folder, y="lr:log:1e-3:1e3:8", x="tokens:log:32:512:5", replicates=2), folder / "s")
 
     class Task:
-        name, items, digest = "planted", 40, "0"
+        name, items, digest, lower = "planted", 40, "0", ()
 
     random, start = np.random.default_rng(0), Scored({"acc": np.zeros(40)}, {"acc": 0.0})
     far = cell_distances(store, Thresholds())
@@ -157,6 +157,7 @@ def test_a_store_with_scores_says_what_they_have_to_do_with_the_distance(scored,
 
 def test_report_and_recommendation_show_scores_and_distance(scored, tmp_path):
     from analysis.classify import Labelling
+    from analysis.export import export
     from analysis.maps import analyse
     from analysis.recommend import recommend
     from analysis.report import write_report
@@ -170,6 +171,9 @@ def test_report_and_recommendation_show_scores_and_distance(scored, tmp_path):
     page = (tmp_path / "r.html").read_text("utf-8")
     assert "planted: acc" in page and "decades inside the border" in page and "40 items of planted" in page
     assert "free of log LR: rank correlation" in page
+    export(scored, tmp_path / "cells.csv")
+    (name,) = [each for each in (tmp_path / "cells.csv").read_text("utf-8").splitlines()[0].split(",") if "/" in each]
+    assert name.strip('"') == "planted/acc"
 
 
 def test_a_store_that_has_no_border_is_refused_in_one_line(tmp_path, monkeypatch, capsys):

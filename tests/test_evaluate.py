@@ -5,52 +5,37 @@ import os
 import random
 import shutil
 import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import WORDS, sweep, tiny
+from scoring import CPU, byte_model, loss_and_greedy, scorer_of, silent, write_items
+from tiny import sweep, tiny
 
 from analysis import evaluate
 from analysis.evaluate import chosen_cells, score_cells
 from analysis.scores import START, stored_tasks
 from analysis.tasks import load_tasks
-from engine.checkpoint import load_model, save_model
-from engine.score import Request, Scorer, batches, cut_left, padded_length
+from engine.checkpoint import LoadedModel, load_model, save_model
+from engine.score import Scorer
 from engine.store import Writer, open_store
 
 pytest.importorskip("lm_eval", reason="package lm_eval (extra eval) is not installed")
 EVALS = Path(os.environ.get("FRACTAL_EVALS", Path(__file__).parents[2] / "shared" / "evals"))
-CPU = torch.device("cpu")
 needs_evals = pytest.mark.skipif(not EVALS.is_dir(), reason="../shared/evals is absent")
 needs_adapter = pytest.mark.skipif(find_spec("accelerate") is None, reason="package accelerate is not installed")
-silent = str.upper  # told what is done, says nothing
-
-
-def words(source: np.random.Generator, count: int) -> str:
-    return " ".join(source.choice(WORDS, count))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Tasks of every kind of line."""
-    path, source = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
-    say = partial(words, source)
-    lines = {
-        "several": lambda: {"query": say(3), "choices": [say(2), say(1), say(4)], "gold": int(source.integers(3))},
-        "contexts": lambda: {
-            "context_options": [say(3), say(2)],
-            "continuation": say(2),
-            "gold": int(source.integers(2)),
-        },
-        "one": lambda: {"context": say(3) + " ", "continuation": say(1)},
-    }
-    for name, line in lines.items():
-        (path / f"{name}.jsonl").write_text("\n".join(json.dumps(line()) for _ in range(12)), "utf-8")
-    return path
+    return write_items(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return byte_model()
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +107,6 @@ def test_smollm2_answers_as_under_the_stock_adapter(tmp_path):
     compare_with_the_adapter(model, tmp_path / "m", tasks, ["The capital of France is"])
 
 
-def loss_and_greedy(model, tokens, start: int):
-    """Mean loss of the tokens from `start` on, and whether each is the likeliest, from whole logits."""
-    logits = model.logits(torch.tensor([tokens]))[0, :-1].log_softmax(-1)
-    targets = torch.tensor(tokens[1:])
-    losses = -logits.gather(1, targets[:, None])[:, 0]
-    return float(losses[start - 1 :].mean()), bool((logits.argmax(-1) == targets)[start - 1 :].all())
-
-
 def core_by_hand(model, items, index: int, shots: int) -> bool:
     """nanochat's evaluate_example, written out."""
     item, tokenizer = items[index], model.tokenizer
@@ -152,26 +129,6 @@ def core_by_hand(model, items, index: int, shots: int) -> bool:
         row = bos + tokenizer.encode(f"{head}{item['context'].strip()} {item['continuation']}")
         return loss_and_greedy(model, row, 1 + len(before))[1]
     return losses.index(min(losses)) == item["gold"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A byte-level network of sharp opinions, with a context that holds every item."""
-    from engine.checkpoint import LoadedModel
-    from engine.models.gpt import GPTConfig, initial_weights
-    from engine.tokenizer import ByteTokenizer
-
-    config = GPTConfig(depth=1, width=16, heads=1, kv_heads=1, context=256, vocabulary=320)
-    weights = initial_weights(config, 3)
-    weights["unembedding.weight"] = torch.randn(320, 16, generator=torch.Generator().manual_seed(0))
-    return LoadedModel("random", config, weights, ByteTokenizer())
-
-
-def scorer_of(*models, precision="fp32") -> Scorer:
-    scorer = Scorer(models[0], len(models), precision, CPU)
-    for slot, each in enumerate(models):
-        scorer.load(slot, each.weights)
-    return scorer
 
 
 @pytest.mark.parametrize("name", ["several", "contexts", "one"])
@@ -216,95 +173,22 @@ def test_the_letter_is_the_likeliest_that_opens_the_reply(folder, model):
 
 
 def test_greedy_text_is_the_argmax_of_whole_logits(model):
-    prompts, most = [[1, 2, 3], [7]], [3, 5]
-    said = scorer_of(model, model).generate(prompts, most, lambda prompt, own: prompt == 1 and len(own) == 4)
-    assert said[0] == said[1] and [len(own) for own in said[0]] == [3, 4]
-    for prompt, own in zip(prompts, said[0], strict=True):
-        for place, token in enumerate(own):
-            assert int(model.logits(torch.tensor([prompt + own[:place]]))[0, -1].argmax()) == token
+    from engine.harness import Asked, CellModel
 
-
-# ---- requests and batches
-
-
-def test_every_scored_token_is_computed_once_in_a_batch_that_holds_its_row():
-    source = random.Random(0)
-    requests = []
-    for _ in range(200):
-        tokens = tuple(source.choices(range(3), k=source.randint(2, 120)))
-        requests.append(Request(tokens, source.randint(1, len(tokens) - 1)))
-    requests += [Request((1, 1, letter), 2) for letter in (5, 6, 7)]
-    seen: dict[int, list[int]] = {}
-    for batch in batches(requests, 128, 512, whole=True):
-        assert batch.tokens_BT.size == 512 // batch.tokens_BT.shape[1] * batch.tokens_BT.shape[1]
-        time = batch.tokens_BT.shape[1]
-        for at, target, owner in zip(batch.at_N, batch.targets_N, batch.owner_N, strict=True):
-            tokens, place = requests[owner].tokens, at % time
-            row = batch.tokens_BT[at // time]
-            assert tuple(row[: len(tokens) - 1]) == tokens[:-1] and tokens[place + 1] == target
-            seen.setdefault(int(owner), []).append(int(place) + 1)
-    assert seen == {n: list(range(each.first, len(each.tokens))) for n, each in enumerate(requests)}
-    rows = sum((batch.tokens_BT[:, :2] == 1).all(1).sum() for batch in batches(requests[-3:], 128, 512, whole=False))
-    assert rows == 1, "the lettered answers to one question are one row"
-
-
-def test_rows_are_padded_to_few_lengths_of_which_a_batch_holds_whole_ones():
-    lengths = sorted({padded_length(tokens, 2048) for tokens in range(1, 2049)})
-    assert lengths == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
-    assert all(6144 % length == 0 for length in lengths) and padded_length(40, 40) == 40
-
-
-def test_longer_requests_lose_their_first_tokens_and_are_counted():
-    fits, longer, far = Request(tuple(range(5)), 3), Request(tuple(range(8)), 6), Request(tuple(range(9)), 2)
-    cut, count = cut_left([fits, longer, far], 4)
-    assert cut == [fits, Request((3, 4, 5, 6, 7), 3), Request((4, 5, 6, 7, 8), 1)] and count == 2
-
-
-# ---- stacks
-
-
-def test_a_stack_says_what_each_of_its_weights_says_alone(folder, model, tmp_path):
-    from dataclasses import replace
-
-    others = [replace(model, weights={n: w * scale for n, w in model.weights.items()}) for scale in (1.0, 1.3, 0.7)]
-    tasks = load_tasks(["several", "core:contexts", "one"], str(folder), 0, None)
-    requests = [Request(tuple(model.tokenizer.encode(words(np.random.default_rng(n), 4))), 3) for n in range(20)]
-    together = scorer_of(*others).score(requests)
-    for place, each in enumerate(others):
-        alone = scorer_of(each).score(requests)
-        # on a CPU batched products sum in another order than lone ones
-        np.testing.assert_allclose(together.logprobs[place], alone.logprobs[0], rtol=1e-5)
-        assert (together.greedy[place] == alone.greedy[0]).all()
-    for task in tasks:
-        scored = task.score(scorer_of(*others), model.tokenizer).scored
-        own = [task.score(scorer_of(each), model.tokenizer).scored[0] for each in others]
-        assert [each.total for each in scored] == [pytest.approx(each.total, rel=1e-4) for each in own]
-
-
-def test_empty_rows_and_places_that_fill_a_batch_up_change_nothing(model):
-    requests = [Request(tuple(range(1, 4 + n)), 2) for n in range(40)]
-    trimmed, whole = scorer_of(model), scorer_of(model)
-    whole.whole = True
-    one, other = trimmed.score(requests), whole.score(requests)
-    # on a CPU a product of other height sums in another order
-    np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-5)
-    assert (one.greedy == other.greedy).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_on_a_gpu_a_stack_has_the_bits_of_each_alone(tmp_path, folder, precision):
-    from engine.api import run_sweep
-    from engine.options import RunOptions
-
-    config = tiny(tmp_path, x="tokens:linear:128:384:4", context=32, depth=2, width=64, heads=1, precision=precision)
-    for name, cells in (("many", "3x4"), ("one", "1,2")):
-        run_sweep(config, RunOptions(store=str(tmp_path / name), quiet=True, device="cuda"))
-        store = open_store(tmp_path / name)
-        score_cells(store, chosen_cells(store, cells), load_tasks(["several"], str(folder), 0, None), "cuda", silent)
-    many, one = (read_all(open_store(tmp_path / name)) for name in ("many", "one"))
-    for name in many:
-        assert many[name][0, 1, 2].tobytes() == one[name][0, 1, 2].tobytes(), name
+    scorer, t = scorer_of(model, model), model.tokenizer
+    asked = Asked(scorer, t)
+    texts = ["the cat", "rain", "a", "on a red mat", "sat"]
+    prompts = [Asking(text, {"until": ["\n"], "max_gen_toks": 3 + len(text) % 2}) for text in texts]
+    said = [CellModel(asked, replica).generate_until(prompts) for replica in range(2)]
+    assert said[0] == said[1]
+    for asking, own in zip(prompts, said[0], strict=True):
+        tokens = t.encode(asking.args[0])
+        for _ in range(asking.args[1]["max_gen_toks"]):
+            token = int(model.logits(torch.tensor([tokens]))[0, -1].argmax())
+            if token in (t.eos, t.padding, ord("\n")):
+                break
+            tokens.append(token)
+        assert own == t.decode(tokens[len(asking.args[0]) :])
 
 
 def test_a_point_of_a_list_is_scored(tmp_path, folder):
@@ -324,7 +208,7 @@ def test_scores_do_not_depend_on_which_others_are_scored(store, folder, tmp_path
     shutil.copytree(store.path, tmp_path / "other")
     other = open_store(tmp_path / "other")
     asked = ["several", "core:contexts"]
-    score_cells(store, chosen_cells(store, "2x4"), load_tasks(asked, str(folder), 8, None), "cpu", silent)
+    score_cells(store, chosen_cells(store, "0,0 0,2 1,1"), load_tasks(asked, str(folder), 8, None), "cpu", silent)
     score_cells(other, chosen_cells(other, "0,2", 1), load_tasks(asked[::-1], str(folder), 8, None), "cpu", silent)
     many, one = read_all(store), read_all(other)
     assert many.keys() == one.keys()
@@ -351,6 +235,7 @@ def test_scored_cells_are_not_scored_again_and_new_ones_are(store, folder, monke
     assert np.argwhere(found.done).tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 3]]
     for name, was in before.items():
         assert was[0, 0, :2].tobytes() == after[name][0, 0, :2].tobytes()
+    assert not found.is_lower_better("acc_norm")
     items = found.read("acc_by_item")[0, 0, 3]
     assert items.shape == (6,) and found.read("acc")[0, 0, 3] == pytest.approx(items.mean())
     assert np.isnan(found.read("acc")[~found.done]).all()
@@ -360,7 +245,10 @@ def test_weights_that_are_not_finite_score_nothing_and_starts_stand_beside(store
     assert (store.read("nonfinite_step")[0, 2] >= 0).all(), "the largest rate breaks"
     score_cells(store, chosen_cells(store, "2,0 1,0"), load_tasks(["one"], str(folder), 4, None), "cpu", silent)
     (found,) = stored_tasks(store)
+    assert found.is_lower_better("perplexity") and not found.is_lower_better("acc")
     assert np.isnan(found.read("acc")[:, 2, 0]).all() and np.isnan(found.read("acc_by_item")[:, 2, 0]).all()
+    score_cells(store, chosen_cells(store, "2,0"), load_tasks(["one", "several"], str(folder), 4, None), "cpu", silent)
+    assert [each.done.sum() for each in stored_tasks(store)] == [4, 2], "a task that came later, and only that"
     start = found.read(START + "acc")[:, :, 0]
     assert np.isfinite(start[:, 1:]).all() and (start[:, 1] == start[:, 2]).all()
 
@@ -399,9 +287,11 @@ def command(monkeypatch, capsys, *given: str) -> tuple[int, str, str]:
 
 
 def test_the_command_says_what_it_did(store, folder, monkeypatch, capsys):
-    given = ["--store", str(store.path), "--cells", "1x2", "--tasks", "several,one", "--tasks-from", str(folder)]
+    given = ["--store", str(store.path), "--cells", "1x2", "--tasks", "several,letters:several"]
+    given += ["--tasks-from", str(folder)]
     code, out, _ = command(monkeypatch, capsys, *given)
     assert code == 0 and "4 cells trained again" in out and "acc_norm" in out
+    assert "letters:several: 36 requests longer than 32 tokens cut on the left" in out
     code, out, _ = command(monkeypatch, capsys, *given)
     assert code == 0 and "4 cells, 4 of them scored before" in out and "trained again" not in out
 
@@ -469,5 +359,5 @@ def test_the_papers_network_reads_no_text(tmp_path, folder):
 
     config = make_config("two_layer", y="lr.0:log:1e-2:1e2:2", x="lr.1:log:1e-2:1e2:2", steps=4)
     found = sweep(config, tmp_path / "s")
-    with pytest.raises(ValueError, match="reads no text"):
+    with pytest.raises(ValueError, match="has no text"):
         score_cells(found, [(0, 0, 0)], load_tasks(["one"], str(folder), 4, None), "cpu", silent)

@@ -123,6 +123,19 @@ def test_what_a_broken_text_left_does_not_break_the_next_one():
     close_to(generator.read(text), expected)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_stacked_forward_writes_what_replicas_write_one_after_another(name):
+    # the GPU's form, on the CPU
+    config = CONFIGS[name]
+    models = [model_of(config, seed) for seed in range(3)]
+    prompts = [[text_of(config, seed, 2 + seed), text_of(config, 9, 3)] for seed in range(3)]
+    stacked, single = generator_of(models, rows=2), generator_of(models, rows=2)
+    stacked.stacked = True
+    assert not single.stacked
+    assert list(stacked.generate(prompts, 5)) == list(single.generate(prompts, 5))
+    close_to(stacked.read(prompts), single.read(prompts))
+
+
 def chosen_by_definition(logits: np.ndarray, number: float, sampling: Sampling) -> int:
     """What `choose` says it does, one token after another in float64."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: sampling.top_k or None]

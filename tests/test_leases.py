@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from tiny import arrays, assert_equal_bits, setup, sweep, tiny
 
+from engine import api
 from engine.api import run_sweep
 from engine.config import make_config
 from engine.files import Folder
 from engine.launch import NondeterminismError, check_same_bits, leased_launches
 from engine.leases import FOLDER, Leases, remove_leases
 from engine.options import RunOptions
+from engine.outcome import DONE
 from engine.plan import Chunk
 from engine.store import Writer, open_store
 
@@ -88,6 +90,14 @@ def test_a_cell_of_other_bits_raises_the_alarm_and_names_cell_and_machines(tmp_p
         block["weights_digest"][0, 2] ^= 1
         with pytest.raises(NondeterminismError, match=r"weights_digest of cell \(0, 1, 2\) .*trained by host A"):
             check_same_bits(store, chunk, block, leases)
+
+
+def test_a_shared_sweep_prepares_once_and_says_what_it_took(tmp_path, monkeypatch):
+    prepared, prepare = [], api.prepare
+    monkeypatch.setattr(api, "prepare", lambda *given: prepared.append(given) or prepare(*given))
+    store = sweep(tiny(tmp_path), tmp_path / "s", workers=2)
+    assert len(prepared) == 1 and (store.status == DONE).all()
+    assert store.attributes["took"]["cells"] == store.status.size and store.attributes["took"]["seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,23 @@ def add_inputs(R, N, outputs, inputs, dtype=torch.float32):
     return [*plain_inputs(R, N, outputs, inputs, dtype), residual, norm]
 
 
+def layer_norm_inputs(R, N, outputs, inputs, dtype=torch.float32):
+    return [*add_inputs(R, N, outputs, inputs, dtype), normal(5, R, outputs, dtype=dtype)]
+
+
+def with_bias(function):
+    """`linear_add_norm` with tensors only."""
+    return lambda x, weight, residual, norm, bias: function(x, weight, residual, norm, 1e-5, bias)
+
+
 OPERATORS = {
     "linear": (linear_triton, linear_reference, plain_inputs),
     "linear_add_norm": (linear_add_norm_triton, linear_add_norm_reference, add_inputs),
+    "linear_add_layer_norm": (
+        with_bias(linear_add_norm_triton),
+        with_bias(linear_add_norm_reference),
+        layer_norm_inputs,
+    ),
     "linear_relu2": (linear_relu2_triton, linear_relu2_reference, plain_inputs),
     "relu2_mlp_norm": (relu2_mlp_norm_triton, relu2_mlp_norm_reference, mlp_inputs),
 }
@@ -144,7 +158,8 @@ def test_a_shared_weight_gathers_every_replicas_gradient():
 def test_operators_are_well_registered():
     assert_well_registered(linear_op, *plain_inputs(2, 5, 16, 8))
     assert_well_registered(linear_relu2_op, *plain_inputs(2, 5, 16, 8))
-    assert_well_registered(linear_add_norm_op, *add_inputs(2, 5, 16, 8), 1e-6)
+    assert_well_registered(linear_add_norm_op, *add_inputs(2, 5, 16, 8), None, 1e-6)
+    assert_well_registered(linear_add_norm_op, *layer_norm_inputs(2, 5, 16, 8), 1e-6)
     assert_well_registered(relu2_mlp_norm_op, *mlp_inputs(2, 5, 16, 8), 1e-6)
 
 

@@ -38,7 +38,7 @@ def run_short_of_memory(monkeypatch, after):
 @pytest.mark.parametrize("exact", [True, False])
 def test_out_of_memory_halves_the_slots_says_so_and_goes_on(tmp_path, monkeypatch, capsys, exact):
     config = tiny(tmp_path, "lr:log:1e-3:1e1:8", "tokens:linear:32:96:3")
-    monkeypatch.setattr(language, "batch_invariant", lambda run, device, network: exact)
+    monkeypatch.setattr(language, "batch_invariant", lambda run, device: exact)
     made = setup(config, slots=4, rows_per_launch="8")
     run_short_of_memory(monkeypatch, after=3)
     times, digests = train(made)

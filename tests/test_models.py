@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.models import gpt, gpt2, llama, normal_weights, parameter_shapes, rotary_tables
 
@@ -104,6 +105,94 @@ def test_a_stacked_row_equals_a_lone_run(family, network, config):
         ):
             scale = float(gradient.abs().max())
             torch.testing.assert_close(stacked_gradient[r], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+# torch's own operators that a step may have: copies, views, and one value from as many of the same element
+ELEMENTWISE = {
+    "add",
+    "sub",
+    "neg",
+    "mul",
+    "div",
+    "where",
+    "sqrt",
+    "sigmoid",
+    "sigmoid_backward",
+    "ones_like",
+    "zeros_like",
+}
+COPIES = {"cat", "clone", "expand", "select", "select_backward", "slice", "slice_backward", "split", "squeeze"}
+COPIES |= {
+    "unsqueeze",
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+    "detach",
+    "zeros",
+    "full",
+    "new_zeros",
+    "new_empty_strided",
+}
+COPIES |= {"copy_", "transpose", "permute", "as_strided", "alias", "_to_copy", "stack", "unbind", "split_with_sizes"}
+COPIES |= {"ones_like", "zeros_like"}
+
+
+class Operators(TorchDispatchMode):
+    """Notes the name of every operator that is called, kernels' own insides left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.name().split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def stacked_losses(module, weights, tokens_RBT, targets_RBT, dropout):
+    def one_replica(weights, tokens_BT, targets_BT, rate):
+        hyper = {"label_smoothing": rate} | ({"dropout": rate} if dropout else {})
+        return functional_call(module, weights, (tokens_BT, targets_BT, hyper, KEY.to(rate.device)))
+
+    rate_R = torch.full(tokens_RBT.shape[:1], 0.1, device=tokens_RBT.device)
+    return vmap(one_replica)(weights, tokens_RBT, targets_RBT, rate_R)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize(("family", "network", "config"), CASES)
+def test_whatever_sums_over_a_replica_is_an_operator_of_the_kernels(family, network, config, dropout):
+    """So that no sum's order can depend on the stack. Tensors without values call what they would on a GPU."""
+    module = build(network, config).to("meta")
+    weights = {n: torch.empty(3, *w.shape, device="meta").requires_grad_() for n, w in module.named_parameters()}
+    tokens_RBT = torch.empty(3, 2, config.context, dtype=torch.int64, device="meta")
+    upstream_R = torch.ones(3, device="meta")
+    with Operators() as operators:
+        loss_R = stacked_losses(module, weights, tokens_RBT, tokens_RBT, dropout)
+        torch.autograd.grad(loss_R, list(weights.values()), upstream_R)
+    assert {"fractal::linear", "fractal::matmul", "fractal::attention_backward"} <= operators.seen
+    plain = {name.removeprefix("aten::") for name in operators.seen if name.startswith("aten::")}
+    assert plain <= ELEMENTWISE | COPIES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "network", "config"), CASES)
+def test_on_a_gpu_a_stacked_row_has_the_bits_of_a_lone_one(family, network, config, dtype):
+    with torch.device("meta"):
+        module = network(config, "cuda")
+    lone = [random_weights(module, seed) for seed in range(5)]
+    weights = {n: torch.stack([each[n] for each in lone]).to("cuda", dtype) for n in lone[0]}
+    batches = [random_batch(config, seed) for seed in range(5)]
+
+    def bits(replicas):
+        own = {n: w[replicas].requires_grad_() for n, w in weights.items()}
+        tokens_RBT, targets_RBT = (torch.stack([batches[r][i] for r in replicas]).cuda() for i in (0, 1))
+        loss_R = stacked_losses(module, own, tokens_RBT, targets_RBT, True)
+        return [loss_R.detach(), *torch.autograd.grad(loss_R.sum(), list(own.values()))]
+
+    five = bits([0, 1, 2, 3, 4])
+    for replicas in ([0], [3], [4, 1]):
+        assert all(torch.equal(one, each[replicas]) for one, each in zip(bits(replicas), five, strict=True))
 
 
 @pytest.mark.parametrize(("family", "network", "config"), CASES)

@@ -3,6 +3,7 @@
 The checkpoints are small random ones, written by transformers, in nanochat's own layout, or by this engine.
 """
 
+import datetime
 import re
 
 import numpy as np
@@ -152,6 +153,40 @@ def test_a_store_goes_on_with_no_other_checkpoint_but_with_the_same_at_another_p
         replay_cell(open_store(tmp_path / "s"), 0, 0, "cpu")
 
 
+def test_a_store_goes_on_another_day_where_the_chat_template_prints_the_date(tmp_path, flags, monkeypatch):
+    class Another(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2031, 5, 6, tzinfo=tz)
+
+    path = write_hub(tmp_path / "model", "tinyllama")
+    template = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    set_template(path, template + "{{ date_string | lower }}" + TEMPLATE)
+    train(store=str(tmp_path / "s"), model=str(path), **flags)
+    first = open_store(tmp_path / "s")
+    assert first.config.training.date == datetime.datetime.now(datetime.UTC).date().isoformat()
+    forget(first.path, 1)
+    monkeypatch.setattr(language, "datetime", Another)
+    again = train(store=str(tmp_path / "s"), model=str(path), **flags)
+    assert (again["status"].values == 1).all()
+    assert compare(first, 1, 1, replay_cell(open_store(tmp_path / "s"), 1, 1, "cpu")) == ""
+    train(store=str(tmp_path / "t"), model=str(path), **flags)
+    assert open_store(tmp_path / "t").config.training.date == "2031-05-06"
+    with pytest.raises(ValueError, match="holds a sweep with date='2031-05-06', got '2030-01-01'"):
+        train(store=str(tmp_path / "t"), model=str(path), **flags, date="2030-01-01")
+    with pytest.raises(ValueError, match="date is '6 May'; expected a day as YYYY-MM-DD"):
+        train(store=str(tmp_path / "u"), model=str(path), **flags, date="6 May")
+    set_template(path, TEMPLATE)
+    with pytest.raises(ValueError, match="date is 2030-01-01, but no data of this network print it"):
+        train(store=str(tmp_path / "u"), model=str(path), **flags, date="2030-01-01")
+
+
+def set_template(path, template):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
+
+
 def test_groups_of_later_nanochats_are_swept_and_refused_where_there_are_none(tmp_path, flags):
     path = write_nanochat(tmp_path / "model", "2026-03-14")
     axes = {"y": "lr.value_embeddings:log:1e-3:1e-1:2", "x": "lr.smear:log:1e-3:1e-1:2"}
@@ -245,15 +280,64 @@ def test_nanochats_recipe_takes_the_width_and_the_groups_of_the_checkpoint(tmp_p
     assert (config.training.context, config.value("tokens"), config.value("weight_decay")) == (1024, 250_000, 0.1)
 
 
-def test_only_networks_of_our_own_operators_promise_a_cells_bits_at_any_width(tmp_path):
-    exact = {"smollm2": True, "tinyllama": True, "qwen3": True, "nanochat": True, "qwen2": False, "gpt2": False}
-    for name, expected in exact.items():
-        hub.make(name).save_pretrained(tmp_path / name)
-        model = load_model(tmp_path / name)
-        assert model.family.batch_invariant(model.config) is expected, name
-    for name, expected in {"2025-10": True, "2026-01-11": False, "2026-03-14": False}.items():
-        model = load_model(write_nanochat(tmp_path / name, name))
-        assert model.family.batch_invariant(model.config) is expected, name
+RECIPE = ["--preset", "nanochat-sft", "--context", "8", "--batch", "2", "--tokens", "64", "--validation-rows", "4"]
+RECIPE += ["--device", "cpu", "--nofigures", "--data-rows", "24"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "vectors"),
+    [("tinyllama", "unembedding", 7), ("qwen2", "embedding", 10), ("gpt2", "embedding", 26)],
+)
+def test_nanochats_recipe_trains_norms_and_biases_of_other_families_by_adamw(
+    tmp_path, flags, capsys, kind, column, vectors
+):
+    path = write_hub(tmp_path / "model", kind)
+    words = [*RECIPE, "--data", flags["data"], "--y", "lr.matrix:log:1e-3:1e-1:2", "--model", str(path)]
+    if column == "unembedding":
+        words += ["--x", "lr.unembedding:log:1e-3:1e-1:2"]
+    else:  # the recipe's own axis
+        config, _ = read_arguments("", words)
+        assert config.swept.x.startswith("lr.embedding:") and config.value("beta2.embedding") == 0.96
+        words += ["--x", "lr.embedding:log:1e-3:1e-1:2"]
+    sweep_main([*words, "--store", str(tmp_path / "s")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{vectors} norms and biases are the group vector, trained by adamw" in said
+    assert ("embedding and unembedding are tied here" in said) == (column == "embedding")
+    store = open_store(tmp_path / "s")
+    assert np.isfinite(store.read("val_loss")).all() and len(np.unique(store.read("weights_digest"))) == 4
+    replay = replay_cell(store, 1, 1, "cpu")
+    assert compare(store, 1, 1, replay) == ""
+    before = load_model(path).weights
+    assert all(not torch.equal(weight, before[name].float()) for name, weight in replay.weights.items())
+
+
+def test_vectors_are_a_group_of_their_own_where_something_is_given_for_them(tmp_path, flags):
+    path = write_hub(tmp_path / "model", "gpt2")
+    before = load_model(path).weights
+    vectors = {name for name in before if name.endswith(("norm", "bias"))}
+    axes = {"y": "lr.attention:log:1e-3:1e-1:2", "x": "lr.mlp:log:1e-3:1e-1:2", "tokens": 64}
+    for more, still in (({"lr.vector": 0.0}, vectors), ({"freeze": "vector"}, vectors), ({"freeze": "mlp"}, set())):
+        changed = {**flags, **axes, **more}
+        if more.get("freeze") == "mlp":  # its norms and biases with it, though they are trained by themselves
+            changed |= {"x": "lr.embedding:log:1e-3:1e-1:2", "optimizer": "adamw,attention=muon"}
+            still = {name for name in before if ".mlp." in name}
+        store = tmp_path / str(len(list(tmp_path.iterdir())))
+        train(store=str(store), model=str(path), **changed)
+        after = replay_cell(open_store(store), 0, 0, "cpu").weights
+        assert {name for name in before if torch.equal(after[name], before[name].float())} == still, more
+
+
+def test_without_an_optimizer_of_matrices_norms_follow_the_matrix_they_feed(tmp_path, flags):
+    path = write_hub(tmp_path / "model", "tinyllama")
+    own = {f"lr.{group}": 0.0 for group in ("attention", "embedding", "unembedding")}
+    train(store=str(tmp_path / "s"), model=str(path), **{**flags, "y": "lr.mlp:log:1e-3:1e-1:2"}, **own)
+    before, after = load_model(path).weights, replay_cell(open_store(tmp_path / "s"), 0, 0, "cpu").weights
+    moved = {name for name in before if not torch.equal(after[name], before[name].float())}
+    assert moved == {name for name in before if ".mlp." in name}
+    with pytest.raises(
+        ValueError, match=r"muon of group 'vector' takes matrices.*give that group another one, vector=ad"
+    ):
+        train(store=str(tmp_path / "t"), model=str(path), **flags, optimizer="muon,embedding=adamw,unembedding=adamw")
 
 
 def test_a_soft_cap_is_asked_for_only_where_the_tensors_leave_it_open(tmp_path):

@@ -6,6 +6,7 @@ it. Every span is verified against the whole rendered string, and a template tha
 reply is refused, since a wrong mask would train on the wrong text.
 """
 
+import datetime
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +24,33 @@ from engine.tokenizer import Message, Rendered, is_learned, letters_of_tokens
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"  # how sentencepiece writes it
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""How a template comes by today's date: transformers gives it this function, and takes no other one for it."""
 QUESTION, PROBE = "fractal-probe-question", "fractal-probe-reply"
+
+
+class Written(NamedTuple):
+    """A conversation as its template writes it, and first and last + 1 character of each reply that is learned."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def learned_tokens(ids: list[int], places: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Rendered:
+    """Tokens, and which have any part of some spans of characters; places: each token's own."""
+    first, last = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    supervised = np.zeros(len(first), np.bool_)
+    for begin, end in spans:
+        supervised |= (last > begin) & (first < end)
+    return np.array(ids, np.int32), supervised
 
 
 class HubTokenizer:
     """A tokenizer of `transformers`, with the methods of `engine.tokenizer`'s classes."""
 
     calls = False
+    date = ""
+    """what a template takes for today, YYYY-MM-DD; '' for today itself"""
 
     def __init__(self, folder: Path):
         if find_spec("transformers") is None:
@@ -51,6 +72,7 @@ class HubTokenizer:
         self.folder = folder
         self.template = self.backend.chat_template
         self.chats = isinstance(self.template, str)
+        self.dated = self.chats and bool(CLOCK.search(self.template))
         described = self.backend.backend_tokenizer.to_str() + str(self.template)
         self.name = f"hf-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
         self.vocabulary = max(self.backend.get_vocab().values()) + 1
@@ -79,7 +101,8 @@ class HubTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Marks are written out."""
-        return self.backend.decode(list(map(int, tokens)), skip_special_tokens=False)
+        ids = list(map(int, tokens))
+        return self.backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def document(self, text: str) -> Rendered:
         """The tokens and the end-of-text mark, where there is one; all are learned."""
@@ -92,6 +115,10 @@ class HubTokenizer:
         The tokens are those of the whole rendered string. A token that a reply has any part of is the reply's.
         ValueError without a template, or where a reply is not found in what the template writes.
         """
+        return self.encode_all([self.write(messages)])[0]
+
+    def write(self, messages: Sequence[Message]) -> Written | Rendered:
+        """A conversation for `encode_all`; ValueError as `render`. One with generation marks is rendered at once."""
         if not self.chats:
             raise ValueError(f"{self.folder} has no chat template: add one to its tokenizer_config.json")
         given = [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -100,15 +127,25 @@ class HubTokenizer:
             rendered = self._apply(given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             mask = self._only(np.array(rendered["assistant_masks"], np.bool_), learned)
             return np.array(rendered["input_ids"], np.int32), mask
-        whole = self._apply(given, tokenize=False)
-        encoded = self.backend(whole, add_special_tokens=False, return_offsets_mapping=True)
-        first, last = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        supervised = np.zeros(len(first), np.bool_)
-        for (begin, end), own in zip(self._spans(given, whole), learned, strict=True):
-            supervised |= (last > begin) & (first < end) & own
-        return np.array(encoded["input_ids"], np.int32), supervised
+        text = self._apply(given, tokenize=False)
+        return Written(text, [span for span, own in zip(self._spans(given, text), learned, strict=True) if own])
+
+    def encode_all(self, documents: Sequence[Written | Rendered]) -> list[Rendered]:
+        """What `render` gives, of many conversations, whose strings are encoded together, on all cores."""
+        texts = [document.text for document in documents if isinstance(document, Written)]
+        if not texts:
+            return [document for document in documents if not isinstance(document, Written)]
+        encoded = self.backend(texts, add_special_tokens=False, return_offsets_mapping=True)
+        found = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        return [
+            learned_tokens(*next(found), document.spans) if isinstance(document, Written) else document
+            for document in documents
+        ]
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        if self.dated and self.date:
+            day = datetime.date.fromisoformat(self.date)
+            options["chat_template"] = CLOCK.sub(lambda call: json.dumps(day.strftime(call[2])), self.template)
         try:
             return self.backend.apply_chat_template(messages, **options)
         except Exception as error:  # a template raises what it likes

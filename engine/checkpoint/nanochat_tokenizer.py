@@ -122,6 +122,7 @@ class NanochatTokenizer:
     """nanochat's encoding and its chat rendering, with the methods of `engine.tokenizer`'s classes."""
 
     calls = chats = True
+    dated = False
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], marks: dict[str, int]):
         """pattern: splits a text. ranks: id of each byte string. marks: id of each mark, the nine at least."""

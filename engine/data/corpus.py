@@ -14,9 +14,10 @@ Shape letters: N rows, T time (the context).
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +26,22 @@ from engine.data.chat import refuse_calls, refuse_empty, to_document
 from engine.data.order import permutation
 from engine.data.packing import IGNORED, Rows, best_fit_pieces, best_fit_rows, cut_rows
 from engine.data.sources import Source, read_source
-from engine.tokenizer import ByteTokenizer, Rendered, SmolLM2Tokenizer, is_learned
+from engine.tokenizer import ByteTokenizer, Message, Rendered, SmolLM2Tokenizer, is_learned
 
 DOCUMENT_KEY = 0
+TOGETHER = 64  # documents whose text is encoded at once, where the tokenizer can
 PACKINGS = ("cut", "best-fit")
 
 Tokenizer = ByteTokenizer | SmolLM2Tokenizer
+
+
+@runtime_checkable
+class EncodesTogether(Protocol):
+    """A tokenizer that encodes many documents faster than one after another: what it writes of each, then all."""
+
+    def write(self, messages: Sequence[Message]) -> Any: ...
+
+    def encode_all(self, documents: Sequence[Any]) -> list[Rendered]: ...
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,19 @@ class Documents:
         return self._rendered
 
     def _in_order(self, sources: list[tuple[Source, float]], tokenizer: Tokenizer) -> Iterator[Rendered]:
+        render: Any = tokenizer.render
+        finish: Any = list
+        together = 1
+        if isinstance(tokenizer, EncodesTogether):
+            render, finish, together = tokenizer.write, tokenizer.encode_all, TOGETHER
+        waiting: list[Any] = []
         for source, index in _mixed(sources):
+            if len(waiting) == together:
+                yield from finish(waiting)
+                waiting = []
             document = to_document(source.record(index), source.place(index))
             if isinstance(document, str):
-                yield tokenizer.document(document)
+                waiting.append(tokenizer.document(document))
                 continue
             if not source.empty_turns:
                 refuse_empty(document, source.place(index))
@@ -81,11 +101,12 @@ class Documents:
                 refuse_calls(document, source.place(index))
             if any(map(is_learned, document)):
                 try:
-                    yield tokenizer.render(document)
+                    waiting.append(render(document))
                 except ValueError as error:  # of roles and templates, which know no place
                     raise ValueError(f"{source.place(index)}: {error}") from error
             else:
                 self.skipped += 1
+        yield from finish(waiting)
 
 
 def load_corpus(

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from engine.data.chat import COLUMNS, FIELDS, Record
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+OTHERS = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")  # of files too, which no hub name ends in
 FILES = ".txt, .jsonl, .parquet (or .jsonl.gz, .jsonl.zst)"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 DEFAULT_SPLIT = "train"
@@ -63,7 +64,7 @@ def read_source(data: str, data_config: str | None, split: str) -> Source:
         return _chitchat() if data == "chitchat" else _file_source(path)
     if path.is_dir():
         return _folder_source(path, data_config, split)
-    if data.endswith(SUFFIXES) or data.startswith((".", "/", "~")):
+    if data.endswith((*SUFFIXES, *OTHERS)) or data.startswith((".", "/", "~")):
         raise ValueError(f"data {data} does not exist: give chitchat, a {FILES} file, a folder of them, or a hub name")
     return hub_source(data, data_config, split)
 

@@ -2,8 +2,7 @@
 
 A network file holds a frozen config, an `nn.Module`, and functions of the same names:
 
-    parameter_groups(config, name)     the groups of a parameter: two where it is tied
-    batch_invariant(config)            whether every operator whose gradient sums over rows is one of `kernels`
+    parameter_groups(config, name)     the groups of a parameter: two where it is tied, or a norm or bias
     fused_rows(config, name)           rows of the matrices that lie in one parameter, () where it is one
     initial_weights(config, seed)      {name: fp32 CPU tensor}
     flops_per_token(config)            FLOPs to train on one token
@@ -16,8 +15,9 @@ and of the module
     logits_of(features)                            fp32
 
 The module's own parameters only say names and shapes: weights come in through
-`torch.func.functional_call`, so modules are built on the meta device. This file holds what the
-networks share.
+`torch.func.functional_call`, so modules are built on the meta device. Whatever sums over a replica's
+rows, forward or backward, is an operator of `kernels`: that is what makes a network batch-invariant.
+This file holds what the networks share.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from kernels.dropout import dropout
 from kernels.linear import linear, linear_add_norm
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import add_layer_norm, add_rms_norm, rms_norm
+from kernels.ordered_sum import add_bias
 
 
 class Embedding(nn.Module):
@@ -61,15 +62,29 @@ def dropout_of(hyper: Mapping[str, Tensor], key_3: Tensor) -> Dropout | None:
 
 
 def linear_drop_add_norm(
-    x: Tensor, weight_OI: Tensor, residual: Tensor, norm_O: Tensor | None, eps: float, drop: Dropout | None, site: int
+    x: Tensor,
+    weight_OI: Tensor,
+    residual: Tensor,
+    norm_O: Tensor | None,
+    eps: float,
+    drop: Dropout | None,
+    site: int,
+    bias_O: Tensor | None = None,
+    norm_bias_O: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.linear.linear_add_norm` with a dropout between the product and the addition, where there is one.
+    """`kernels.linear.linear_add_norm` of a layer that may have a bias, which is dropped with its product.
 
-    The product is then rounded before it is added, so that a rate of 0 beside others is no dropout but for that.
+    With a dropout the product is rounded before it is added, so that a rate of 0 beside others is no dropout but for
+    that.
     """
     if drop is None:
-        return linear_add_norm(x, weight_OI, residual, norm_O, eps)
-    return add_rms_norm(drop(linear(x, weight_OI), site), residual, norm_O, eps)
+        residual = residual if bias_O is None else add_bias(residual, bias_O)
+        return linear_add_norm(x, weight_OI, residual, norm_O, eps, norm_bias_O)
+    product = linear(x, weight_OI)
+    dropped = drop(product if bias_O is None else add_bias(product, bias_O), site)
+    if norm_O is None or norm_bias_O is None:
+        return add_rms_norm(dropped, residual, norm_O, eps)
+    return add_layer_norm(dropped, residual, norm_O, norm_bias_O, eps)
 
 
 def weight_generator(seed: int, name: str) -> np.random.Generator:

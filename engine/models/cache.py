@@ -65,17 +65,18 @@ def attention(
     qk_norm: bool = False,
     eps: float = 1e-6,
     window: int | None = None,
+    qk_scale: float = 1.0,
 ) -> Tensor:
     """`kernels.attention.qkv_attention` in which a token sees itself, what the cache holds, and of both only the
     `window` tokens before it.
 
-    Without a cache and a window shorter than the row it is the kernel itself; else plain torch, which keeps the scores
-    [B, H, T, S + T]. cos, sin: [T, K/2], or [B, T, K/2] behind a cache, which keeps rotated keys and values. Returns
-    [B, T, H K] in the dtype of qkv.
+    Without a cache it is the kernel itself; else plain torch, which keeps the scores [B, H, T, S + T]. cos, sin:
+    [T, K/2], or [B, T, K/2] behind a cache, which keeps rotated keys and values. Returns [B, T, H K] in the dtype of
+    qkv.
     """
     time = qkv_BTC.shape[-2]
-    if cache is None and (window is None or window >= time - 1):
-        return qkv_attention(qkv_BTC, cos, sin, heads, kv_heads, qk_norm, eps)
+    if cache is None:
+        return qkv_attention(qkv_BTC, cos, sin, heads, kv_heads, qk_norm, eps, window, qk_scale)
     head_dim = qkv_BTC.shape[-1] // (heads + 2 * kv_heads)
     wide = qkv_BTC.to(torch.promote_types(qkv_BTC.dtype, torch.float32)).unflatten(-1, (-1, head_dim))
     q_BTHK, k_BTGK, v_BTGK = wide.split([heads, kv_heads, kv_heads], dim=-2)
@@ -89,18 +90,18 @@ def attention(
     q_BTGHK, k_BTGK = turned[0].unflatten(-2, (kv_heads, -1)), turned[1]
 
     time_T = torch.arange(time, device=qkv_BTC.device)
-    seen = [(k_BTGK, v_BTGK, time_T[:, None] - time_T)]  # keys, values, and how long before each query they were
-    if cache is not None:
-        kv_BSC = cache.extend(f"layer {layer}", torch.cat([k_BTGK, v_BTGK], dim=-2).flatten(-2))
-        k_BSGK, v_BSGK = kv_BSC.unflatten(-1, (2 * kv_heads, -1)).split(kv_heads, dim=-2)
-        place_S = torch.arange(kv_BSC.shape[1], device=qkv_BTC.device)
-        age_BTS = cache.length_B[:, None, None] + time_T[:, None] - place_S
-        filled_B1S = place_S < cache.length_B[:, None, None]
-        seen.insert(0, (k_BSGK, v_BSGK, torch.where(filled_B1S, age_BTS, -1)[:, None, None]))
+    kv_BSC = cache.extend(f"layer {layer}", torch.cat([k_BTGK, v_BTGK], dim=-2).flatten(-2))
+    k_BSGK, v_BSGK = kv_BSC.unflatten(-1, (2 * kv_heads, -1)).split(kv_heads, dim=-2)
+    place_S = torch.arange(kv_BSC.shape[1], device=qkv_BTC.device)
+    age_BTS = cache.length_B[:, None, None] + time_T[:, None] - place_S
+    filled_B1S = place_S < cache.length_B[:, None, None]
+    # keys, values, and how long before each query they were
+    seen = [(k_BSGK, v_BSGK, torch.where(filled_B1S, age_BTS, -1)[:, None, None])]
+    seen.append((k_BTGK, v_BTGK, time_T[:, None] - time_T))
     scores = []
     for k, _, age in seen:
         hidden = age < 0 if window is None else (age < 0) | (age > window)
-        own = torch.einsum("btghk,bsgk->bghts", q_BTGHK, k) * head_dim**-0.5
+        own = torch.einsum("btghk,bsgk->bghts", q_BTGHK, k) * (qk_scale**2 * head_dim**-0.5)
         scores.append(own.masked_fill(hidden, float("-inf")))
     weights = torch.cat(scores, dim=-1).softmax(-1).split([k.shape[1] for k, _, _ in seen], dim=-1)
     mixed = [torch.einsum("bghts,bsgk->btghk", own, v) for own, (_, v, _) in zip(weights, seen, strict=True)]

@@ -29,7 +29,6 @@ from engine.models import (
     check_shape,
     dropout_of,
     linear_drop_add_norm,
-    norm_heads,
     normal_weights,
     parameter_shapes,
     qkv_rows,
@@ -42,6 +41,7 @@ from kernels.embedding import embedding
 from kernels.linear import linear, linear_relu2, relu2_mlp_norm
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
+from kernels.scaled_sum import scaled_sum
 
 ROTARY_BASE = 10_000.0
 NORM_EPS = 1e-6
@@ -145,23 +145,18 @@ class Attention(nn.Module):
         qkv_BTC = linear(normed_BTD, self.qkv)
         if values_BTC is not None:
             qkv_BTC = self.add_values(qkv_BTC, normed_BTD, values_BTC)
-        qk_norm = config.qk_scale == 1.0
-        if not qk_norm:  # a rotation keeps the norm, so q and k may be normed and scaled before it
-            scale_K = qkv_BTC.new_full((config.head_dim,), config.qk_scale)
-            qkv_BTC = norm_heads(qkv_BTC, heads, kv_heads, scale_K, scale_K, eps)
         mixed_BTD = attention(
-            qkv_BTC, cos, sin, heads, kv_heads, self.layer, cache, qk_norm=qk_norm, eps=eps, window=self.window
+            qkv_BTC, cos, sin, heads, kv_heads, self.layer, cache, True, eps, self.window, config.qk_scale
         )
         return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, None, eps, drop, 1 + 2 * self.layer)
 
     def add_values(self, qkv_BTC: Tensor, normed_BTD: Tensor, values_BTC: Tensor) -> Tensor:
         """v plus the token's value embedding, gated a head (Zhou et al. 2024, arXiv:2410.17897)."""
         gate_BTG = torch.sigmoid(linear(normed_BTD[..., : self.config.value_gate], self.value_gate))
-        gated_BTGK = (
-            self.config.value_gate_scale * gate_BTG[..., None] * values_BTC.unflatten(-1, gate_BTG.shape[-1:] + (-1,))
-        )
+        gate_BTG = self.config.value_gate_scale * gate_BTG
         qk_BTC, v_BTC = qkv_BTC.split([qkv_BTC.shape[-1] - values_BTC.shape[-1], values_BTC.shape[-1]], dim=-1)
-        return torch.cat([qk_BTC, v_BTC + gated_BTGK.flatten(-2)], dim=-1)
+        v_BTGK, values_BTGK = (each.unflatten(-1, (gate_BTG.shape[-1], -1)) for each in (v_BTC, values_BTC))
+        return torch.cat([qk_BTC, scaled_sum(v_BTGK, None, values_BTGK, gate_BTG).flatten(-2)], dim=-1)
 
 
 class MLP(nn.Module):
@@ -236,14 +231,15 @@ class GPT(nn.Module):
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
         if config.smear:
-            gate_BT1 = self.smear_lambda * torch.sigmoid(linear(x_BTD[..., :SMEAR_CHANNELS], self.smear_gate))
-            x_BTD = x_BTD + gate_BT1 * previous(x_BTD, "smear", cache)
+            gate_BT = torch.sigmoid(linear(x_BTD[..., :SMEAR_CHANNELS], self.smear_gate)).squeeze(-1)
+            gate_BT = scaled_sum(gate_BT, self.smear_lambda[0])
+            x_BTD = scaled_sum(x_BTD, None, previous(x_BTD, "smear", cache), gate_BT)
         x0_BTD = middle_BTD = x_BTD
         normed_BTD = rms_norm(x_BTD, None, eps)
         for index, layer in enumerate(self.layers):
             values_BTC = None
             if config.lambdas:
-                x_BTD = self.residual_lambdas[index] * x_BTD + self.x0_lambdas[index] * x0_BTD
+                x_BTD = scaled_sum(x_BTD, self.residual_lambdas[index], x0_BTD, self.x0_lambdas[index])
                 normed_BTD = rms_norm(x_BTD, None, eps)
             if config.has_values(index):
                 table: Any = self.value_embeddings[str(index)]
@@ -251,7 +247,9 @@ class GPT(nn.Module):
             normed_BTD, x_BTD = layer(normed_BTD, x_BTD, values_BTC, cos, sin, drop, cache)
             if index == config.depth // 2:
                 middle_BTD = x_BTD
-        return rms_norm(x_BTD - self.backout_lambda * middle_BTD, None, eps) if config.smear else normed_BTD
+        if config.smear:
+            normed_BTD = rms_norm(scaled_sum(x_BTD, None, middle_BTD, -self.backout_lambda[0]), None, eps)
+        return normed_BTD
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_3: Tensor, by_row: bool = False
@@ -296,15 +294,6 @@ def parameter_groups(config: GPTConfig, name: str) -> tuple[str, ...]:
     if name.startswith("layers."):
         return (name.split(".")[2],)
     return ("smear",) if name.startswith(("smear_", "backout_")) else (name.split(".")[0],)
-
-
-def batch_invariant(config: GPTConfig) -> bool:
-    """Whether a cell's bits on a GPU depend on the cell alone.
-
-    What later generations add (lambdas, gates, windows, smear) is plain torch, whose sums depend on the stack.
-    """
-    windows = any(config.window(layer) is not None for layer in range(config.depth))
-    return not (windows or config.lambdas or config.value_gate or config.smear)
 
 
 def fused_rows(config: GPTConfig, name: str) -> tuple[tuple[int, int], ...]:
@@ -357,14 +346,13 @@ def activation_bytes(config: GPTConfig, tokens: int, bytes_per_element: int) -> 
     """
     projected = (config.heads + 2 * config.kv_heads) * config.head_dim
     layer = 5 * config.width + projected + config.mlp_width
-    if config.lambdas:
-        layer += 2 * config.width
+    if config.lambdas:  # the sum that it reads
+        layer += config.width
     elements = config.depth * layer + config.vocabulary
+    if config.smear:  # the stream before and behind it, the tokens before, and what is left of the backout
+        elements += 4 * config.width
     for index in range(config.depth):
         if config.has_values(index):
-            elements += projected + 2 * config.kv_heads * config.head_dim
-        window = config.window(index)
-        if window is not None and window < config.context - 1:  # fp32 scores and their softmax in plain torch
-            elements += 3 * config.heads * config.context * 4 // bytes_per_element
+            elements += config.kv_heads * config.head_dim
     elements += config.mlp_width + 4 * config.width
     return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)

@@ -1,34 +1,38 @@
 """GPT-2 for one replica: learned positions, LayerNorm, GELU, biases (Radford et al. 2019).
 
 q, k, v are the rows of one `qkv`, as in the published weights, whose matrices are stored transposed
-(`engine.checkpoint` turns them). Attention is the rotary kernel with an angle of zero. LayerNorm,
-GELU and the additions of biases are plain torch operations, which vmap maps one by one.
+(`engine.checkpoint` turns them). Attention is the rotary kernel with an angle of zero.
 
 Shape letters: B batch, T time, D width, H heads, K head dim, F MLP width, V vocabulary, N = B·T.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from engine.family import VECTORS
 from engine.models import (
     Dropout,
     Embedding,
     check_positive,
     check_shape,
     dropout_of,
+    linear_drop_add_norm,
     normal_weights,
     parameter_shapes,
     qkv_rows,
     shorter_context,
 )
 from engine.models.cache import Cache, attention, places
+from kernels.activation import bias_gelu
 from kernels.embedding import embedding
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
+from kernels.norm import layer_norm
+from kernels.ordered_sum import add_bias
 
 NO_SOFTCAP = 0.0
 INITIAL_STD = 0.02
@@ -72,6 +76,13 @@ class GPT2Config:
         return shorter_context(self, context)
 
 
+class NextNorm(NamedTuple):
+    """Weight and bias of the layer norm that reads the residual stream next."""
+
+    weight_D: Tensor
+    bias_D: Tensor
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -84,14 +95,22 @@ class Attention(nn.Module):
         self.output = nn.Parameter(torch.empty(config.width, config.width))
         self.output_bias = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, drop: Dropout | None, cache: Cache | None) -> Tensor:
-        heads = self.config.heads
-        normed_BTD = layer_norm(x_BTD, self.norm, self.norm_bias, self.config.norm_eps)
-        qkv_BTC = linear(normed_BTD, self.qkv) + self.qkv_bias
+    def forward(
+        self,
+        normed_BTD: Tensor,
+        x_BTD: Tensor,
+        after: NextNorm,
+        cos: Tensor,
+        sin: Tensor,
+        drop: Dropout | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor]:
+        heads, eps, site = self.config.heads, self.config.norm_eps, 1 + 2 * self.layer
+        qkv_BTC = add_bias(linear(normed_BTD, self.qkv), self.qkv_bias)
         mixed_BTD = attention(qkv_BTC, cos, sin, heads, heads, self.layer, cache)
-        if drop is None:
-            return x_BTD + linear(mixed_BTD, self.output) + self.output_bias
-        return x_BTD + drop(linear(mixed_BTD, self.output) + self.output_bias, 1 + 2 * self.layer)
+        return linear_drop_add_norm(
+            mixed_BTD, self.output, x_BTD, after.weight_D, eps, drop, site, self.output_bias, after.bias_D
+        )
 
 
 class MLP(nn.Module):
@@ -106,12 +125,14 @@ class MLP(nn.Module):
         self.down = nn.Parameter(torch.empty(config.width, config.mlp_width))
         self.down_bias = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor, drop: Dropout | None) -> Tensor:
-        normed_BTD = layer_norm(x_BTD, self.norm, self.norm_bias, self.norm_eps)
-        hidden_BTF = functional.gelu(linear(normed_BTD, self.up) + self.up_bias, approximate="tanh")
-        if drop is None:
-            return x_BTD + linear(hidden_BTF, self.down) + self.down_bias
-        return x_BTD + drop(linear(hidden_BTF, self.down) + self.down_bias, 2 + 2 * self.layer)
+    def forward(
+        self, normed_BTD: Tensor, x_BTD: Tensor, after: NextNorm, drop: Dropout | None
+    ) -> tuple[Tensor, Tensor]:
+        hidden_BTF = bias_gelu(linear(normed_BTD, self.up), self.up_bias)
+        site = 2 + 2 * self.layer
+        return linear_drop_add_norm(
+            hidden_BTF, self.down, x_BTD, after.weight_D, self.norm_eps, drop, site, self.down_bias, after.bias_D
+        )
 
 
 class Layer(nn.Module):
@@ -120,8 +141,19 @@ class Layer(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, drop: Dropout | None, cache: Cache | None) -> Tensor:
-        return self.mlp(self.attention(x_BTD, cos, sin, drop, cache), drop)
+    def forward(
+        self,
+        normed_BTD: Tensor,
+        x_BTD: Tensor,
+        after: NextNorm,
+        cos: Tensor,
+        sin: Tensor,
+        drop: Dropout | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor]:
+        between = NextNorm(self.mlp.norm, self.mlp.norm_bias)
+        normed_BTD, x_BTD = self.attention(normed_BTD, x_BTD, between, cos, sin, drop, cache)
+        return self.mlp(normed_BTD, x_BTD, after, drop)
 
 
 class GPT2(nn.Module):
@@ -153,13 +185,22 @@ class GPT2(nn.Module):
         layer, as in the original, whose dropout of attention weights is left out; cache: what the tokens before
         these left."""
         at = places(tokens_BT, self.config.context, cache)
-        cos, sin = self.cos_TK2[at], self.sin_TK2[at]
-        x_BTD = embedding(tokens_BT, self.embedding.weight) + self.positions.weight[at]
+        cos, sin, positions = self.cos_TK2[at], self.sin_TK2[at], self.positions.weight[at]
+        x_BTD = embedding(tokens_BT, self.embedding.weight)
+        if cache is None:  # the bias of a whole row
+            x_BTD = add_bias(x_BTD.flatten(1), positions.flatten()).view(x_BTD.shape)
+        else:  # every row has its own
+            x_BTD = x_BTD + positions
         if drop is not None:
             x_BTD = drop(x_BTD, 0)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, cos, sin, drop, cache)
-        return layer_norm(x_BTD, self.final_norm, self.final_norm_bias, self.config.norm_eps)
+        # the residual stream is normed where it is updated, with the weights of whoever reads it next
+        readers: list[Any] = [layer.attention for layer in self.layers]
+        norms = [NextNorm(reader.norm, reader.norm_bias) for reader in readers]
+        norms.append(NextNorm(self.final_norm, self.final_norm_bias))
+        normed_BTD = layer_norm(x_BTD, *norms[0], self.config.norm_eps)
+        for layer, after in zip(self.layers, norms[1:], strict=True):
+            normed_BTD, x_BTD = layer(normed_BTD, x_BTD, after, cos, sin, drop, cache)
+        return normed_BTD
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor, hyper: Mapping[str, Tensor], key_3: Tensor, by_row: bool = False
@@ -185,29 +226,18 @@ class GPT2(nn.Module):
         return linear(features.float(), self.head_VD().float())
 
 
-def layer_norm(x_BTD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over D, times weight plus bias (Ba et al. 2016)."""
-    return functional.layer_norm(x_BTD, x_BTD.shape[-1:], None, None, eps) * weight_D + bias_D
-
-
 def parameter_groups(config: GPT2Config, name: str) -> tuple[str, ...]:
-    """The groups of a parameter: attention, mlp, embedding or unembedding.
+    """The groups of a parameter: attention, mlp, embedding or unembedding; of norms and biases also vector.
 
     A norm and a bias go with the matrix they feed or follow, positions and final norm with the embedding.
     """
+    if name.endswith(("norm", "bias")):
+        return name.split(".")[2] if name.startswith("layers.") else "embedding", VECTORS
     if name.startswith("layers."):
         return (name.split(".")[2],)
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
-
-
-def batch_invariant(config: GPT2Config) -> bool:
-    """Whether a cell's bits on a GPU depend on the cell alone.
-
-    LayerNorm and the biases are plain torch, whose sums over rows depend on the stack.
-    """
-    return False
 
 
 def fused_rows(config: GPT2Config, name: str) -> tuple[tuple[int, int], ...]:
@@ -240,10 +270,10 @@ def flops_per_token(config: GPT2Config) -> float:
 def activation_bytes(config: GPT2Config, tokens: int, bytes_per_element: int) -> int:
     """Bytes of activations one replica holds at the peak of a micro-step of `tokens` tokens.
 
-    A layer keeps the stream twice, each norm before and after its weight, q/k/v, the attention's
-    output (with one fp32 log-sum a head), the hidden units before and after GELU; then the logits,
+    A layer keeps the stream and its norm twice, q/k/v, the attention's output
+    (with one fp32 log-sum a head), the hidden units before and after GELU; then the logits,
     which their gradient overwrites, and in the backward two gradients of hidden size.
     """
-    layer = 10 * config.width + 2 * config.mlp_width
+    layer = 8 * config.width + 2 * config.mlp_width
     elements = config.depth * layer + config.vocabulary + 2 * config.mlp_width + 4 * config.width
     return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)

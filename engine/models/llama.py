@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from engine.family import VECTORS
 from engine.models import (
     Dropout,
     Embedding,
@@ -38,6 +39,7 @@ from kernels.embedding import embedding
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy, linear_cross_entropy_by_row
 from kernels.norm import rms_norm
+from kernels.ordered_sum import add_bias
 
 NO_SOFTCAP = 0.0
 
@@ -143,14 +145,12 @@ class Attention(nn.Module):
         config = self.config
         qkv_BTC = linear(normed_BTD, self.qkv)
         if config.qkv_bias:
-            qkv_BTC = qkv_BTC + self.qkv_bias
+            qkv_BTC = add_bias(qkv_BTC, self.qkv_bias)
         if config.qk_norm:
             qkv_BTC = norm_heads(qkv_BTC, config.heads, config.kv_heads, self.q_norm, self.k_norm, config.norm_eps)
-        if config.output_bias:
-            x_BTD = x_BTD + self.output_bias
         mixed_BTD = attention(qkv_BTC, cos, sin, config.heads, config.kv_heads, self.layer, cache)
-        eps, site = config.norm_eps, 1 + 2 * self.layer
-        return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, eps, drop, site)
+        eps, site, bias = config.norm_eps, 1 + 2 * self.layer, self.output_bias if config.output_bias else None
+        return linear_drop_add_norm(mixed_BTD, self.output, x_BTD, next_norm_D, eps, drop, site, bias)
 
 
 class MLP(nn.Module):
@@ -253,24 +253,18 @@ class Llama(nn.Module):
 
 
 def parameter_groups(config: LlamaConfig, name: str) -> tuple[str, ...]:
-    """The groups of a parameter: attention, mlp, embedding or unembedding.
+    """The groups of a parameter: attention, mlp, embedding or unembedding; of norms and biases also vector.
 
     A norm's weight goes with the matrix it feeds; the final norm goes with the embedding, which
     is the head where it is tied, and then in both groups.
     """
+    if name.endswith(("norm", "bias")):
+        return name.split(".")[2] if name.startswith("layers.") else "embedding", VECTORS
     if name.startswith("layers."):
         return (name.split(".")[2],)
     if name == "embedding.weight" and config.tied:
         return "embedding", "unembedding"
     return ("unembedding",) if name == "unembedding.weight" else ("embedding",)
-
-
-def batch_invariant(config: LlamaConfig) -> bool:
-    """Whether a cell's bits on a GPU depend on the cell alone.
-
-    Biases are added in plain torch, and the sum over rows of their gradient depends on the stack.
-    """
-    return not (config.qkv_bias or config.output_bias)
 
 
 def fused_rows(config: LlamaConfig, name: str) -> tuple[tuple[int, int], ...]:
@@ -312,7 +306,7 @@ def activation_bytes(config: LlamaConfig, tokens: int, bytes_per_element: int) -
     """
     mixed = config.heads * config.head_dim
     projected = mixed + 2 * config.kv_heads * config.head_dim
-    layer = 4 * config.width + mixed + projected * (1 + config.qkv_bias + config.qk_norm) + 3 * config.mlp_width
+    layer = 4 * config.width + mixed + projected * (1 + config.qk_norm) + 3 * config.mlp_width
     elements = config.depth * layer + config.vocabulary
     elements += 3 * config.mlp_width + 4 * config.width
     return tokens * (bytes_per_element * elements + 4 * config.depth * config.heads)
