@@ -6,7 +6,7 @@ the longest first, at a fixed time a step and replica. Workers are lost at rando
 finished and written stays. Counted is what becomes of every GPU-second, and how often each cell was trained.
 
 `open` makes a real store of that many cells in a folder, and measures what a worker does with it before it trains.
-Rows go to results/fleet.csv.
+Rows go to results/fleet.csv and fleet_open.csv.
 """
 
 import argparse
