@@ -151,6 +151,11 @@ class Bucket:
         written = [(each["path"][start:], each["last_modified"], each["e_tag"]) for each in found]
         return [Item(key, modified.timestamp(), version or str(modified)) for key, modified, version in written]
 
+    def missing(self, prefix: str, keys: list[str]) -> list[str]:
+        """Keys that no listing has: a thousand are listed at once."""
+        there = {item.key for item in self.items(prefix)}
+        return [key for key in keys if key not in there]
+
     def names(self, prefix: str) -> list[str]:
         """What stands directly below a prefix."""
         with answering(self.root):

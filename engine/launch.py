@@ -12,15 +12,16 @@ import numpy as np
 
 from engine import progress, tracking
 from engine.leases import Leases
+from engine.locks import BEATS
 from engine.outcome import DONE, NOT_COMPUTED
 from engine.plan import Chunk, Launch
 from engine.split import NondeterminismError
-from engine.store import StatusMonitor, Store, Writer, empty_block
+from engine.store import Store, Writer, empty_block
 from engine.workload import Setup
 
 FLUSH = 10.0  # seconds between two writes of an unfinished launch
-WAIT = 0.5  # seconds until a process that finds every missing chunk leased looks again
-TURNS = 2  # times that a process which shares a sweep leases before half of what is left is gone, about
+WAIT = 0.5  # seconds until a process that finds every missing chunk leased looks again, at first
+TURNS = 2  # launches that a process makes of its share of what is left
 
 
 class LaunchBuffer:
@@ -92,8 +93,8 @@ def check_same_bits(store: Store, chunk: Chunk, block: dict[str, np.ndarray], le
 
 def missing_launches(setup: Setup, store: Store | None) -> list[Launch]:
     """The launches that have cells to compute."""
-    status = status_of(setup, store)
-    return [launch for launch in setup.launches if still_missing(status, launch)]
+    missing = set(still_missing(status_of(setup, store), [chunk for launch in setup.launches for chunk in launch]))
+    return [launch for launch in setup.launches if not missing.isdisjoint(launch)]
 
 
 def status_of(setup: Setup, store: Store | None) -> np.ndarray:
@@ -107,8 +108,8 @@ def status_of(setup: Setup, store: Store | None) -> np.ndarray:
 class Sharing:
     """What one of several workers trains next: chunks that nobody holds, the costliest first.
 
-    A launch is a share of what is left, but enough runs for every slot; where bits depend on the launch it is one
-    chunk.
+    A launch costs a part of a worker's share of what nobody holds, so that all end together, with enough runs for every
+    slot where the share has them; where bits depend on the launch it is one chunk.
     """
 
     def __init__(self, setup: Setup, store: Store, leases: Leases, workers: int) -> None:
@@ -116,39 +117,54 @@ class Sharing:
         Args:
             workers: about how many there are.
         """
-        plan = setup.plan
-        work = {chunk: plan.work_in(plan.cells_in((chunk,))) for chunk in store.chunks()}
-        costs = {chunk: float(each.costs.sum()) for chunk, each in work.items()}
-        self.left = sorted(costs, key=lambda chunk: -costs[chunk])
-        self.enough = -(-setup.width // max(len(each.runs) for each in work.values()))
+        plan, runs = setup.plan, 1
+        self.costs: dict[Chunk, float] = {}
+        for chunk in store.chunks():
+            work = plan.work_in(plan.cells_in((chunk,)))
+            self.costs[chunk], runs = float(work.costs.sum()), max(len(work.runs), runs)
+        self.left = sorted(self.costs, key=lambda chunk: -self.costs[chunk])
+        self.enough = -(-setup.width // runs)
         self.together, self.workers = setup.exact == "at any width", workers
-        self.leases, self.monitor = leases, StatusMonitor(store)
+        self.store, self.leases = store, leases
 
     def next(self) -> Launch:
         """Lease the next launch; none where others hold all that is `left`."""
-        self.monitor.update()
-        self.left = still_missing(self.monitor.status, self.left)
-        share = max(len(self.left) // (TURNS * self.workers * self.enough), 1) * self.enough
-        return tuple(sorted(self.leases.take(self.left, share if self.together else 1)))
+        self.left = still_missing(self.store.status, self.left)
+        free = self.leases.free(self.left)
+        share = sum(self.costs[chunk] for chunk in free) / self.workers
+        taken: list[Chunk] = []
+        cost = 0.0
+        for chunk, attempt in free.items():
+            if not self.leases.take(chunk, attempt):
+                continue
+            taken.append(chunk)
+            cost += self.costs[chunk]
+            if not self.together or cost >= share or (cost >= share / TURNS and len(taken) >= self.enough):
+                break
+        return tuple(sorted(taken))
 
 
 def leased_launches(setup: Setup, store: Store, leases: Leases, workers: int) -> Iterator[Launch]:
     """Launches of leased chunks, until the store holds every cell, whoever trained it."""
-    sharing = Sharing(setup, store, leases, workers)
+    sharing, pause = Sharing(setup, store, leases, workers), WAIT
     while True:
         launch = sharing.next()
         if launch:
+            pause = WAIT
             yield launch
             leases.release(launch)
         elif sharing.left:
-            time.sleep(WAIT)
+            time.sleep(pause)
+            pause = min(2 * pause, max(leases.expires / BEATS, WAIT))  # many that wait ask much of a store
         else:
             return
 
 
 def still_missing(status: np.ndarray, chunks: Iterable[Chunk]) -> list[Chunk]:
     """Those of some chunks that have cells to compute."""
-    return [c for c in chunks if (status[c.replicate, c.start : c.stop] == NOT_COMPUTED).any()]
+    rows = status.reshape(*status.shape[:2], -1).min(2) == NOT_COMPUTED  # which is the least code
+    before = np.pad(np.cumsum(rows, 1), ((0, 0), (1, 0))).tolist()
+    return [c for c in chunks if before[c.replicate][c.stop] > before[c.replicate][c.start]]
 
 
 def train_missing(
@@ -167,7 +183,8 @@ def train_missing(
     if not missing:
         return 0.0, 0
     todo = iter(missing) if leases is None else leased_launches(setup, writer, leases, workers)
-    with progress.Progress(setup, writer, missing, shared=leases is not None, quiet=quiet) as watch:
+    tracked = track.run is not None
+    with progress.Progress(setup, writer, missing, leases is not None, quiet, tracked) as watch:
         for launch in todo:
             buffer = LaunchBuffer(setup, launch, writer, leases)
             written = time.monotonic()

@@ -7,6 +7,7 @@ alone, and a chunk that two workers train after all has the same bits, which is 
 """
 
 from collections.abc import Iterable
+from itertools import count
 
 from engine.locks import Alive, attempt, signs
 from engine.place import Item, Place
@@ -19,36 +20,41 @@ ALIVE = f"{FOLDER}/alive"
 class Leases:
     """The leases of one worker on a store, until `close`."""
 
-    def __init__(self, place: Place, owner: str, expires: float) -> None:
+    def __init__(self, place: Place, owner: str, expires: float, beating: bool = True) -> None:
         """
         Args:
             owner: who takes them (machine, process, device), which others say where bits differ.
             expires: seconds after which others may take what a worker holds that shows no sign of life.
+            beating: as `Alive`.
         """
         self.place, self.owner, self.expires = place, owner, expires
         place.touch(f"{FOLDER}/begun", b"")  # of all workers, by which one of them is the last to leave
-        self.alive = Alive(place, ALIVE, owner, expires)
+        self.alive = Alive(place, ALIVE, owner, expires, beating)
         self.held: dict[Chunk, str] = {}
         self.workers: dict[str, str] = {}
         """who made an object of a lease, by its key, as far as it has been asked for: it never changes"""
 
-    def take(self, chunks: Iterable[Chunk], count: int) -> list[Chunk]:
-        """Lease up to `count` of some chunks, in their order; those that living workers hold are left out."""
-        taken: list[Chunk] = []
+    def free(self, chunks: Iterable[Chunk]) -> dict[Chunk, int]:
+        """Those of some chunks that no living worker holds, in their order, and the attempt that comes next."""
         now, items = self.alive.now(), self.place.items(FOLDER)
         living = {name for name, item in signs(items, ALIVE).items() if now - item.modified <= self.expires}
-        last = latest(items)
+        there = {item.key: item for item in items}
+        found = {}
         for chunk in chunks:
-            if len(taken) == count:
-                break
-            before = last.get(name_of(chunk))
-            if before is not None and (now - before.modified <= self.expires or self.worker(before.key) in living):
-                continue
-            key = f"{FOLDER}/{name_of(chunk)}.{attempt(before.key) + 1 if before else 0}"
-            if self.place.put_new(key, self.alive.mark):
-                taken.append(chunk)
-                self.held[chunk] = key
-        return taken
+            before = latest(there, chunk)
+            if before is None:
+                found[chunk] = 0
+            elif now - before.modified > self.expires and self.worker(before.key) not in living:
+                found[chunk] = attempt(before.key) + 1
+        return found
+
+    def take(self, chunk: Chunk, number: int) -> bool:
+        """Lease a chunk that was free, by the attempt that comes next; False where another worker was first."""
+        key = key_of(chunk, number)
+        if not self.place.put_new(key, self.alive.mark):
+            return False
+        self.held[chunk] = key
+        return True
 
     def worker(self, key: str) -> str:
         """The worker whose lease an object is; '' where it is gone or not written yet."""
@@ -61,13 +67,12 @@ class Leases:
 
     def is_held(self, chunk: Chunk) -> bool:
         """Whether no other worker has taken a chunk of ours over, as it does when we were held up for long."""
-        key = self.held[chunk]
-        return self.place.get(f"{key.rpartition('.')[0]}.{attempt(key) + 1}") is None
+        return self.place.get(key_of(chunk, attempt(self.held[chunk]) + 1)) is None
 
     def holder(self, chunk: Chunk) -> str:
         """Who leased a chunk last."""
-        said = self.place.get(latest(self.place.items(FOLDER))[name_of(chunk)].key) or b""
-        return said.decode().partition(" ")[2]
+        last = latest({item.key: item for item in self.place.items(FOLDER)}, chunk)
+        return (self.place.get(last.key) or b"").decode().partition(" ")[2] if last else ""
 
     def release(self, chunks: Iterable[Chunk]) -> None:
         """Forget some leases: their chunks are stored."""
@@ -79,19 +84,19 @@ class Leases:
         self.alive.close()
 
 
-def name_of(chunk: Chunk) -> str:
-    """A chunk's name among the leases."""
-    return f"{chunk.replicate}-{chunk.start}"
+def key_of(chunk: Chunk, number: int) -> str:
+    """The object of an attempt at a chunk; attempts are counted from 0 without a gap."""
+    return f"{FOLDER}/{chunk.replicate}-{chunk.start}.{number}"
 
 
-def latest(items: Iterable[Item]) -> dict[str, Item]:
-    """The lease of the latest attempt at every chunk that was ever leased, by its name."""
-    found: dict[str, Item] = {}
-    for item in items:
-        name = item.key.removeprefix(f"{FOLDER}/").rpartition(".")[0]
-        if name and (name not in found or attempt(found[name].key) < attempt(item.key)):
-            found[name] = item
-    return found
+def latest(there: dict[str, Item], chunk: Chunk) -> Item | None:
+    """The latest attempt at a chunk among all leases by their keys; None for one that was never leased."""
+    last = None
+    for number in count():
+        if (item := there.get(key_of(chunk, number))) is None:
+            return last
+        last = item
+    raise AssertionError
 
 
 def remove_leases(place: Place) -> bool:

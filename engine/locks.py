@@ -20,12 +20,13 @@ LOOK = 0.5  # seconds between two looks at whether a lock is free
 class Alive:
     """This process's sign of life; a thread of its own rewrites it until `close`."""
 
-    def __init__(self, place: Place, folder: str, owner: str, expires: float) -> None:
+    def __init__(self, place: Place, folder: str, owner: str, expires: float, beating: bool = True) -> None:
         """
         Args:
             folder: prefix of the signs of those among which this one is.
             owner: who gives it (machine, process, device).
             expires: seconds after which a process without one counts as lost.
+            beating: whether the thread runs; else the caller gives every sign (`now`), as a simulation does.
         """
         self.place, self.owner, self.expires = place, owner, expires
         self.name = uuid4().hex
@@ -33,7 +34,8 @@ class Alive:
         self.closed = threading.Event()
         self.now()
         self.beating = threading.Thread(target=self.beat, daemon=True)
-        self.beating.start()
+        if beating:
+            self.beating.start()
 
     @property
     def mark(self) -> bytes:
@@ -53,7 +55,8 @@ class Alive:
     def close(self) -> None:
         """End them: what this process still holds is free."""
         self.closed.set()
-        self.beating.join()
+        if self.beating.is_alive():
+            self.beating.join()
         self.place.remove(self.key)
 
 

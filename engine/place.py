@@ -63,6 +63,9 @@ class Place(Protocol):
     def items(self, prefix: str) -> list[Item]:
         """Every object below a prefix."""
 
+    def missing(self, prefix: str, keys: list[str]) -> list[str]:
+        """Those of some keys below a prefix that are not there."""
+
     def names(self, prefix: str) -> list[str]:
         """What stands directly below a prefix and holds objects, in order."""
 

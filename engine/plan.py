@@ -93,7 +93,9 @@ class Plan:
 
     def work_in(self, cells: np.ndarray) -> "Work":
         """The runs that serve some cells (flat indices)."""
-        key, steps = self.key.ravel()[cells], self.steps.ravel()[cells]
+        # picked by place: flat, an array that is broadcast would be copied whole, for every chunk of 10^7 cells
+        at = np.unravel_index(cells, self.steps.shape)
+        key, steps = self.key[at], self.steps[at]
         order = np.lexsort((steps, key))
         cells, key, steps = cells[order], key[order], steps[order]
         new_run = np.flatnonzero(np.diff(key, prepend=key[:1] - 1))
@@ -126,7 +128,7 @@ class Work:
     @property
     def costs(self) -> np.ndarray:
         """What each run costs, in the workload's unit, float64 [run]."""
-        return self.lengths * self.plan.cost.ravel()[self.longest]
+        return self.lengths * self.plan.cost[np.unravel_index(self.longest, self.plan.cost.shape)]
 
     def trajectories(self) -> list[Trajectory]:
         """Every run as an object, the costliest first (ties in the order of their first cells)."""

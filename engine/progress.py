@@ -13,7 +13,7 @@ from engine.command import screen
 from engine.measure import MEASUREMENTS
 from engine.outcome import DONE, LABELS, MISSING, NOT_COMPUTED, Thresholds
 from engine.plan import Launch
-from engine.store import Store, budget_of
+from engine.store import Store, budget_of, empty_block
 from engine.workload import Setup
 
 STYLES = ("dim", "green", "yellow", "bright_black", "magenta", "bright_magenta", "red", "cyan")
@@ -28,16 +28,24 @@ SECONDS_A_READING = 5.0  # between two readings of what other processes have sto
 class Progress:
     """Counts cells and work of a sweep; a live picture on a terminal, a line every few seconds elsewhere."""
 
-    def __init__(self, setup: Setup, store: Store, todo: list[Launch], shared: bool, quiet: bool) -> None:
+    def __init__(
+        self, setup: Setup, store: Store, todo: list[Launch], shared: bool, quiet: bool, tracked: bool = False
+    ) -> None:
         """
         Args:
             todo: launches that miss cells.
             shared: whether other processes train some of them, whose cells are read from the store now and then.
+            tracked: whether labels are asked for even where nothing is shown.
         """
         self.setup, self.unit = setup, setup.run.config.workload.unit
-        self.store, self.shared, self.read = store, shared, time.monotonic()
-        names = ("status", *setup.run.config.workload.labelled)
-        self.arrays = {name: store.read(name) for name in names}
+        shown = tracked or not (shared and quiet)
+        self.store, self.shared, self.read = store, shared and shown, time.monotonic()
+        status = store.status
+        names = setup.run.config.workload.labelled if shown else ()
+        self.arrays = {"status": status} | empty_block(names, status.shape, 0)
+        done = np.flatnonzero(status == DONE)
+        for name in names:
+            self.arrays[name].reshape(-1)[done] = store.read_cells(name, done)
         self.budget = budget_of(setup.run)
         self.done_before = int((self.arrays["status"] == DONE).sum())
         plan = setup.plan
@@ -45,7 +53,7 @@ class Progress:
         self.cells = self.done_before + sum(map(len, missing))
         status = self.arrays["status"]
         self.total = sum(plan.work_in(setup.to_train(launch, status)).costs.sum() for launch in todo)
-        self.best = {name: math.inf for name in setup.run.config.workload.labelled if MEASUREMENTS[name].best}
+        self.best = {name: math.inf for name in names if MEASUREMENTS[name].best}
         self.seen = 0.0  # work done, or saved because a run ended early
         self.trained = 0.0
         self.launch = todo[0]
@@ -104,7 +112,7 @@ class Progress:
         status = self.store.status
         new = np.flatnonzero((status == DONE) & (self.arrays["status"] != DONE))
         if new.size:
-            self.put(new, {name: self.store.read(name).ravel()[new] for name in self.arrays if name != "status"})
+            self.put(new, {name: self.store.read_cells(name, new) for name in self.arrays if name != "status"})
             self.seen += float(self.setup.plan.work_in(new).costs.sum())
 
     def say(self, where: str) -> None:

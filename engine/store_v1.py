@@ -52,6 +52,11 @@ class StoreV1(Store):
         found = np.asarray(self.array(name)[rows])
         return found[None] if isinstance(replicate, slice) else found
 
+    @property
+    def status(self) -> np.ndarray:
+        """Status codes [1, row, col]; nobody writes them any more."""
+        return self.read("status")
+
     def labelled(self, replicate: int | slice = slice(None)) -> dict[str, np.ndarray]:
         """`status`, then what the old rules are made of."""
         names = ("status", "first_loss", "last_loss", "nonfinite_step", "measure")

@@ -30,7 +30,7 @@ def write_cells(path: Path, config: SweepConfig, arrays: dict[str, np.ndarray]) 
     for name, value in arrays.items():
         block[name][:] = value
     for chunk in writer.chunks():
-        writer.write_chunk(chunk, {name: array[chunk.replicate] for name, array in block.items()})
+        writer.write_chunks({chunk: {name: array[chunk.replicate] for name, array in block.items()}})
     writer.close()
 
 

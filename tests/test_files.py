@@ -67,7 +67,7 @@ def test_a_stores_rows_are_on_disk_before_their_status(tmp_path, calls):
     create_store(tmp_path / "s", run, 3, 2, {})
     writer = Writer(tmp_path / "s")
     calls.clear()
-    writer.write_chunk(Chunk(0, 0, 2), {"status": np.ones((2, 2), "u1"), "val_loss": np.ones((2, 2), "f4")})
+    writer.write_chunks({Chunk(0, 0, 2): {"status": np.ones((2, 2), "u1"), "val_loss": np.ones((2, 2), "f4")}})
     writer.close()
     last = max(i for i, call in enumerate(calls) if "val_loss" in call)
     assert last < min(i for i, call in enumerate(calls) if "status" in call)

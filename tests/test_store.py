@@ -18,9 +18,8 @@ from tiny import arrays, assert_equal_bits, forget, sweep, tiny
 
 from engine.api import default_store
 from engine.config import cells_of, make_config, resolve
-from engine.files import FolderLock
+from engine.files import Folder, FolderLock
 from engine.outcome import Thresholds
-from engine.place import place_of
 from engine.store import Writer, consolidate, create_store, open_store
 
 
@@ -274,7 +273,7 @@ def test_an_axis_that_an_older_version_spelt_out_is_the_same(made):
 def test_a_store_of_before_a_measurement_was_declared_is_gone_on_with(made):
     whole = open_store(made).read("val_loss")
     shutil.rmtree(made / "val_bits_per_byte")
-    consolidate(place_of(made))
+    consolidate(Folder(made))
     assert "val_bits_per_byte" not in open_store(made)
     forget(made, row=1)
     store = sweep(tiny(made.parent, replicates=2), made)
