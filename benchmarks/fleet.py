@@ -23,6 +23,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+
+def arguments() -> argparse.Namespace:
+    """What the command is asked for."""
+    reader = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    reader.add_argument("what", nargs="+", choices=("simulate", "open"))
+    reader.add_argument("--failures", type=float, default=1.0, help="workers lost an hour")
+    reader.add_argument("--rows", type=int, default=10_000, help="objects an array of the opened store has")
+    return reader.parse_args()
+
+
+if __name__ == "__main__":
+    arguments()  # before what takes seconds to import
+
 import numpy as np
 import zarr
 
@@ -291,11 +304,7 @@ def read_large(path: Path) -> dict[str, object]:
 
 def main() -> None:
     """The command."""
-    reader = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    reader.add_argument("what", nargs="+", choices=("simulate", "open"))
-    reader.add_argument("--failures", type=float, default=1.0, help="workers lost an hour")
-    reader.add_argument("--rows", type=int, default=10_000, help="objects an array of the opened store has")
-    given = reader.parse_args()
+    given = arguments()
     rows = [simulate(name, given.failures) for name in MAPS] if "simulate" in given.what else []
     for row in rows:
         print(row, flush=True)
