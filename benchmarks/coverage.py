@@ -13,11 +13,8 @@ known: D = 2 - alpha of a line, a disc and Weierstrass graphs from 65,536 label 
 if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
-import argparse
-import csv
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -33,6 +30,8 @@ from analysis.dimension import measure
 from analysis.exponent import Exponent, differs, draw_points, fit_exponent
 from analysis.laws import best_rate_law, best_rates, critical_rate_law, over_seeds
 from analysis.replicates import FEWEST_SEEDS, borders, exact_interval
+from benchmarks.arguments import Reader
+from benchmarks.rows import command_line, write_rows
 
 RESULTS = Path(__file__).with_name("results")
 RATES = np.logspace(-3, 1, 48)
@@ -239,21 +238,14 @@ def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         **{package: version(package) for package in ("numpy", "scipy", "statsmodels", "numba")},
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
     }
-    path = RESULTS / name
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*source, *rows[0]])
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**source, **row} for row in rows)
-    return path
+    return write_rows(RESULTS / name, source, rows)
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Reader(description=__doc__.split("\n\n")[0])
     studies = ("borders", "slopes", "best", "known")
     parser.add_argument("studies", nargs="*", help=f"of {', '.join(studies)} (default: all)")
     parser.add_argument("--draws", type=int, default=1000, help="simulations of a case")

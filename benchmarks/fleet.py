@@ -9,7 +9,9 @@ finished and written stays. Counted is what becomes of every GPU-second, and how
 Rows go to results/fleet.csv and fleet_open.csv.
 """
 
-import argparse
+if __name__ == "__main__" and not __package__:
+    import started  # noqa: F401  says how to start it where its packages are missing
+
 import copy
 import heapq
 import multiprocessing
@@ -21,12 +23,17 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.arguments import Reader
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> "Namespace":
     """What the command is asked for."""
-    reader = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    reader = Reader(description=__doc__.split("\n\n")[0])
     reader.add_argument("what", nargs="+", choices=("simulate", "open"))
     reader.add_argument("--failures", type=float, default=1.0, help="workers lost an hour")
     reader.add_argument("--rows", type=int, default=10_000, help="objects an array of the opened store has")

@@ -10,13 +10,13 @@ results/recommend_coverage.csv.
 if __name__ == "__main__" and not __package__:
     import started  # noqa: F401  says how to start it where its packages are missing
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
 
 from analysis.laws import best_rates
 from analysis.recommend import column_of
+from benchmarks.arguments import Reader
 from benchmarks.coverage import BASINS, Interval, append_rows, coverage_rows
 
 SEEDS, SPREAD = 8, 0.2  # replicates, and the standard deviation of a seed's shift of the log rate
@@ -45,7 +45,7 @@ def column_draw(random: np.random.Generator, case: str, noise: float, seeds: int
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Reader(description=__doc__.split("\n\n")[0])
     parser.add_argument("--draws", type=int, default=1000, help="simulations of a case")
     options = parser.parse_args()
     append_rows("recommend_coverage.csv", coverage_rows("recommend", column_draw, CASES, [SEEDS], options.draws))

@@ -1,11 +1,9 @@
 """Timing on a GPU by CUDA-graph replays, and benchmark rows that say where they come from."""
 
-import csv
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import torch
 import triton
 
+from benchmarks.rows import command_line, write_rows
 from engine import provenance
 from engine.command import user_errors
 
@@ -116,17 +115,9 @@ def append_rows(name: str, rows: list[dict[str, object]]) -> Path:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / name
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*source, *rows[0]])
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**source, **row} for row in rows)
-    return path
+    return write_rows(RESULTS / name, source, rows)
 
 
 def run_benchmarks(benchmarks: dict[str, Callable[[], list[dict]]], names: Sequence[str]) -> None:
