@@ -162,8 +162,9 @@ def texts_of(
         asked = [PROMPTS[form](tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
         texts = [prompt[-(context - 1) :] for prompt, _ in asked]
         generator = Generator(some[0], [model.weights for model in some], len(texts), GREEDY, device)
-        for rows in replies(generator, [texts] * len(some), [ends for _, ends in asked], most):
-            written.append([shown_text(tokenizer.decode(text)) if finite else BROKEN for text, finite in rows])
+        *_, said = replies(generator, [texts] * len(some), [[ends for _, ends in asked]] * len(some), most)
+        for own in said:
+            written.append([shown_text(tokenizer.decode(each.tokens)) if each.finite else BROKEN for each in own])
     return written
 
 

@@ -29,6 +29,7 @@ from engine.tokenizer import PROMPTS, reply_prompt
 if TYPE_CHECKING:
     from engine.checkpoint import LoadedModel
     from engine.data import Corpus
+    from engine.generate import Reply
     from engine.store import Store
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -180,37 +181,30 @@ class Conversation:
 
         Raises ValueError where the text does not fit the context.
         """
-        from engine.generate import BROKEN
+        from engine.generate import replies
 
         check_prompt(self.model, self.form, text)
         self.note = ""
         for messages in self.messages:
             messages.append({"role": "user", "content": text})
         read = [self.prompt_of(replica) for replica in range(len(self.messages))]
-        longest = max(len(prompt) for prompt, _ in read)
-        replies: list[list[int]] = [[] for _ in read]
-        notes, over = [""] * len(read), [False] * len(read)
-        for tokens in self.generator.generate([[prompt] for prompt, _ in read], self.most, self.turn):
-            for replica, (token,) in enumerate(tokens):
-                if token == BROKEN and not over[replica]:
-                    notes[replica] = "[no more text: its logits are not finite]"
-                over[replica] |= token in read[replica][1] or token == BROKEN
-                if not over[replica]:
-                    replies[replica].append(token)
-            yield [self.shown(reply, done, note) for reply, done, note in zip(replies, over, notes, strict=True)]
-            if all(over):
-                break
+        asked, ends = [[prompt] for prompt, _ in read], [[own] for _, own in read]
+        said: list[Reply] = []
+        for step in replies(self.generator, asked, ends, self.most, self.turn):
+            said = [reply for (reply,) in step]
+            yield [self.shown(reply, reply.over) for reply in said]
         self.turn += 1
-        for reply, messages in zip(replies, self.messages, strict=True):
-            messages.append({"role": "assistant", "content": self.tokenizer.decode(reply)})
-        if not all(over) and longest + len(max(replies, key=len)) >= self.context:
-            notes = ["" if done else f"[the context of {self.context} tokens is full]" for done in over]
-        yield [self.shown(reply, True, note) for reply, note in zip(replies, notes, strict=True)]
+        for reply, messages in zip(said, self.messages, strict=True):
+            messages.append({"role": "assistant", "content": self.tokenizer.decode(reply.tokens)})
+        longest = max(len(prompt) for prompt, _ in read) + max(len(reply.tokens) for reply in said)
+        full = f"[the context of {self.context} tokens is full]" if longest >= self.context else ""
+        yield [self.shown(reply, True, "" if reply.over else full) for reply in said]
 
-    def shown(self, reply: list[int], done: bool, note: str) -> str:
+    def shown(self, reply: "Reply", done: bool, note: str = "") -> str:
         """A reply as text that no later token changes, with what is to be said about it."""
-        text = self.tokenizer.decode(reply)
+        text = self.tokenizer.decode(reply.tokens)
         text = text if done else text.rstrip(UNFINISHED)
+        note = note if reply.finite else "[no more text: its logits are not finite]"
         return shown_text(text) + (f" {note}" if note else "")
 
 

@@ -8,7 +8,8 @@ same for every replica, so that a replica's text does not depend on the others.
 R replica, B row (a text), T time, S places of the buffers, V vocabulary, C channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 
 import torch
@@ -217,23 +218,43 @@ def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def replies(
-    generator: Generator, texts: Sequence[Sequence[Sequence[int]]], ends: Sequence[set[int]], most: int
-) -> list[list[tuple[list[int], bool]]]:
-    """What each replica writes behind its texts, of at most `most` tokens, and whether its logits stayed finite.
+@dataclass
+class Reply:
+    """What a replica has written behind one text so far. finite: whether its logits were."""
 
-    ends: ids that end a reply, for each text of a replica. Returns [R][B].
+    tokens: list[int] = field(default_factory=list)
+    over: bool = False
+    finite: bool = True
+
+
+def replies(
+    generator: Generator,
+    texts: Sequence[Sequence[Sequence[int]]],
+    ends: Sequence[Sequence[set[int]]],
+    most: int,
+    turn: int = 0,
+    stopped: Callable[[int, list[int]], bool] | None = None,
+) -> Iterator[list[list[Reply]]]:
+    """What each replica writes behind its texts [R][B], of at most `most` tokens, until all are over.
+
+    The same objects before the first step and after each.
+
+    Args:
+        ends: ids that end a reply, [R][B].
+        stopped: (row, tokens) -> whether a reply ends with what it says.
     """
-    said: list[list[list[int]]] = [[[] for _ in own] for own in texts]
-    live = {(replica, row): True for replica, own in enumerate(texts) for row in range(len(own))}
-    finite = dict.fromkeys(live, True)
-    for tokens in generator.generate(texts, most):
-        for replica, row in [place for place, going in live.items() if going]:
-            token = tokens[replica][row]
-            finite[replica, row] = token != BROKEN
-            live[replica, row] = token != BROKEN and token not in ends[row]
-            if live[replica, row]:
-                said[replica][row].append(token)
-        if not any(live.values()):
+    said = [[Reply() for _ in own] for own in texts]
+    yield said
+    for tokens in generator.generate(texts, most, turn):
+        for own, ends_B, next_B in zip(said, ends, tokens, strict=True):
+            for row, (reply, end, token) in enumerate(zip(own, ends_B, next_B, strict=True)):
+                if reply.over:
+                    continue
+                reply.finite = token != BROKEN
+                reply.over = token in end or not reply.finite
+                if not reply.over:
+                    reply.tokens.append(token)
+                    reply.over = stopped is not None and stopped(row, reply.tokens)
+        yield said
+        if all(reply.over for own in said for reply in own):
             break
-    return [[(text, finite[replica, row]) for row, text in enumerate(own)] for replica, own in enumerate(said)]

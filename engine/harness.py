@@ -9,7 +9,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from engine.generate import BROKEN, Generator
+from engine.generate import Generator, replies
 from engine.sampling import GREEDY
 from engine.score import Request, Scorer, cut_left, encode
 
@@ -66,30 +66,23 @@ class Asked:
 
     def generate_alike(self, asked: dict[tuple[str, str], tuple[list[int], list[str]]], most: int) -> None:
         """Texts of at most so many tokens behind prompts, which end at one of their stops, shorter prompts first."""
-        rows, replicas = ROWS[self.scorer.device.type], range(self.scorer.replicas)
+        rows, replicas = ROWS[self.scorer.device.type], self.scorer.replicas
         generator = Generator(self.scorer.model, self.scorer.weights(), rows, GREEDY, self.scorer.device)
         keys = sorted(asked, key=lambda key: len(asked[key][0]))
         for start in range(0, len(keys), rows):
             some = keys[start : start + rows]
-            given = [asked[key][0] for key in some]
-            said: list[list[list[int]]] = [[[] for _ in some] for _ in replicas]
-            live = {(replica, row) for replica in replicas for row in range(len(some))}
             # rows that are missing repeat the last
-            for tokens in generator.generate([given + given[-1:] * (rows - len(some))] * len(replicas), most):
-                for replica, row in sorted(live):
-                    own, token = said[replica][row], tokens[replica][row]
-                    self.broken[replica] |= token == BROKEN
-                    if token in self.ending or token == BROKEN:
-                        live.discard((replica, row))
-                        continue
-                    own.append(token)
-                    text = self.tokenizer.decode(own)
-                    if any(stop in text for stop in asked[some[row]][1]):
-                        live.discard((replica, row))
-                if not live:
-                    break
+            filled = [asked[key] for key in some + some[-1:] * (rows - len(some))]
+
+            def stopped(row: int, tokens: list[int], filled: list[Any] = filled) -> bool:
+                text = self.tokenizer.decode(tokens)
+                return any(stop in text for stop in filled[row][1])
+
+            texts, ends = [[prompt for prompt, _ in filled]] * replicas, [[self.ending] * rows] * replicas
+            *_, said = replies(generator, texts, ends, most, stopped=stopped)
+            self.broken |= [not all(reply.finite for reply in own) for own in said]
             for row, key in enumerate(some):
-                self.texts[key] = [self.text_of(said[replica][row], asked[key][1]) for replica in replicas]
+                self.texts[key] = [self.text_of(own[row].tokens, asked[key][1]) for own in said]
 
     def text_of(self, said: list[int], stops: list[str]) -> str:
         """A continuation before what ended it."""
