@@ -89,8 +89,8 @@ def qkv_attention_reference(
     group = heads // kv_heads
     wide = qkv_BTC.to(torch.promote_types(qkv_BTC.dtype, torch.float32))
     q_BTHK, k_BTGK, v_BTGK = wide.view(B, T, -1, K).split([heads, kv_heads, kv_heads], dim=2)
-    q_BTHK = _rotate_reference(q_BTHK, cos_TK2, sin_TK2)
-    k_BTGK = _rotate_reference(k_BTGK, cos_TK2, sin_TK2)
+    q_BTHK = rotate_reference(q_BTHK, cos_TK2, sin_TK2)
+    k_BTGK = rotate_reference(k_BTGK, cos_TK2, sin_TK2)
     if qk_norm:
         q_BTHK = q_BTHK * torch.rsqrt(q_BTHK.square().mean(-1, keepdim=True) + eps)
         k_BTGK = k_BTGK * torch.rsqrt(k_BTGK.square().mean(-1, keepdim=True) + eps)
@@ -107,9 +107,10 @@ def qkv_attention_reference(
     return o_BTHK.reshape(B, T, heads * K).to(qkv_BTC.dtype)
 
 
-def _rotate_reference(x_BTHK, cos_TK2, sin_TK2):
+def rotate_reference(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Every head rotated by its time's angles, cos and sin [T, K / 2], or [B, T, K / 2] of each row's own times."""
     x1, x2 = x_BTHK.chunk(2, dim=-1)
-    cos, sin = cos_TK2[:, None], sin_TK2[:, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kernels.attention import qkv_attention
+from kernels.attention import qkv_attention, rotate_reference
 from kernels.norm import rms_norm
 
 
@@ -82,10 +82,7 @@ def attention(
     q_BTHK, k_BTGK, v_BTGK = wide.split([heads, kv_heads, kv_heads], dim=-2)
     turned = []
     for x in (q_BTHK, k_BTGK):
-        x1, x2 = x.chunk(2, dim=-1)
-        y = torch.cat(
-            [x1 * cos[..., None, :] - x2 * sin[..., None, :], x2 * cos[..., None, :] + x1 * sin[..., None, :]], -1
-        )
+        y = rotate_reference(x, cos, sin)
         turned.append(rms_norm(y, None, eps) if qk_norm else y)
     q_BTGHK, k_BTGK = turned[0].unflatten(-2, (kv_heads, -1)), turned[1]
 
