@@ -23,11 +23,12 @@ from rich.table import Table
 
 from analysis.boundary import is_rate
 from analysis.classify import Labelling
+from analysis.maps import trained_share
 from analysis.panels import Picture, save, side_by_side, style
 from analysis.scores import BY_ITEM, stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
-from engine.outcome import Thresholds, measured, trains
+from engine.outcome import Thresholds, measured
 from engine.store import Store, open_store
 
 DRAWS = 2000  # of seeds and items, and permutations
@@ -92,17 +93,13 @@ def cell_distances(store: Store, thresholds: Thresholds) -> np.ndarray:
     grid = store.run.cells
     if not isinstance(grid, Grid):
         raise ValueError(f"{store.path} holds a list of points; expected a grid, which has a border")
-    codes = store.labels(thresholds)
-    known = measured(codes)
-    with np.errstate(invalid="ignore"):
-        share = (trains(codes) & known).sum(0) / known.sum(0)
-    return signed_distance(share, decades(grid.y), decades(grid.x))
+    return signed_distance(trained_share(store, thresholds).share, decades(grid.y), decades(grid.x))
 
 
-def distance_note(store: Store, cell: tuple[int, ...] | None, thresholds: Thresholds | None = None) -> list[str]:
+def distance_note(store: Store, cell: tuple[int, ...] | None, thresholds: Thresholds) -> list[str]:
     """How far from the border a cell lies, in words; [] where there is no border."""
     try:
-        far = cell_distances(store, thresholds or Thresholds())
+        far = cell_distances(store, thresholds)
     except ValueError:  # the map has none, which is no fault of the cell
         return []
     if cell is None or np.isnan(far[cell]):

@@ -12,7 +12,7 @@ import gc
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,12 +26,13 @@ from analysis.tasks import CENTRED, Scored, Task, load_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import DONE, Thresholds, trains
-from engine.replay import check_text, language_setup, place_of
+from engine.replay import check_text, language_setup, place_of, replayed
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
     from engine.checkpoint import LoadedModel
     from engine.language import LanguageSetup
+    from engine.workload import Replay
 
 HOST_MEMORY = 0.3  # share of the machine's memory that replayed weights may take
 AGGREGATES = {"CORE": "core:", "ChatCORE": "letters:"}  # means of centred accuracies over the tasks of a form
@@ -113,26 +114,6 @@ def groups_of(setup: "LanguageSetup", cells: np.ndarray) -> list[np.ndarray]:
     memory = HOST_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = max(int(memory // (4 * setup.network.parameters)), 1)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-def replayed(store: Store, setup: "LanguageSetup", cells: np.ndarray) -> Iterator[tuple[list[int], "LoadedModel"]]:
-    """The final weights of some cells (flat indices), trained again in one stack.
-
-    Raises:
-        ValueError: they are not those that were stored, or no checkpoint format has the network.
-    """
-    stored = store.read("weights_digest").ravel()
-    for own, replay in setup.replays(cells):
-        for cell in own:
-            if int(stored[cell]) != replay.weights_digest:
-                place = np.unravel_index(cell, store.run.shape)
-                raise ValueError(
-                    f"cell {tuple(map(int, place[1:]))} of replicate {int(place[0])} trained again has other weights "
-                    f"(digest {replay.weights_digest:#018x}, stored {int(stored[cell]):#018x}); expected the same: "
-                    f"score it where it was trained, on {store.attributes['provenance'].get('device')}"
-                )
-        assert replay.model is not None
-        yield own, replay.model
 
 
 def starts_of(store: Store, cells: np.ndarray) -> dict[int, Start]:
@@ -220,7 +201,8 @@ class Evaluation:
         weights = [Weights(self.setup.start(cell), start, []) for start, cell in some.items()]
         for group in groups_of(self.setup, np.array([cell for cell in sorted(flat) if not broken[cell]], int)):
             began = time.perf_counter()
-            weights += [Weights(model, None, own) for own, model in replayed(self.store, self.setup, group)]
+            again = replayed(self.store, self.setup, group, self.refuse)
+            weights += [Weights(model, None, own) for own, model in again]
             release(self.setup.device)
             self.say(f"{len(group)} cells trained again ({time.perf_counter() - began:.1f} s): the stored weights")
             self.score(weights)
@@ -231,6 +213,15 @@ class Evaluation:
             self.say(f"{len(lost)} cells have weights that are not finite: they score nothing")
             for task in self.tasks:
                 self.write(task, dict.fromkeys(lost, self.starts[next(iter(some)), task.name].nothing()))
+
+    def refuse(self, place: Place, replay: "Replay") -> None:
+        """Raise ValueError for a cell whose weights, trained again, are not those that were stored."""
+        stored = int(self.store.read("weights_digest")[place])
+        raise ValueError(
+            f"cell {place[1:]} of replicate {place[0]} trained again has other weights (digest "
+            f"{replay.weights_digest:#018x}, stored {stored:#018x}); expected the same: score it where it was "
+            f"trained, on {self.store.attributes['provenance'].get('device')}"
+        )
 
     def score(self, weights: list[Weights]) -> None:
         """Score weights on what is missing, as many in a stack as fit, and write what their cells score."""

@@ -69,6 +69,7 @@ class Recommendation:
     """What a store recommends: a rate for each column, and its best cell."""
 
     store: Store
+    thresholds: Thresholds  # of the labels that it follows from
     lr: str  # the swept rate; '' where the map has no columns of one rate
     other: str  # the other axis
     rates: np.ndarray  # swept, ascending, positive; [0] without columns
@@ -218,7 +219,7 @@ class Recommendation:
         from analysis.scores import score_notes
 
         scores = score_notes(self.store, self.cell())
-        far = distance_note(self.store, self.cell()) if scores else []
+        far = distance_note(self.store, self.cell(), self.thresholds) if scores else []
         return said + sample_notes(self.store, self.cell()) + scores + far
 
     def head(self) -> tuple[str, ...]:
@@ -330,16 +331,17 @@ def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendat
     workload = store.config.workload
     if reason := why_not(store):
         raise ValueError(reason)
-    codes = store.labels(thresholds or Thresholds())
+    thresholds = thresholds or Thresholds()
+    codes = store.labels(thresholds)
     score = store.read(workload.ranks).astype(float)
     done, trained = store.status == DONE, trains(codes)
     cell = best_cell(store, np.where(done & trained, score, np.inf), done)
     if not is_rate_map(store):
-        return Recommendation(store, "", "", np.empty(0), (), cell, "")
+        return Recommendation(store, thresholds, "", "", np.empty(0), (), cell, "")
     from analysis import laws
     from analysis.rules import turned
 
-    found = turned(store, thresholds or Thresholds())
+    found = turned(store, thresholds)
     log = found.lr.values > 0
     rates = found.lr.values[log]
     whole = np.logical_and.reduce(found.known, 1)  # [seed, col]
@@ -351,7 +353,8 @@ def recommend(store: Store, thresholds: Thresholds | None = None) -> Recommendat
         columns.append(column_of(rates, offset, float(found.other.values[col]), col, loss, good, own))
     law = law_of(found, fits, whole)
     bits = bits_of_a_nat(store, done)
-    return Recommendation(store, found.lr.name, found.other.name, rates, tuple(columns), cell, law, bits)
+    names = found.lr.name, found.other.name
+    return Recommendation(store, thresholds, *names, rates, tuple(columns), cell, law, bits)
 
 
 def bits_of_a_nat(store: Store, done: np.ndarray) -> float:

@@ -36,9 +36,9 @@ from analysis.recommend import shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
 from analysis.samples import read_samples
 from analysis.scores import score_line, stored_tasks
-from engine.chat import cell_name
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
+from engine.replay import cell_name
 from engine.store import Replicate, Store, open_map
 
 SAMPLE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -182,14 +182,14 @@ def samples_html(store: Store) -> str:
     samples = read_samples(store)
     if samples is None:
         return ""
-    parts, series = [], []
+    parts, series, tasks = [], [], stored_tasks(store)
     for colour, each in zip(cycle(SAMPLE_COLOURS), samples.cells, strict=False):
         replicate, *cell = each.place
         words = ["--store", str(store.path), "--row", str(cell[0]), "--col", str([*cell, 0][1])]
         words += ["--replicate", str(replicate)] if replicate else []
         again = shlex.join(["uv", "run", "engine/replay.py", *words])
         name = f"{each.why}: {cell_name(store, each.place)}"
-        scores = [score_line(task, tuple(cell)) for task in stored_tasks(store)]
+        scores = [score_line(task, tuple(cell)) for task in tasks]
         rows = list(zip(samples.prompts, each.start, each.end, strict=True))
         parts += [
             f'<h3><i class="swatch" style="background:{colour}"></i>{escape(name)}</h3>',

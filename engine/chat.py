@@ -20,9 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from engine.command import parse, screen, user_errors, warn
-from engine.hyper import long_name
-from engine.outcome import LABELS, Thresholds
-from engine.replay import cell_models, check_text, language_setup, place_of
+from engine.replay import cell_models, cell_name, check_text, language_setup, place_of
 from engine.sampling import Sampling
 from engine.tokenizer import PROMPTS, reply_prompt
 
@@ -80,14 +78,6 @@ def chosen_places(store: "Store", options: Options) -> list[tuple[int, ...]]:
         row, _, col = each.partition(",")
         places.append(place_of(store, int(row), int(col or 0), options.replicate))
     return list(dict.fromkeys(places))
-
-
-def cell_name(store: "Store", place: tuple[int, ...]) -> str:
-    """A cell, its swept hyper-parameters and what became of it, in a line."""
-    swept = [(name, store.run.column(name)) for name in store.run.cells.columns]
-    values = [f"{long_name(name)} {np.broadcast_to(column, store.run.shape)[place]:,.6g}" for name, column in swept]
-    code = int(store.labels(Thresholds())[place])
-    return f"cell ({', '.join(map(str, place[1:]))}): {', '.join(values)}; {LABELS[code]}"
 
 
 def cell_speakers(store: "Store", places: Sequence[tuple[int, ...]], options: Options) -> tuple[list[Speaker], str]:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.command import parse, screen, user_errors, warn
-from engine.outcome import NOT_COMPUTED
+from engine.outcome import LABELS, NOT_COMPUTED, Thresholds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from engine.checkpoint import LoadedModel
     from engine.language import LanguageSetup
@@ -71,6 +71,14 @@ def replay_cell(store: "Store", row: int, col: int, device: str, replicate: int 
     return prepare_stored(store, device).replay(int(np.ravel_multi_index(place, store.run.shape)))
 
 
+def cell_name(store: "Store", place: tuple[int, ...]) -> str:
+    """A cell ([replicate, *cells]), its swept hyper-parameters and what became of it, in a line."""
+    called, swept = store.config.long_name, [(name, store.run.column(name)) for name in store.run.cells.columns]
+    values = [f"{called(name)} {np.broadcast_to(column, store.run.shape)[place]:,.6g}" for name, column in swept]
+    code = int(store.labels(Thresholds())[place])
+    return f"cell ({', '.join(map(str, place[1:]))}): {', '.join(values)}; {LABELS[code]}"
+
+
 def check_text(store: "Store") -> None:
     """Raise ValueError where a replay gives no weights that read and write text."""
     from engine.store_v1 import StoreV1
@@ -96,19 +104,34 @@ def language_setup(store: "Store", device: str) -> "LanguageSetup":
     return setup
 
 
+def replayed(
+    store: "Store", setup: "LanguageSetup", cells: np.ndarray, unlike: "Callable[[tuple[int, ...], Replay], None]"
+) -> "Iterator[tuple[list[int], LoadedModel]]":
+    """The final weights of some cells (flat indices), trained again side by side: those of one mark together.
+
+    Args:
+        unlike: told each cell ([replicate, *cells]) whose weights are not those that were stored.
+    """
+    stored = store.read("weights_digest").ravel()
+    for own, replay in setup.replays(cells):
+        for cell in own:
+            if int(stored[cell]) != replay.weights_digest:
+                unlike(tuple(map(int, np.unravel_index(cell, store.run.shape))), replay)
+        assert replay.model is not None
+        yield own, replay.model
+
+
 def cell_models(
     store: "Store", setup: "LanguageSetup", places: "Sequence[tuple[int, ...]]"
 ) -> "dict[tuple[int, ...], LoadedModel]":
     """The final weights of some cells ([replicate, *cells]), trained again side by side; warns of other than stored."""
+
+    def unlike(place: tuple[int, ...], _: "Replay") -> None:
+        warn(f"cell {place[1:]} trained again here has other weights than the stored ones, if near them")
+
     flat = {int(np.ravel_multi_index(place, store.run.shape)): place for place in places}
-    digests, found = store.read("weights_digest").ravel(), {}
-    for own, replay in setup.replays(np.array(list(flat), int)):
-        assert replay.model is not None
-        for cell in own:
-            found[flat[cell]] = replay.model
-            if int(digests[cell]) != replay.weights_digest:
-                warn(f"cell {flat[cell][1:]} trained again here has other weights than the stored ones, if near them")
-    return found
+    again = replayed(store, setup, np.array(list(flat), int), unlike)
+    return {flat[cell]: model for own, model in again for cell in own}
 
 
 def compare(store: "Store", row: int, col: int, replay: "Replay", replicate: int = 0) -> str:

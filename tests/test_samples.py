@@ -14,7 +14,7 @@ from tiny import sweep, tiny
 from analysis import report
 from analysis.recommend import recommend
 from analysis.samples import BROKEN, cut, default_places, main, read_samples, sample_notes
-from engine import chat
+from engine import chat, replay
 from engine.api import prepare_stored
 from engine.outcome import Thresholds, trains
 from engine.store import Store, open_store
@@ -94,7 +94,7 @@ def test_the_report_shows_them_and_trains_nothing(store, monkeypatch):
     samples = read_samples(store)
     for each in samples.cells:
         _, row, col = each.place
-        assert unescape(section).count(f"{each.why}: {chat.cell_name(store, each.place)}") == 1
+        assert unescape(section).count(f"{each.why}: {replay.cell_name(store, each.place)}") == 1
         command = f"uv run engine/replay.py --store {store.path} --row {row} --col {col}"
         assert f"{command}</code>" in section and f"{command} --save-weights cell.safetensors</code>" in section
         for text in (*each.start, *each.end):
