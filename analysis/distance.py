@@ -25,10 +25,10 @@ from analysis.boundary import is_rate
 from analysis.classify import Labelling
 from analysis.maps import trained_share
 from analysis.panels import Picture, save, side_by_side, style
-from analysis.scores import BY_ITEM, stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Axis, Grid
 from engine.outcome import Thresholds, measured
+from engine.scores import BY_ITEM, stored_tasks
 from engine.store import Store, open_store
 
 DRAWS = 2000  # of seeds and items, and permutations

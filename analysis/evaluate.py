@@ -21,12 +21,13 @@ import numpy as np
 from rich.table import Table
 
 from analysis.recommend import recommend
-from analysis.scores import START, TaskScores, find_task, make_task, stored_tasks
-from analysis.tasks import CENTRED, Scored, Task, load_tasks
+from analysis.scores import find_task, make_task
+from analysis.tasks import CENTRED, Task, load_tasks
 from engine.command import parse, screen, user_errors
 from engine.grid import Grid
 from engine.outcome import DONE, Thresholds, trains
 from engine.replay import check_text, language_setup, place_of, replayed
+from engine.scores import START, Scored, TaskScores, stored_tasks
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ import numpy as np
 
 from analysis.classify import Limits
 from analysis.recommend import Recommendation, recommend, why_not
-from analysis.scores import stored_tasks
 from engine.command import parse, screen, user_errors
 from engine.config import hyper_names
 from engine.outcome import LABELS, Thresholds
 from engine.plan import hyper_of
+from engine.scores import stored_tasks
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:

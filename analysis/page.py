@@ -10,9 +10,9 @@ from analysis.axes import extent
 from analysis.classify import measured, trains
 from analysis.colours import CONVERGENCE_COLOURS, LABEL_COLOURS, SHARE_COLOURS, colour_scale, equalise
 from analysis.maps import Map, Trained
-from analysis.scores import stored_tasks
 from engine.grid import Axis
 from engine.outcome import LABELS, MISSING
+from engine.scores import stored_tasks
 from engine.store import Replicate
 
 MOST_CELLS = 1024  # a side; larger maps are shown every n-th cell

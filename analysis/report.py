@@ -35,10 +35,11 @@ from analysis.page import page_data
 from analysis.recommend import shown_columns, why_not
 from analysis.rules import mean_rates, rules, sentences
 from analysis.samples import read_samples
-from analysis.scores import score_line, stored_tasks
+from analysis.scores import score_line
 from engine.command import parse, screen, user_errors
 from engine.outcome import MEANINGS, Thresholds
 from engine.replay import cell_name
+from engine.scores import stored_tasks
 from engine.store import Replicate, Store, open_map
 
 SAMPLE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from engine.scores import Scored
+
 if TYPE_CHECKING:
     from engine.score import Request, Scorer
 
@@ -33,18 +35,6 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTERS_BASELINE = 0.25  # nanochat's, whatever the number of choices
 CENTRED = "centred"  # accuracy between what guessing gets (0) and 1
 MEAN = {"aggregation": "mean", "higher_is_better": True}
-
-
-class Scored(NamedTuple):
-    """What one set of weights scores. items: values [item] by measure; total: the task's by measure."""
-
-    items: dict[str, np.ndarray]
-    total: dict[str, float]
-
-    def nothing(self) -> "Scored":
-        """The same measures of weights that answer NaN: no score, for an argmax of NaN would find one."""
-        items = {name: np.full_like(values, np.nan) for name, values in self.items.items()}
-        return Scored(items, dict.fromkeys(self.total, np.nan))
 
 
 class Result(NamedTuple):

@@ -118,10 +118,11 @@ def run_sweep(
         place_of(path).check_writable()
     rank.barrier()
     setup = prepare(config, asked, options, workers, stored)
-    check_same_machines(rank.gather(provenance(setup.device)))
+    here = provenance(setup.device)
+    check_same_machines(rank.gather(here))
     if stored is not None:
         check_same_run(path, stored.run, setup.run, changed_inputs(stored, setup.inputs, asked))
-        check_same_arithmetic(stored, setup)
+        check_same_arithmetic(stored, setup, here)
     if options.dry_run:
         if rank.index == 0:
             screen().print(dry_run_table(setup, stored))
@@ -257,9 +258,9 @@ def open_or_create(
     return Writer(path, lock)
 
 
-def check_same_arithmetic(stored: Store, setup: Setup) -> None:
-    """Raise ValueError when cells are missing, and would be trained with other arithmetic than those there."""
-    other = other_arithmetic(stored.attributes["provenance"], provenance(setup.device))
+def check_same_arithmetic(stored: Store, setup: Setup, here: dict) -> None:
+    """Raise ValueError when cells are missing, and by this provenance would have other arithmetic than those there."""
+    other = other_arithmetic(stored.attributes["provenance"], here)
     missing = (stored.status == NOT_COMPUTED).any() or setup.run.replicates > stored.run.replicates
     if other and missing:
         raise ValueError(
@@ -284,7 +285,7 @@ def announce(setup: Setup, path: Where, resuming: bool) -> None:
     console = screen(stderr=True, soft_wrap=True)
     doing = "resuming" if resuming else "sweeping"
     times = f", {setup.run.replicates} replicates," if setup.run.replicates > 1 else ""
-    console.print(f"{doing} {setup.run.cells}{times} into {path} on {provenance(setup.device)['device']}")
+    console.print(f"{doing} {setup.run.cells}{times} into {path} on {device_name(setup.device)}")
     for line in setup.announce():
         console.print(line)
 

@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import zarr
-
 from engine.config import SweepConfig
-from engine.place import Where, place_of
+from engine.place import Where
+from engine.scores import stored_tasks
 from engine.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -91,26 +89,14 @@ def cell_frame(store: Store) -> "pandas.DataFrame":
     ]
     frame = data[["label", *numbers]].to_dataframe().reset_index()
     frame.insert(0, "start", base_model(store))
-    return frame.assign(**scores(store))
+    scores = {f"{task.task}/{name}": task.read(name).ravel() for task in stored_tasks(store) for name in task.measures}
+    return frame.assign(**scores)
 
 
 def base_model(store: Store) -> str:
     """What the weights of a store's cells were before training: the checkpoint with its digest, or random."""
     digest = store.attributes.get("inputs", {}).get("model")
     return str(store.attributes.get("start", "random")) + (f" (sha256 {digest[:12]})" if digest else "")
-
-
-def scores(store: Store) -> dict[str, "np.ndarray"]:
-    """Every measure of every task that analysis/evaluate.py has kept in a store, flat, NaN where a cell has none."""
-    found = {}
-    for path in store.inside("scores", "*"):
-        task = zarr.open_group(place_of(path).zarr(), mode="r", use_consolidated=False)
-        for measure in task.attrs["measures"]:  # type: ignore[union-attr]
-            values = np.full(store.run.shape, np.nan, np.float32)
-            stored = np.asarray(task[measure][:])  # type: ignore[index]
-            values[: len(stored)] = stored  # replicates that were swept since have none
-            found[f"{task.attrs['task']}/{measure}"] = values.ravel()
-    return found
 
 
 def start(
