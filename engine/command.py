@@ -76,6 +76,9 @@ class ShowVersion(Action):
         sys.exit()
 
 
+NEAR = 0.7  # how alike an option is to what was typed for it to be named: below, others come up by chance
+
+
 class Parser(ArgumentParser):
     """An argument parser whose complaints are one line, without the page of usage.
 
@@ -87,7 +90,7 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the line, with the option that was meant where one is near, and end the program with exit code 2."""
         unknown = message.partition("unrecognized arguments: ")[2].split("=")[0].split()
-        near = get_close_matches(unknown[0], self._option_string_actions, 1) if unknown else []
+        near = get_close_matches(unknown[0], self._option_string_actions, 1, NEAR) if unknown else []
         meant = f" (is {near[0]} meant?)" if near else ""
         fail(f"{message}{meant}; --help lists the options")
 

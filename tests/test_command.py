@@ -70,6 +70,7 @@ def main_fails(capsys, config: SweepConfig, path: Path, *more: str) -> str:
         (["--preset", "large"], "preset is 'large'; expected one of default"),
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
         (["--wid", "32"], "unrecognized arguments: --wid"),
+        (["--lerning", "3"], "unrecognized arguments: --lerning 3; --help lists the options"),
         (["--dta", "my.jsonl"], "unrecognized arguments: --dta my.jsonl (is --data meant?); --help lists the options"),
         (["--data", "my.json"], "data my.json does not exist: give chitchat"),
         (["--store", "/proc/s"], "/proc"),
