@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scoring import CPU, byte_model, loss_and_greedy, scorer_of, silent, write_items
-from tiny import sweep, tiny
+from tiny import run_command, sweep, tiny
 
 from analysis import evaluate
 from analysis.evaluate import chosen_cells, score_cells
@@ -276,23 +275,13 @@ def test_cells_by_grid_list_and_rule(store):
 # ---- the command
 
 
-def command(monkeypatch, capsys, *given: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *given])
-    code = 0
-    try:
-        evaluate.main()
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
-
-
 def test_the_command_says_what_it_did(store, folder, monkeypatch, capsys):
     given = ["--store", str(store.path), "--cells", "1x2", "--tasks", "several,letters:several"]
     given += ["--tasks-from", str(folder)]
-    code, out, _ = command(monkeypatch, capsys, *given)
+    code, out, _ = run_command(monkeypatch, capsys, evaluate, *given)
     assert code == 0 and "4 cells trained again" in out and "acc_norm" in out
     assert "letters:several: 36 requests longer than 32 tokens cut on the left" in out
-    code, out, _ = command(monkeypatch, capsys, *given)
+    code, out, _ = run_command(monkeypatch, capsys, evaluate, *given)
     assert code == 0 and "4 cells, 4 of them scored before" in out and "trained again" not in out
 
 
@@ -316,7 +305,7 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_2(swept, folder, monkeypatch, capsys, kind):
     given, says = BAD[kind]
     words = ["--store", str(swept), "--tasks", "one", "--tasks-from", str(folder), *given]
-    code, _, err = command(monkeypatch, capsys, *words)
+    code, _, err = run_command(monkeypatch, capsys, evaluate, *words)
     assert code == 2 and says in err and err.count("\n") == 1
 
 

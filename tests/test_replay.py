@@ -1,12 +1,10 @@
 """Replaying stored cells on the CPU, where the launch is run again: identical, or the first step that is not."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny import sweep, tiny
+from tiny import run_command, sweep, tiny
 
 from engine import load_model, replay
 from engine.config import make_config
@@ -73,22 +71,11 @@ def overwrite(store, name: str, array: np.ndarray) -> None:
     writer.close()
 
 
-def command(monkeypatch, capsys, *words: str) -> tuple[int, str]:
-    """Exit code and output of the command."""
-    monkeypatch.setattr(sys, "argv", ["replay.py", "--device", "cpu", *words])
-    code = 0
-    try:
-        replay.main()
-    except SystemExit as end:
-        code = end.code
-    return code, capsys.readouterr().out
-
-
 def test_the_command_says_identical_and_writes_the_weights(tmp_path, monkeypatch, capsys):
     store = sweep(tiny(tmp_path), tmp_path / "s")
     file = tmp_path / "weights.safetensors"
     cell = ("--store", str(store.path), "--row", "1", "--col", "2")
-    code, shown = command(monkeypatch, capsys, *cell, "--save-weights", str(file))
+    code, shown, _ = run_command(monkeypatch, capsys, replay, *cell, "--save-weights", str(file))
     digest = int(store.read("weights_digest")[0, 1, 2])
     assert code == 0 and f"cell (1, 2), 5 steps: identical, weights digest {digest:#018x}" in shown
     weights = load_file(file)
@@ -99,7 +86,7 @@ def test_the_command_says_identical_and_writes_the_weights(tmp_path, monkeypatch
     losses = store.read("losses")
     losses[0, 1, 2, 0] += 1
     overwrite(store, "losses", losses)
-    code, shown = command(monkeypatch, capsys, *cell)
+    code, shown, _ = run_command(monkeypatch, capsys, replay, *cell)
     assert code == 1 and "NOT identical, first differs at step 0" in shown and "off by 1" in shown
 
 

@@ -1,6 +1,7 @@
 """The smallest sweeps that still exercise everything: one layer, 16 wide, 8 tokens, a few steps, on the CPU."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,14 @@ def forget(path: Path, row: int) -> None:
     writer = Writer(path)
     writer.group["status"][:, row : row + 1] = NOT_COMPUTED
     writer.close()
+
+
+def run_command(monkeypatch, capsys, module, *words: str) -> tuple[int, str, str]:
+    """Exit code, output and complaints of a module's command on the CPU."""
+    monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, "--device", "cpu", *words])
+    code = 0
+    try:
+        module.main()
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
